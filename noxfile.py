@@ -1,0 +1,38 @@
+"""Sessions for nox: what tox runs, and the tests against other versions of transformers."""
+
+from pathlib import Path
+
+import nox
+
+PINS = "constraints.txt"
+NO_CUDA = {"CUDA_VISIBLE_DEVICES": ""}  # many workers on one GPU would get in each other's way
+
+
+@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+def tests(session: nox.Session) -> None:
+    session.install("-c", PINS, ".[test]")
+    session.run("pytest", "-n", "auto", *session.posargs, env=NO_CUDA)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install("-c", PINS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    session.install("-c", PINS, ".[test]", "mypy")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("version", ["5.2.0", "newest"])
+def transformers(session: nox.Session, version: str) -> None:
+    free = ("transformers=", "huggingface_hub=", "tokenizers=")
+    pins = Path(session.create_tmp()) / PINS
+    pins.write_text("\n".join(line for line in Path(PINS).read_text().splitlines() if not line.startswith(free)))
+    wanted = "transformers" if version == "newest" else f"transformers=={version}"
+    session.install("--upgrade", "-c", str(pins), ".[test]", wanted)
+    session.run("pytest", "tests", "-n", "auto", *session.posargs, env=NO_CUDA)
