@@ -1,0 +1,39 @@
+"""knorm: is a compressed KV cache correct, and did anything move?"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from knorm.cache import KnormCache
+    from knorm.core import Compressed, compress
+    from knorm.models import load_embedded
+    from knorm.perplexity import exact_nll, stream_nll
+    from knorm.policy import Policy, retained_count
+    from knorm.schedule import evicted_at
+
+_HOME = {
+    "Compressed": "core",
+    "KnormCache": "cache",
+    "Policy": "policy",
+    "compress": "core",
+    "evicted_at": "schedule",
+    "exact_nll": "perplexity",
+    "load_embedded": "models",
+    "retained_count": "policy",
+    "stream_nll": "perplexity",
+}
+__all__ = [*_HOME]  # noqa: PLE0604
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `import knorm` alone loads no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'knorm' has no attribute {name!r}")
+    return getattr(import_module(f"knorm.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

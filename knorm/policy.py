@@ -1,0 +1,129 @@
+"""Policy: how to compress, and how many tokens that retains. Needs no torch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal, get_args
+
+Ratio = float | int | str | Decimal | Fraction
+Score = Literal["low_norm", "high_norm", "random"]
+Protocol = Literal["prefill", "streaming"]
+
+
+@lru_cache(maxsize=256, typed=True)
+def _fraction(keep_ratio: Ratio) -> Fraction:
+    return Fraction(str(keep_ratio))  # a float means the decimal that it prints as
+
+
+def exact_ratio(keep_ratio: Ratio) -> Fraction:
+    """The ratio as an exact fraction: 0.55 is 11/20. Raises TypeError or ValueError outside (0, 1]."""
+    if type(keep_ratio) not in get_args(Ratio):  # not isinstance: numpy.float64 is a float, True an int
+        kind = f"{type(keep_ratio).__module__}.{type(keep_ratio).__qualname__}"
+        raise TypeError(
+            f"keep_ratio={keep_ratio!r} is a {kind}, but should be a float, str, Decimal or Fraction: "
+            "0.55 in float32 is 0.5500000119, which would keep 56 of 100 tokens. Write keep_ratio=0.55 or '0.55'"
+        )
+    try:
+        ratio = _fraction(keep_ratio)
+    except (ValueError, ZeroDivisionError):
+        ratio = Fraction(0)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"keep_ratio={keep_ratio!r}, but should lie in (0, 1]: the share of tokens to retain")
+    return ratio
+
+
+def retained_count(length: int, keep_ratio: Ratio) -> int:
+    """How many of `length` tokens one compression retains: ceil(keep_ratio * length), exactly, at least 1.
+
+    retained_count(100, 0.55) == 55, where binary floating point gives 56. Raises ValueError for length < 1.
+    """
+    if operator.index(length) < 1:
+        raise ValueError(f"length={length}, but should be at least 1: an empty cache cannot be compressed")
+    ratio = exact_ratio(keep_ratio)
+    return -(-ratio.numerator * length // ratio.denominator)
+
+
+def _whole(name: str, value: object, least: int = 0) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}={value!r}, but should be an integer") from None
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name}={value!r}, but should be an integer of at least {least}")
+    return number
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How to compress: the one object that configures core, cache, oracle, goldens and reports.
+
+    keep_ratio       share of the present cache that one compression retains, in (0, 1]
+    prune_after      tokens; a layer's cache is compressed only once it holds at least this many
+    skip_layers      layers that are never compressed; stored as a sorted tuple
+    protect_first    tokens at the start of the sequence (attention sinks) that are never evicted
+    protect_recent   newest tokens that are never evicted
+    score            "low_norm" keeps the lowest key norms, "high_norm" the highest, "random" a seeded draw
+    protocol         "prefill" compresses once, after the prompt; "streaming" after every later token too
+    seed             of the random score; 0 for the others
+
+    Raises TypeError or ValueError for anything that cannot work, with the value and what to give instead.
+    """
+
+    keep_ratio: Ratio = 1.0
+    prune_after: int = 0
+    skip_layers: tuple[int, ...] = ()
+    protect_first: int = 0
+    protect_recent: int = 0
+    score: Score = "low_norm"
+    protocol: Protocol = "prefill"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ratio = exact_ratio(self.keep_ratio)
+        near = float(ratio)
+        if not isinstance(self.skip_layers, Iterable) or isinstance(self.skip_layers, str):
+            raise TypeError(f"skip_layers={self.skip_layers!r}, but should be layer indices, e.g. skip_layers=(0,)")
+        normal: dict[str, object] = {
+            "keep_ratio": near if _fraction(near) == ratio else ratio,
+            "skip_layers": tuple(sorted({_whole("skip_layers", layer) for layer in self.skip_layers})),
+            "seed": _whole("seed", self.seed, -(2**63)) if self.score == "random" else 0,
+        }
+        for name in ("prune_after", "protect_first", "protect_recent"):
+            normal[name] = _whole(name, getattr(self, name))
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+        for name, allowed in (("score", get_args(Score)), ("protocol", get_args(Protocol))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}, but should be one of {', '.join(allowed)}")
+        if self.protocol == "streaming":
+            if self.prune_after < 2:
+                raise ValueError(
+                    f"prune_after={self.prune_after} with protocol='streaming', but should be at least 2: "
+                    "a cache of one token has nothing to evict"
+                )
+            self._afford(self.prune_after)
+
+    def _afford(self, length: int) -> int:
+        count, protected = retained_count(length, self.keep_ratio), self.protect_first + self.protect_recent
+        if count < protected:
+            raise ValueError(
+                f"protect_first={self.protect_first} and protect_recent={self.protect_recent} need {protected} tokens, "
+                f"but keep_ratio={self.keep_ratio} retains {count} of {length}. Protect fewer, or raise "
+                f"{'prune_after' if self.protocol == 'streaming' else 'keep_ratio'}"
+            )
+        return count
+
+    def budget(self, length: int) -> int:
+        """How many tokens one compression leaves of a cache of `length` tokens.
+
+        All of them below prune_after, or where no more are there than are protected. Raises ValueError if the
+        protected tokens exceed what keep_ratio retains.
+        """
+        if length < self.prune_after or length <= self.protect_first + self.protect_recent:
+            return length
+        return self._afford(length)

@@ -1,0 +1,134 @@
+"""The schedule of a run: at which query each token is lost, computed from the scores alone.
+
+    evicted_at[..., s]   the first query position that can no longer see token s; T if never
+    query t sees token s   <=>   s <= t < evicted_at[s]
+
+Holds for scores that do not change as the cache does (core.token_scores): then the whole run of "decode a token,
+compress" is known from the keys. Everything else about the run (masks, lengths, coverage) is derived from it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from knorm.core import select
+from knorm.policy import Policy
+
+Int64Array = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@lru_cache(maxsize=64)
+def _events(policy: Policy, length: int, prompt_length: int) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """When tokens are evicted, and how many: the same for every row, whatever its scores.
+
+    Returns the first query after each eviction, how many tokens it takes, and for each token the first eviction that
+    can take it (protected tokens: none).
+    """
+    events, cached = [], prompt_length
+    for query in range(prompt_length, length):  # the compression before this query
+        budget = policy.budget(cached)
+        if budget < cached:
+            events.append((query, cached - budget))
+        cached = budget + 1
+    times, sizes = np.array(events, dtype=np.int64).reshape(-1, 2).T
+    first = np.searchsorted(times, np.arange(length) + 1 + policy.protect_recent)
+    first[: policy.protect_first] = len(times)
+    return times, sizes, first
+
+
+def _jit(function: Any) -> Any:
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder to cache in: a read-only installation
+        return numba.njit(nogil=True)(function)
+
+
+@_jit
+def _evict(order: Int64Array, times: Int64Array, sizes: Int64Array, first: Int64Array, evicted_at: Int64Array) -> None:
+    """Every eviction takes the highest scores then cached: extract-max, solved off-line by union-find.
+
+    The highest score of all falls to the first eviction after its token entered, and so on downwards; an eviction that
+    has all its tokens passes later ones on to the next (Cormen et al., Introduction to Algorithms, problem 21-1).
+    """
+    events = len(times)
+    room, following = np.empty(events, np.int64), np.empty(events + 1, np.int64)
+    for row in range(order.shape[0]):
+        room[:] = sizes
+        following[:] = np.arange(events + 1)
+        remaining = sizes.sum()
+        for token in order[row, ::-1]:
+            if remaining == 0:
+                break
+            event = first[token]
+            while following[event] != event:
+                following[event] = following[following[event]]
+                event = following[event]
+            if event < events:
+                evicted_at[row, token] = times[event]
+                remaining -= 1
+                room[event] -= 1
+                if room[event] == 0:
+                    following[event] = event + 1
+
+
+def evicted_at(scores: Tensor, policy: Policy, prompt_length: int = 1, *, padding: Tensor | None = None) -> Tensor:
+    """The schedule of a run over T tokens under a policy, low scores staying: [..., T] -> int64 [..., T].
+
+    scores         floating [..., T], one per token, fixed for the run (policy.score is not consulted)
+    prompt_length  tokens of the first call, 1 to T; the first compression comes after it
+    padding        int64 [batch], how many tokens at the start of each row of scores [batch, heads, T] are padding. A
+                   padded row is compressed as if it stood alone; a pad sees itself only and is seen by nobody else
+
+    Equal scores: the later token goes first. Raises ValueError for scores that are not finite and a prompt_length
+    outside 1..T, and where a prefill's protections exceed its budget.
+    """
+    length = scores.shape[-1]
+    if not 1 <= prompt_length <= length:
+        raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and the {length} tokens of the run")
+    if not scores.is_floating_point() or not scores.isfinite().all():
+        raise ValueError("scores should be finite floating-point numbers, one per token")
+    if padding is not None and padding.any():
+        evicted = torch.arange(1, length + 1, device=scores.device).expand(scores.shape).contiguous()
+        for pads in padding.unique().tolist():
+            rows = padding == pads
+            evicted[rows, :, pads:] = pads + evicted_at(scores[rows, :, pads:], policy, max(1, prompt_length - pads))
+        return evicted
+    evicted = torch.full(scores.shape, length, dtype=torch.int64, device=scores.device)
+    if policy.protocol == "prefill":
+        budget = policy.budget(prompt_length)
+        if budget < prompt_length:
+            prompt = scores[..., :prompt_length]
+            evicted[..., :prompt_length] = prompt_length
+            evicted.scatter_(-1, select(prompt, budget, policy.protect_first, policy.protect_recent), length)
+        return evicted
+    times, sizes, first = _events(policy, length, prompt_length)
+    if len(times):
+        order = scores.argsort(dim=-1, stable=True).view(-1, length).cpu().numpy()
+        result = evicted.cpu().view(-1, length).numpy()
+        _evict(order, times, sizes, first, result)
+        evicted = torch.from_numpy(result).view(scores.shape).to(scores.device)
+    return evicted
+
+
+def cache_lengths(evicted_at: Tensor) -> Tensor:
+    """How many tokens each query sees, itself included: int64 [..., T] -> int64 [..., T]."""
+    length = evicted_at.shape[-1]
+    lost = torch.zeros(*evicted_at.shape[:-1], length + 1, dtype=torch.int64, device=evicted_at.device)
+    lost.scatter_add_(-1, evicted_at, torch.ones_like(evicted_at))
+    return torch.arange(1, length + 1, device=evicted_at.device) - lost[..., :length].cumsum(-1)
+
+
+def recent_cached(evicted_at: Tensor, newest: int = 16) -> Tensor:
+    """How many of the `newest` tokens up to itself each query sees: int64 [..., T] -> int64 [..., T]."""
+    length = evicted_at.shape[-1]
+    queries = torch.arange(length, device=evicted_at.device)
+    seen = torch.zeros_like(evicted_at)
+    for age in range(min(newest, length)):
+        seen[..., age:] += evicted_at[..., : length - age] > queries[age:]
+    return seen

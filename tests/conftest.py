@@ -1,0 +1,34 @@
+"""Hypothesis profiles, and models to test on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+slow_is_fine = {"database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("quick", max_examples=40, **slow_is_fine)
+settings.register_profile("thorough", max_examples=150, **slow_is_fine)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("thorough" if os.environ.get("CI") else "quick"))
+
+torch.set_num_threads(1)  # pytest -n auto has a worker per core
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_downloads(tmp_path_factory):
+    """No test reaches a network, or writes to anyone's cache."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The model in the box and its tokenizer."""
+    from knorm import load_embedded
+
+    return load_embedded()

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from knorm import Policy, compress, evicted_at
+from knorm.core import squared_norms
+from knorm.schedule import cache_lengths, recent_cached
+
+
+@st.composite
+def policies(draw):
+    options = {
+        "keep_ratio": draw(st.sampled_from(["1", "0.95", "0.9", "0.55", "0.5", "0.3", "0.1"])),
+        "protect_first": draw(st.integers(0, 3)),
+        "protect_recent": draw(st.integers(0, 3)),
+    }
+    if draw(st.booleans()):
+        return Policy(prune_after=draw(st.integers(0, 12)), **options)
+    enough = next(n for n in range(2, 100) if Policy(options["keep_ratio"]).budget(n) >= 6)
+    return Policy(prune_after=draw(st.integers(enough, enough + 12)), protocol="streaming", **options)
+
+
+def replay(scores: list[float], policy: Policy, prompt: int) -> list[int]:
+    """The run itself, in plain Python: feed, and when the policy says so keep the best of what is there."""
+    lost, cache = [len(scores)] * len(scores), []
+    for token in range(len(scores)):
+        cache.append(token)
+        if token + 1 < prompt or (policy.protocol == "prefill" and token + 1 > prompt):
+            continue
+        newest = cache[max(0, len(cache) - policy.protect_recent) :]
+        protected = [s for s in cache if s in cache[: policy.protect_first] or s in newest]
+        others = sorted((s for s in cache if s not in protected), key=lambda s: (scores[s], s))
+        kept = sorted([*protected, *others][: policy.budget(len(cache))])
+        for s in cache:
+            if s not in kept:
+                lost[s] = token + 1
+        cache = kept
+    return lost
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=40), policies(), st.data())
+@example([1, 1, 1, 1, 1, 1, 0], Policy(0.5, prune_after=4, protocol="streaming"), None)
+def test_the_schedule_is_the_run_replayed(scores, policy, data):
+    prompt = data.draw(st.integers(1, len(scores))) if data else 2
+    try:
+        should = replay(scores, policy, prompt)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"need .* tokens, but keep_ratio"):
+            evicted_at(torch.tensor([scores], dtype=torch.float32), policy, prompt)
+        return
+    for dtype in (torch.float32, torch.float64):
+        assert evicted_at(torch.tensor([scores], dtype=dtype), policy, prompt).tolist() == [should]
+
+
+@given(st.integers(0, 2**32 - 1), policies(), st.integers(1, 30))
+def test_the_schedule_is_the_compressor_on_the_growing_cache(seed, policy, prompt):
+    keys = torch.randint(-3, 4, (2, 2, 30, 3), generator=torch.Generator().manual_seed(seed)).float()
+    try:
+        lost = evicted_at(squared_norms(keys), policy, prompt)
+    except ValueError:
+        return  # a prefill that cannot protect what it must
+    kept = compress(keys[:, :, :prompt], keys[:, :, :prompt], policy)
+    for query in range(prompt, 31):
+        seen = torch.arange(query) < torch.full_like(lost[..., :query], query)
+        if query < 30:
+            seen = lost[..., :query] > query
+            cached = torch.zeros_like(seen).scatter(-1, kept.positions, True)
+            assert torch.equal(cached, seen), f"before query {query}"
+            new = keys[:, :, query : query + 1]
+            positions = torch.cat([kept.positions, torch.full((2, 2, 1), query)], -1)
+            grown = (torch.cat([kept.keys, new], 2), torch.cat([kept.values, new], 2))
+            if policy.protocol == "streaming":
+                kept = compress(*grown, policy, positions=positions)
+            else:
+                kept = kept._replace(keys=grown[0], values=grown[1], positions=positions)
+
+
+@given(st.integers(0, 2**32 - 1), policies(), st.integers(1, 20), st.lists(st.integers(0, 15), min_size=1, max_size=4))
+def test_a_padded_row_is_scheduled_as_if_it_stood_alone(seed, policy, prompt, pads):
+    scores = torch.randint(0, 6, (len(pads), 2, 20), generator=torch.Generator().manual_seed(seed)).float()
+    try:
+        lost = evicted_at(scores, policy, prompt, padding=torch.tensor(pads))
+    except ValueError:
+        return  # a prefill that cannot protect what it must
+    for row, n in enumerate(pads):
+        assert torch.equal(lost[row, :, :n], torch.arange(1, n + 1).expand(2, n))
+        assert torch.equal(lost[row, :, n:], n + evicted_at(scores[row, :, n:], policy, max(1, prompt - n)))
+
+
+@given(st.integers(0, 2**32 - 1), policies())
+def test_lengths_and_recency_count_what_the_queries_see(seed, policy):
+    scores = torch.rand(3, 25, generator=torch.Generator().manual_seed(seed))
+    lost = evicted_at(scores, policy if policy.protocol == "streaming" else Policy(0.5), 10)
+    queries = torch.arange(25)
+    seen = (queries[:, None] >= queries) & (queries[:, None] < lost[:, None, :])
+    newest = queries[:, None] - queries < 6
+    assert torch.equal(cache_lengths(lost), seen.sum(-1))
+    assert torch.equal(recent_cached(lost, 6), (seen & newest).sum(-1))
+
+
+def test_a_cache_grows_where_the_ratio_rounds_up():
+    lost = evicted_at(torch.arange(200.0), Policy("0.99", prune_after=32, protocol="streaming"))
+    assert cache_lengths(lost).max() == 100, "ceil(0.99 * 99) is 99: at 100 the first token can go"
+
+
+@pytest.mark.parametrize(
+    ("scores", "prompt", "message"),
+    [
+        (torch.zeros(2, 5), 0, "prompt_length=0, but should be between 1 and the 5 tokens"),
+        (torch.zeros(2, 5), 6, "prompt_length=6"),
+        (torch.tensor([0.0, torch.nan]), 1, "should be finite"),
+        (torch.tensor([0, 1]), 1, "should be finite floating-point"),
+    ],
+)
+def test_bad_input_is_refused(scores, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        evicted_at(scores, Policy(0.5), prompt)
