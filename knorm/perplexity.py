@@ -1,0 +1,446 @@
+"""Token negative log-likelihoods (NLL) of a compressed run: exactly, from one forward pass; and by the honest loop.
+
+The loop decodes token by token through a cache that compresses itself. The one pass computes the same numbers: a
+layer's schedule follows from its keys, its keys from the layer below, so each layer makes its own mask (schedule.py)
+when its turn comes. Equal up to rounding in float32 and float64, wherever no two norms at a cut lie within 2^-20.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from knorm.cache import KnormCache, attention_through, cache_keyword
+from knorm.core import squared_norms, token_scores
+from knorm.policy import Policy
+from knorm.schedule import evicted_at
+
+Schedule = Callable[[int, Tensor], Tensor]
+
+MODELS = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+_ROTATIONS = ("default", "linear", "llama3", "yarn")  # fixed for the run; others depend on the length of a call
+_QUERIES = {"cpu": 128, "cuda": 512}  # per block: longer texts never hold a T x T mask (docs/one-pass.md)
+_LOGITS = 2**26  # at most so many at a time
+NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way
+
+
+class Run(NamedTuple):
+    """One run over a batch of texts of T tokens.
+
+    nll          float32 [batch, T-1], nats: of token t+1 given the tokens to t; nan where either is padding
+    correct      bool [batch, T-1]: token t+1 was the likeliest
+    evicted_at   per layer, int64 [batch, kv_heads, T] (see schedule.py)
+    seconds      wall time of the run
+    scheduling   of which making the schedules (on CUDA this includes waiting for the layer below)
+    """
+
+    nll: Tensor
+    correct: Tensor
+    evicted_at: tuple[Tensor, ...]
+    seconds: float
+    scheduling: float
+
+
+def refuse_model(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, for a model whose compressed run knorm cannot evaluate exactly."""
+    config, reason = model.config, None
+    rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if config.model_type not in MODELS:
+        reason = f"{config.model_type!r} is not one of {', '.join(MODELS)}, whose attention is known"
+    elif "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and config.sliding_window is not None
+    ):
+        reason = "it attends through a sliding window (load it with sliding_window=None if its texts are shorter)"
+    elif rotation not in _ROTATIONS:
+        reason = f"its rotary positions ({rotation!r}) change with the length of a call"
+    elif model.training:
+        reason = "it is in training mode: call model.eval()"
+    if reason:
+        raise ValueError(f"{type(model).__name__} cannot be evaluated exactly: {reason}")
+
+
+def _padding(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """Number of pads at the start of each row, int64 [batch]; None where there are none."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask {list(attention_mask.shape)}, but should be {list(input_ids.shape)} as input_ids"
+        )
+    mask = attention_mask.to(input_ids.device).bool()
+    padding = (~mask).sum(-1)
+    if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]):
+        raise ValueError("attention_mask should be zeros, then ones, in each row: pad on the left")
+    if (padding > mask.shape[1] - 2).any():
+        raise ValueError("a row of attention_mask has fewer than two tokens: there is nothing to predict")
+    return padding if padding.any() else None
+
+
+def _check(model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_length: int) -> None:
+    refuse_model(model)
+    config = model.config
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids {list(input_ids.shape)} {input_ids.dtype}, but should be int64 [batch, tokens]")
+    length = input_ids.shape[1]
+    if input_ids.shape[0] < 1 or length < 2:
+        raise ValueError(f"input_ids {list(input_ids.shape)}: a text needs at least two tokens to predict one")
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"{length} tokens, but {type(model).__name__} has {config.max_position_embeddings} positions: "
+            "split the text into shorter windows"
+        )
+    lowest, highest = (int(x) for x in input_ids.aminmax())
+    if lowest < 0 or highest >= config.vocab_size:
+        raise ValueError(
+            f"token id {lowest if lowest < 0 else highest}, but the vocabulary has ids 0 to {config.vocab_size - 1}: "
+            "was the text encoded with another model's tokenizer?"
+        )
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r}, but should be a knorm.Policy, e.g. Policy(keep_ratio=0.5)")
+    layers = config.num_hidden_layers
+    if policy.skip_layers and policy.skip_layers[-1] >= layers:
+        raise ValueError(f"skip_layers={policy.skip_layers}, but the model has layers 0 to {layers - 1}")
+    if not 1 <= prompt_length <= length:
+        raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and the {length} tokens of the text")
+    if policy.protocol == "prefill" and policy.keep_ratio != 1 and prompt_length == 1:
+        raise ValueError(
+            "protocol='prefill' compresses once, after the prompt, and prompt_length is 1: nothing would ever be "
+            "evicted. Give prompt_length, or a Policy with protocol='streaming'"
+        )
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: float | None) -> Tensor:
+    """Attention of T queries in which query t sees key s where s <= t < evicted[s].
+
+    query [batch, heads, T, head_dim]; key, value [batch, kv_heads, T, head_dim]; evicted int64 [batch, kv_heads, T].
+    Returns [batch, heads, T, head_dim]. Queries go in blocks, each against the keys that some query of the block still
+    sees: no T x T mask, and the cost follows the compressed cache's length, not T.
+    """
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    sdpa = functional.scaled_dot_product_attention
+
+    def per_query_head(x: Tensor) -> Tensor:
+        return x.repeat_interleave(groups, dim=1) if groups > 1 else x
+
+    if bool((evicted >= length).all()):
+        return sdpa(query, per_query_head(key), per_query_head(value), is_causal=True, scale=scale)
+    positions = torch.arange(length, device=query.device)
+    size = _QUERIES.get(query.device.type, 512)
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        keys, values, lost, seen_from = key[:, :, :stop], value[:, :, :stop], evicted[:, :, :stop], positions[:stop]
+        if start:
+            index, spare = _compact(lost > start)
+            keys, values = (x.gather(2, index[..., None].expand(*index.shape, x.shape[3])) for x in (keys, values))
+            lost, seen_from = lost.gather(2, index).masked_fill(spare, 0), index
+        queries = positions[start:stop, None]
+        mask = (seen_from[..., None, :] <= queries) & (queries < lost[..., None, :])
+        blocks.append(
+            sdpa(
+                query[:, :, start:stop],
+                per_query_head(keys),
+                per_query_head(values),
+                attn_mask=per_query_head(mask),
+                scale=scale,
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+def _compact(alive: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the true entries of each row, ascending, and which slots are spare because a row has fewer.
+
+    bool [batch, heads, n] -> int64 and bool [batch, heads, most]. Rows differ in number only where padding made them.
+    """
+    counts = alive.sum(-1, keepdim=True)
+    most = int(counts.max())
+    slots = torch.where(alive, alive.cumsum(-1) - 1, most)
+    index = torch.zeros(*alive.shape[:2], most + 1, dtype=torch.int64, device=alive.device)
+    index.scatter_(2, slots, torch.arange(alive.shape[2], device=alive.device).expand(alive.shape))
+    return index[..., :most], torch.arange(most, device=alive.device) >= counts
+
+
+def _score(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of each target and whether it was likeliest: hidden [batch, n, width], targets [batch, n] -> [batch, n].
+
+    The head is applied to few tokens at a time: the logits of a long text would not fit.
+    """
+    head = model.get_output_embeddings()
+    nll, correct = [], []
+    size = max(1, _LOGITS // model.config.vocab_size)
+    for states, wanted in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
+        logits = head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll.append(functional.cross_entropy(logits, wanted, reduction="none").float())
+        correct.append(logits.argmax(-1) == wanted)
+    return torch.cat(nll).view(targets.shape), torch.cat(correct).view(targets.shape)
+
+
+def _blank(run: Run, padding: Tensor | None) -> Run:
+    if padding is None:
+        return run
+    unreal = torch.arange(run.nll.shape[1], device=run.nll.device) < padding[:, None]
+    return run._replace(nll=run.nll.masked_fill(unreal, torch.nan), correct=run.correct & ~unreal)
+
+
+def _schedule(policy: Policy, prompt_length: int, padding: Tensor | None) -> Schedule:
+    """What a policy does to each layer."""
+
+    def schedule(layer: int, keys: Tensor) -> Tensor:
+        if layer in policy.skip_layers or policy.keep_ratio == 1:
+            return evicted_at(torch.zeros(keys.shape[:3], device=keys.device), Policy(), padding=padding)
+        positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
+        if padding is not None:
+            positions = positions - padding[:, None, None]
+        return evicted_at(token_scores(keys, policy, positions, layer), policy, prompt_length, padding=padding)
+
+    return schedule
+
+
+def _check_schedule(lost: Tensor, keys: Tensor) -> Tensor:
+    if lost.shape != keys.shape[:3] or lost.dtype != torch.int64:
+        raise ValueError(
+            f"schedule returned {list(lost.shape)} {lost.dtype}, but should return evicted_at, "
+            f"int64 {list(keys.shape[:3])}"
+        )
+    if (lost <= torch.arange(keys.shape[2], device=lost.device)).any():
+        raise ValueError("schedule evicted a token before its own query: evicted_at[s] should be at least s + 1")
+    return lost
+
+
+@torch.no_grad()
+def exact_run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    schedule: Schedule | None = None,
+) -> Run:
+    """The compressed run from one forward pass. Arguments and errors: exact_nll."""
+    begin, scheduling = time.perf_counter(), 0.0
+    _check(model, input_ids, policy, prompt_length)
+    input_ids = input_ids.to(model.device, torch.int64)
+    padding = _padding(attention_mask, input_ids)
+    if position_ids is None:
+        positions = torch.arange(input_ids.shape[1], device=model.device).expand(input_ids.shape)
+        position_ids = positions if padding is None else (positions - padding[:, None]).clamp(min=0)
+    schedule_of = schedule or _schedule(policy, prompt_length, padding)
+    schedules: list[Tensor] = []
+
+    def attend(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, scaling: float, **__: Any
+    ) -> tuple[Tensor, None]:
+        nonlocal scheduling
+        clock = time.perf_counter()
+        lost = _check_schedule(schedule_of(len(schedules), key), key)
+        schedules.append(lost)
+        scheduling += time.perf_counter() - clock
+        return _attend(query, key, value, lost, scaling).transpose(1, 2), None
+
+    with attention_through(model, attend):
+        hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    nll, correct = _score(model, hidden[:, :-1], input_ids[:, 1:])
+    return _blank(Run(nll, correct, tuple(schedules), time.perf_counter() - begin, scheduling), padding)
+
+
+def exact_nll(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """NLL of each token, from one forward pass, of a run that compresses its cache as it goes.
+
+    model           a causal language model in eval mode, of the types in MODELS; its weights' dtype is the run's
+    input_ids       int64 [batch, T], at least 2 tokens and at most the model's positions
+    policy          when and what to evict; after the first call, and if streaming after each later token
+    prompt_length   tokens of the first call
+    attention_mask  [batch, T], 0 for padding on the left; a padded row is run as if it stood alone
+    position_ids    int64 [batch, T], if not counted from each row's first token
+    schedule        schedule(layer, keys [batch, kv_heads, T, head_dim]) -> evicted_at overrides the policy's
+
+    Returns float32 [batch, T-1] in nats, entry t for token t+1; nan where the token or its context is padding.
+    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason.
+    """
+    return exact_run(
+        model,
+        input_ids,
+        policy,
+        prompt_length=prompt_length,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        schedule=schedule,
+    ).nll
+
+
+@torch.no_grad()
+def stream_run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    attention_mask: Tensor | None = None,
+) -> Run:
+    """The compressed run by the loop it stands for. Arguments and errors: stream_nll."""
+    begin = time.perf_counter()
+    _check(model, input_ids, policy, prompt_length)
+    input_ids = input_ids.to(model.device, torch.int64)
+    padding = _padding(attention_mask, input_ids)
+    if padding is None:
+        return _loop(model, input_ids, policy, prompt_length)._replace(seconds=time.perf_counter() - begin)
+
+    # Rows of one length run together, without their padding: each as if it stood alone.
+    batch, length = input_ids.shape
+    nll = torch.full((batch, length - 1), torch.nan, device=model.device)
+    correct = torch.zeros_like(nll, dtype=torch.bool)
+    schedules: list[Tensor] = []
+    for pads in padding.unique().tolist():
+        rows = padding == pads
+        run = _loop(model, input_ids[rows, pads:], policy, max(1, prompt_length - pads))
+        nll[rows, pads:], correct[rows, pads:] = run.nll, run.correct
+        for layer, lost in enumerate(run.evicted_at):
+            if layer == len(schedules):
+                own = torch.arange(1, length + 1, device=model.device)
+                schedules.append(own.expand(batch, lost.shape[1], length).contiguous())
+            schedules[layer][rows, :, pads:] = lost + pads
+    return Run(nll, correct, tuple(schedules), time.perf_counter() - begin, 0.0)
+
+
+def _loop(model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_length: int) -> Run:
+    batch, length = input_ids.shape
+    cache = KnormCache(policy)
+    positions = torch.arange(length, device=model.device).expand(batch, length)
+    nll, correct = [], []
+    schedules: list[Tensor] = []
+    # Layers of unequal length work under SDPA, one token at a time; eager attention would want masks to match.
+    with attention_through(model, None):
+        for start, stop in [(0, prompt_length), *((t, t + 1) for t in range(prompt_length, length))]:
+            hidden = model.base_model(
+                input_ids=input_ids[:, start:stop],
+                position_ids=positions[:, start:stop],
+                use_cache=True,
+                **{cache_keyword(model): cache},
+            ).last_hidden_state
+            targets = input_ids[:, start + 1 : stop + 1]
+            if targets.shape[1]:
+                scores = _score(model, hidden[:, : targets.shape[1]], targets)
+                nll.append(scores[0])
+                correct.append(scores[1])
+            schedules = _record(cache, schedules, length, stop)
+    return Run(torch.cat(nll, 1), torch.cat(correct, 1), tuple(schedules), 0.0, 0.0)
+
+
+def _record(cache: KnormCache, schedules: list[Tensor], length: int, seen: int) -> list[Tensor]:
+    """Note which tokens, seen so far and not yet known as lost, each layer has ceased to store."""
+    if not schedules:
+        shapes = [(*cache.positions(layer).shape[:2], length) for layer in range(len(cache))]
+        schedules = [torch.full(shape, length, device=cache.positions(0).device) for shape in shapes]
+    for layer, lost in enumerate(schedules):
+        stored = cache.positions(layer)
+        if stored.shape[-1] < seen:
+            gone = torch.ones(lost.shape, dtype=torch.bool, device=lost.device).scatter_(-1, stored, False)
+            gone[..., seen:] = False
+            lost.masked_fill_(gone & (lost == length), seen)
+    return schedules
+
+
+def stream_nll(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """NLL of each token by the honest loop: feed the prompt, then token by token, through a KnormCache.
+
+    Arguments, result and errors as exact_nll. Positions count the tokens seen, not the tokens stored. Padded rows are
+    run without their padding, those of one length together.
+    """
+    run = stream_run(model, input_ids, policy, prompt_length=prompt_length, attention_mask=attention_mask)
+    return run.nll
+
+
+class Agreement(NamedTuple):
+    """The one pass beside the loop, on the same texts and policy.
+
+    exact, stream   the two runs
+    evictions       how many (layer, row, head, token) the two evict at different times
+    gap             the largest relative distance between the norms where a row's schedules first part; 0 if none does
+    difference      the largest absolute difference of any token's NLL in nats, given the loop's schedule
+    """
+
+    exact: Run
+    stream: Run
+    evictions: int
+    gap: float
+    difference: float
+
+    @property
+    def holds(self) -> bool:
+        """Equal as float32 and float64 can be: each token within 1e-4, evictions but for near-ties."""
+        return self.difference <= 1e-4 and self.gap <= NEAR_TIE
+
+
+def agreement(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    attention_mask: Tensor | None = None,
+) -> Agreement:
+    """Run both ways and compare. Arguments and errors: exact_nll.
+
+    The two round differently, so of two keys with one norm (a word that occurs twice, in layer 0) either may go first.
+    Such evictions are counted; the tokens are then compared under the schedule that the loop really had.
+    """
+    options: Any = {"prompt_length": prompt_length, "attention_mask": attention_mask}
+    exact = exact_run(model, input_ids, policy, **options)
+    stream = stream_run(model, input_ids, policy, **options)
+    evictions = sum(int((a != b).sum()) for a, b in zip(exact.evicted_at, stream.evicted_at, strict=True))
+    gap, same = 0.0, exact
+    if evictions:
+        norms: list[Tensor] = []
+
+        def replay(layer: int, keys: Tensor) -> Tensor:
+            norms.append(squared_norms(keys, layer).sqrt())
+            return stream.evicted_at[layer]
+
+        same = exact_run(model, input_ids, policy, schedule=replay, **options)
+        gap = _parting_gap(exact.evicted_at, stream.evicted_at, norms)
+    difference = float((same.nll - stream.nll).abs().nan_to_num(0.0).max())
+    return Agreement(exact, stream, evictions, gap, difference)
+
+
+def _parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
+    """How far apart, relatively, the norms lie over which each row's schedules first part; the widest over rows.
+
+    Nothing but those norms can be the cause there; whatever parts later in the row may be a consequence.
+    """
+    layers = list(zip(ours, theirs, norms, strict=True))
+    never = ours[0].shape[-1]
+    times = [torch.minimum(a, b).masked_fill(a == b, never) for a, b, _ in layers]
+    parting = torch.stack([when.flatten(1).amin(-1) for when in times]).amin(0)
+    gap = 0.0
+    for when, (_, _, norm) in zip(times, layers, strict=True):
+        cause = (when == parting[:, None, None]) & (when < never)
+        highest = norm.masked_fill(~cause, 0.0).amax(-1)
+        lowest = norm.masked_fill(~cause, torch.inf).amin(-1)
+        gap = max(gap, float(((highest - lowest) / highest).where(cause.any(-1), 0.0).max()))
+    return gap

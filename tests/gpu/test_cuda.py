@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, tiny, tokens
+
+from knorm import Policy, compress, evicted_at, exact_nll
+from knorm.core import token_scores
+from knorm.laws import CHECKS
+from knorm.laws.strategies import caches
+from knorm.perplexity import agreement, exact_run
+
+STREAMING = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0,))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@given(data=st.data())
+def test_knorms_own_core_holds_on_cuda(name, data):
+    cache = data.draw(caches())
+    CHECKS[name](compress, replace(cache, keys=cache.keys.cuda(), values=cache.values.cuda()))
+
+
+@given(caches(), st.sampled_from(["low_norm", "high_norm", "random"]))
+def test_where_sums_are_exact_selections_agree_with_the_cpu_bit_for_bit(cache, score):
+    policy = Policy(cache.keep_ratio, score=score, seed=5)
+    here, there = compress(cache.keys, cache.values, policy), compress(cache.keys.cuda(), cache.values.cuda(), policy)
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one, other.cpu())
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 40]))
+def test_schedules_agree_with_the_cpu(seed, prompt):
+    scores = torch.randint(0, 9, (2, 3, 60), generator=torch.Generator().manual_seed(seed)).float()
+    for policy in (Policy(0.5), STREAMING, Policy(0.9, prune_after=20, protect_recent=4, protocol="streaming")):
+        assert torch.equal(evicted_at(scores, policy, prompt), evicted_at(scores.cuda(), policy, prompt).cpu())
+
+
+def test_random_scores_are_the_same_on_every_device():
+    keys, positions = torch.zeros(1, 3, 50, 2), torch.arange(50).expand(1, 3, 50)
+    policy = Policy(0.5, score="random", seed=9)
+    here = token_scores(keys, policy, positions, 2)
+    assert torch.equal(here, token_scores(keys.cuda(), policy, positions.cuda(), 2).cpu())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_one_pass_equals_the_loop(kind, padded):
+    model, ids = tiny(kind).cuda(), tokens(3, 60)
+    mask = (torch.arange(60) >= torch.tensor([0, 5, 31])[:, None]).long() if padded else None
+    for policy, prompt in ((STREAMING, 1), (Policy(0.3, protect_recent=2), 35)):
+        both = agreement(model, ids, policy, prompt_length=prompt, attention_mask=mask)
+        assert both.difference <= 1e-4
+        assert both.gap <= 2**-20
+
+
+def test_the_device_does_not_matter_in_float64():
+    model, ids = tiny("llama", torch.float64), tokens(2, 60)
+    here = exact_nll(model, ids, STREAMING)
+    assert torch.allclose(here, exact_nll(model.cuda(), ids, STREAMING).cpu(), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_and_counts_what_differs(dtype):
+    both = agreement(tiny("qwen2", dtype).cuda(), tokens(2, 60), STREAMING)
+    assert both.exact.nll.isfinite().all()
+    assert both.evictions >= 0
+    assert both.difference < 1
+
+
+def test_a_long_text_holds_no_square_mask():
+    model = tiny("llama", max_position_embeddings=16384).cuda()
+    ids = tokens(1, 16384)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run = exact_run(model, ids, Policy(0.5, prune_after=512, protocol="streaming"))
+    assert torch.cuda.max_memory_allocated() - before < 16384**2, "bytes of one head's mask alone"
+    assert run.nll.isfinite().all()
+
+
+def test_the_embedded_model(embedded):
+    from knorm.evaluation import cut_windows
+    from knorm.models import load_embedded, load_text
+
+    model, tokenizer = embedded
+    ids = cut_windows(tokenizer, load_text("narrative"), 256, 2).input_ids
+    policy = Policy(0.7, prune_after=32, protocol="streaming", skip_layers=(0,))
+    on_cuda, _ = load_embedded(device="cuda")
+    both = agreement(on_cuda, ids, policy)
+    assert both.holds, both
+    here = exact_run(model, ids, policy)
+    if all(torch.equal(a, b.cpu()) for a, b in zip(here.evicted_at, both.exact.evicted_at, strict=True)):
+        assert (here.nll - both.exact.nll.cpu()).abs().max() < 1e-4
