@@ -1,0 +1,176 @@
+"""Models and texts: those in the box, local files, and the Hub at a pinned revision.
+
+Weights are read from safetensors only, and no code that a repository brings is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_TEXTS = ("narrative", "encyclopedia")
+HUB_TEXTS = {
+    "wikitext2": "hub:Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3:wikitext-2-raw-v1/test-*.parquet",
+    "pg19": "hub:emozilla/pg19@c021754c8e01c5b1cc83a1f549c1f97fbbb756b8:data/test-*.parquet",
+}
+_PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+
+
+def load_embedded(
+    *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model in the box and its tokenizer: a GPT-NeoX of Pythia's make, in eval mode (assets/README.md).
+
+    dtype and device are the weights'; stored as bfloat16, they are exact in float32. Raises ValueError where a file
+    of the box is missing or not what was shipped.
+    """
+    for line in (ASSETS / "SHA256SUMS").read_text(encoding="ascii").splitlines():
+        expected, name = line.split()
+        file = ASSETS / name
+        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
+        if found != expected:
+            raise ValueError(
+                f"the embedded {name} is damaged: sha256 {found[:12]}, but should be {expected[:12]}. Reinstall knorm"
+            )
+    return load_model(str(ASSETS), dtype=dtype, device=device)
+
+
+def load_model(
+    name: str = "embedded", *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A causal language model in eval mode, and its tokenizer.
+
+    name   "embedded"; a folder with config.json, *.safetensors and tokenizer.json; or a Hub id at a pinned revision,
+           "organisation/name@" and the 40 digits of a commit
+
+    Raises ValueError, in one line, for a name that is none of these, a model that cannot be fetched, weights that are
+    missing, damaged or not safetensors.
+    """
+    if name == "embedded":
+        return load_embedded(dtype=dtype, device=device)
+    where: dict[str, Any] = {}
+    source = name
+    if pinned := _PINNED.fullmatch(name):
+        source, where = pinned["name"], {"revision": pinned["revision"]}
+    elif not Path(name).is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", name):
+            raise ValueError(
+                f"model {name!r} is no folder here; from the Hub it needs a pinned revision: "
+                f"{name.partition('@')[0]}@ and the 40 digits of a commit"
+            )
+        raise ValueError(f"model {name!r} should be 'embedded', a folder, or a Hub id such as organisation/name@commit")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **where
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
+    return model.to(device).eval(), tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def load_text(source: str, column: str = "text") -> str:
+    """A text, line ends as line feeds.
+
+    source   "narrative" or "encyclopedia", in the box; "wikitext2" or "pg19", from the Hub; a .txt; a .parquet or
+             .jsonl, whose `column` is joined; or "hub:organisation/name@commit:files", a data set's parquet files
+
+    WikiText's tokenised form is undone. Raises ValueError, in one line, for a source that is none of these, that cannot
+    be fetched or read, or that has no such column.
+    """
+    source = HUB_TEXTS.get(source, source)
+    if source in EMBEDDED_TEXTS:
+        return (ASSETS / f"{source}.txt").read_text(encoding="utf-8")
+    if source.startswith("hub:"):
+        text = "".join(_rows(_hub_files(source), "parquet", column))
+    else:
+        file = Path(source)
+        if not file.is_file():
+            raise ValueError(
+                f"text {source!r} is no file here, and none of {', '.join((*EMBEDDED_TEXTS, *HUB_TEXTS))}; "
+                "a data set is written hub:organisation/name@commit:files"
+            )
+        if file.suffix in (".parquet", ".jsonl"):
+            text = "\n".join(_rows([str(file)], "parquet" if file.suffix == ".parquet" else "json", column))
+        else:
+            try:
+                text = file.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"text {source!r} is not UTF-8: {error}") from None
+    text = text.replace("\r\n", "\n")
+    return detokenize_wikitext(text) if " @-@ " in text else text
+
+
+def _hub_files(source: str) -> list[str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    _, _, address = source.partition(":")
+    repository, _, files = address.partition(":")
+    pinned = _PINNED.fullmatch(repository)
+    if not pinned or not files.endswith(".parquet"):
+        raise ValueError(f"text {source!r} should be hub:organisation/name@commit:files, with parquet files")
+    try:
+        folder = snapshot_download(
+            pinned["name"], repo_type="dataset", revision=pinned["revision"], allow_patterns=[files]
+        )
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        raise ValueError(f"text {source!r} cannot be fetched: {_first_line(error)}") from None
+    found = sorted(str(path) for path in Path(folder).glob(files))
+    if not found:
+        raise ValueError(f"text {source!r}: the data set has no {files} at this commit")
+    return found
+
+
+def _rows(files: list[str], kind: str, column: str) -> Iterable[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("reading parquet and jsonl needs the package datasets: pip install 'knorm[data]'") from None
+    try:
+        rows = list(datasets.load_dataset(kind, data_files=files, split="train", streaming=True))
+    except Exception as error:  # datasets raises what pyarrow, fsspec or its own builders raise
+        raise ValueError(f"{files[0]} cannot be read as {kind}: {_first_line(error)}") from None
+    if rows and column not in rows[0]:
+        raise ValueError(f"{files[0]} has no column {column!r}, but {', '.join(rows[0])}")
+    return [row[column] for row in rows]
+
+
+_WIKITEXT = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r" @([-.,])@ ", r"\1"),  # hyphens and decimal marks inside a word
+        (r" ([,.;:!?%)\]}])", r"\1"),  # closing marks stand at the word before them
+        (r"([(\[{$£€]) ", r"\1"),  # opening marks at the word after them
+        (r" ('(?:s|t|re|ve|ll|m|d|S)\b)", r"\1"),
+        (r" '(?=\s|$)", r"'"),  # the possessive of a plural
+        (r'" ([^"\n]*?) "', r'"\1"'),
+        (r"(?<=\d) – (?=\d)", r"–"),
+        (r"(?<=\d) / (?=\d)", r"/"),
+        (r" °", r"°"),
+    )
+]
+
+
+def detokenize_wikitext(text: str) -> str:
+    """WikiText's tokenised form undone: ``3 @.@ 5 km , he said`` reads ``3.5 km, he said`` again.
+
+    Headings (`` = Title = ``), ``<unk>`` and line ends stay.
+    """
+    for pattern, replacement in _WIKITEXT:
+        text = pattern.sub(replacement, text)
+    return text
