@@ -1,0 +1,165 @@
+"""Perplexity of a text under a policy, window by window: one row of a curve, with what it rests on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from knorm.perplexity import Agreement, Run, agreement, exact_run
+from knorm.policy import Policy
+from knorm.schedule import cache_lengths, recent_cached
+
+NEWEST = 16  # tokens whose presence in the cache is reported
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text cut into windows of equal length, each evaluated as a sequence of its own.
+
+    input_ids   int64 [windows, tokens]
+    byte_ends   int64 [windows, tokens]: where each token ends in the text's UTF-8
+    """
+
+    input_ids: Tensor
+    byte_ends: Tensor
+
+    def scored_bytes(self, prompt_length: int) -> int:
+        """Bytes of text that the tokens after the prompt stand for."""
+        return int((self.byte_ends[:, -1] - self.byte_ends[:, prompt_length - 1]).sum())
+
+
+def cut_windows(tokenizer: PreTrainedTokenizerFast, text: str, length: int = 512, most: int | None = None) -> Windows:
+    """The first windows of a text; what is left over at its end is not used, unless the text is shorter than a window.
+
+    Each window starts with the tokenizer's own beginning-of-sequence token where it adds one. Raises ValueError for a
+    text shorter than two tokens, and for settings below two tokens or one window.
+    """
+    if length < 2 or (most is not None and most < 1):
+        raise ValueError(f"{most} windows of {length} tokens, but should be at least 1 of 2")
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = encoding["input_ids"]
+    bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)])
+    ends = bytes_before[[end for _, end in encoding["offset_mapping"]]] if ids else np.array([])
+    start = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
+    if len(ids) < 2:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, but needs at least two: one to be given, one to be predicted"
+        )
+    own = min(length - len(start), len(ids))
+    count = min(len(ids) // own, most or len(ids))
+    windows = torch.tensor(ids[: count * own]).view(count, own)
+    byte_ends = torch.from_numpy(ends[: count * own].astype(np.int64)).view(count, own)
+    if start:
+        windows = torch.cat([torch.full((count, 1), start[0]), windows], 1)
+        before = torch.cat([torch.zeros(1, 1, dtype=torch.int64), byte_ends[:-1, -1:]])
+        byte_ends = torch.cat([before, byte_ends], 1)
+    return Windows(windows, byte_ends)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy on one text. Every row of a curve scores the same tokens: those after the prompt.
+
+    ppl             exp of the mean NLL per token; standard_error of it, clustered by window (None for one window)
+    bits_per_byte   of the scored text's UTF-8
+    accuracy        share of tokens that were the likeliest
+    mean_cache      tokens that a scored query sees in a compressed layer, itself included; final_cache: the last query
+    recent          how many of the newest 16 tokens are among them, itself included
+    seconds         wall time; of which scheduling
+    stream_*        the loop, where it was run: its PPL, the largest difference of a token's NLL from the one pass,
+                    evictions that differ, and the widest relative gap of norms where they first do
+    """
+
+    keep_ratio: str
+    windows: int
+    tokens: int
+    nll: float
+    ppl: float
+    standard_error: float | None
+    bits_per_byte: float
+    accuracy: float
+    mean_cache: float
+    final_cache: float
+    recent: float
+    seconds: float
+    scheduling: float
+    stream_ppl: float | None = None
+    stream_seconds: float | None = None
+    stream_difference: float | None = None
+    stream_evictions: int | None = None
+    stream_gap: float | None = None
+
+
+def _mean(parts: list[tuple[Tensor, int]]) -> float:
+    return sum(float(x.double().mean()) * n for x, n in parts) / sum(n for _, n in parts)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    windows: Windows,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    stream: bool = False,
+    batch: int = 8,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Row:
+    """Evaluate a policy by one pass over each window; with `stream`, by the loop too.
+
+    batch      windows at a time
+    on_batch   called after each, for a progress bar
+
+    Raises what perplexity.exact_nll raises.
+    """
+    runs: list[Run] = []
+    loops: list[Agreement] = []
+    for ids in windows.input_ids.split(batch):
+        if stream:
+            loops.append(agreement(model, ids, policy, prompt_length=prompt_length))
+            runs.append(loops[-1].exact)
+        else:
+            runs.append(exact_run(model, ids, policy, prompt_length=prompt_length))
+        on_batch()
+    layers = set(range(len(runs[0].evicted_at)))
+    compressed = layers - set(policy.skip_layers) or layers
+    first = prompt_length - 1  # the query that predicts the first scored token
+    schedules = [(run.evicted_at[layer], len(run.nll)) for run in runs for layer in compressed]
+    lengths = [(cache_lengths(evicted)[..., first:], n) for evicted, n in schedules]
+    recent = [(recent_cached(evicted, NEWEST)[..., max(first, NEWEST - 1) :], n) for evicted, n in schedules]
+
+    nll = torch.cat([run.nll[:, first:] for run in runs]).double()
+    means = nll.mean(1)
+    mean = float(means.mean())
+    error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else None
+    row = Row(
+        keep_ratio=str(policy.keep_ratio),
+        windows=len(means),
+        tokens=nll.numel(),
+        nll=mean,
+        ppl=math.exp(mean),
+        standard_error=None if error is None else math.exp(mean) * error,
+        bits_per_byte=float(nll.sum()) / math.log(2) / windows.scored_bytes(prompt_length),
+        accuracy=_mean([(run.correct[:, first:], len(run.nll)) for run in runs]),
+        mean_cache=_mean(lengths),
+        final_cache=_mean([(x[..., -1:], n) for x, n in lengths]),
+        recent=_mean(recent) if recent[0][0].shape[-1] else math.nan,
+        seconds=sum(run.seconds for run in runs),
+        scheduling=sum(run.scheduling for run in runs),
+    )
+    if not stream:
+        return row
+    stream_nll = torch.cat([loop.stream.nll[:, first:] for loop in loops]).double()
+    return replace(
+        row,
+        stream_ppl=math.exp(float(stream_nll.mean())),
+        stream_seconds=sum(loop.stream.seconds for loop in loops),
+        stream_difference=max(loop.difference for loop in loops),
+        stream_evictions=sum(loop.evictions for loop in loops),
+        stream_gap=max(loop.gap for loop in loops),
+    )
