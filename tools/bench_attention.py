@@ -1,0 +1,92 @@
+"""One layer's masked attention on CUDA: blocks of queries over surviving keys, a dense mask, and FlexAttention.
+
+    python tools/bench_attention.py
+
+All three compute query t over keys s with s <= t < evicted_at[s]. FlexAttention gets a block mask from per-block
+minima and maxima of evicted_at, so that empty blocks are skipped and full ones not masked; compilation is timed apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from bench_exact import seconds
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from knorm import Policy, evicted_at, perplexity
+
+BLOCK = 128
+
+
+def block_mask(lost: Tensor) -> BlockMask:
+    """FlexAttention's block mask of a schedule [batch, heads, T], T a multiple of 128, from its minima and maxima."""
+    batch, heads, length = lost.shape
+    blocks = length // BLOCK
+    tiles = lost.view(batch, heads, 1, blocks, BLOCK)
+    least, most = tiles.amin(-1), tiles.amax(-1)
+    row = torch.arange(blocks, device=lost.device)[:, None]
+    column = torch.arange(blocks, device=lost.device)
+    alive = (column <= row) & (most > row * BLOCK)
+    full = (column < row) & (least >= (row + 1) * BLOCK)
+
+    def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        return tiles.sum(-1).int(), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < lost[b, h, key])
+
+    return BlockMask.from_kv_blocks(*ordered(alive & ~full), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
+
+
+def main() -> None:
+    compiled = torch.compile(flex_attention, dynamic=False)
+    draw = torch.Generator("cuda").manual_seed(0)
+    print(
+        f"8 heads of 64, prune_after 512, on {torch.cuda.get_device_name()}, torch {torch.__version__.split('+')[0]};"
+    )
+    print("milliseconds, median of 7\n")
+    sizes = (256, 512, 1024, 2048)
+    print("| dtype | tokens | ratio | plain causal |", *(f"blocks of {n} |" for n in sizes), "dense mask |", end="")
+    print(" FlexAttention | its block mask | its compilation s | largest difference |")
+    print("| --- " * (9 + len(sizes)) + "|")
+    for dtype in (torch.float32, torch.bfloat16):
+        for length in (2048, 32768):
+            query, key, value = (
+                torch.randn(1, 8, length, 64, device="cuda", generator=draw).to(dtype) for _ in range(3)
+            )
+            compilation = 0.0
+            for ratio in ("0.9", "0.5"):
+                lost = evicted_at(key.float().square().sum(-1), Policy(ratio, 512, protocol="streaming"))
+
+                def median(call: object) -> str:
+                    call()  # type: ignore[operator]
+                    return f"{statistics.median(seconds(call, 'cuda') for _ in range(7)) * 1e3:.2f}"  # type: ignore[arg-type]
+
+                cells = [median(lambda: sdpa(query, key, value, is_causal=True))]  # noqa: B023
+                for size in sizes:
+                    perplexity._QUERIES["cuda"] = size
+                    cells.append(median(lambda: perplexity._attend(query, key, value, lost, None)))  # noqa: B023
+                if length <= 4096:
+                    positions = torch.arange(length, device="cuda")
+                    mask = (positions <= positions[:, None]) & (positions[:, None] < lost[..., None, :])
+                    cells.append(median(lambda: sdpa(query, key, value, attn_mask=mask)))  # noqa: B023
+                else:
+                    cells.append("-")
+                own = block_mask(lost)
+                begin = time.perf_counter()
+                flexed = compiled(query, key, value, block_mask=own)
+                torch.cuda.synchronize()
+                compilation = max(compilation, time.perf_counter() - begin)
+                cells.append(median(lambda: compiled(query, key, value, block_mask=own)))  # noqa: B023
+                cells.append(median(lambda: block_mask(lost)))  # noqa: B023
+                difference = (flexed - perplexity._attend(query, key, value, lost, None)).abs().max().item()
+                print(f"| {str(dtype)[6:]} | {length} | {ratio} |", *(f"{cell} |" for cell in cells), end="")
+                print(f" {compilation:.0f} | {difference:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
