@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from knorm.cache import KnormCache, attention_through, cache_keyword
 from knorm.core import squared_norms, token_scores
 from knorm.policy import Policy
-from knorm.schedule import evicted_at
+from knorm.schedule import schedule_scores
 
 Schedule = Callable[[int, Tensor], Tensor]
 
 MODELS = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 _ROTATIONS = ("default", "linear", "llama3", "yarn")  # fixed for the run; others depend on the length of a call
-_QUERIES = {"cpu": 128, "cuda": 512}  # per block: longer texts never hold a T x T mask (docs/one-pass.md)
+_QUERIES = {"cpu": 128, "cuda": 2048}  # per block at most (docs/one-pass.md)
+_MASK = 2**29  # elements of a block's mask at most
 _LOGITS = 2**26  # at most so many at a time
 NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way
 
@@ -122,26 +123,31 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: f
     Returns [batch, heads, T, head_dim]. Queries go in blocks, each against the keys that some query of the block still
     sees: no T x T mask, and the cost follows the compressed cache's length, not T.
     """
-    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    (batch, heads, length, _), groups = query.shape, query.shape[1] // key.shape[1]
+    size = min(_QUERIES.get(query.device.type, 512), max(64, _MASK // (batch * heads * length)))
+    lost_by = torch.zeros(*evicted.shape[:2], length + 1, dtype=torch.int64, device=evicted.device)
+    lost_by = lost_by.scatter_add_(-1, evicted, torch.ones_like(evicted)).cumsum(-1)
+    counts = torch.cat([lost_by[..., :length:size].amin((0, 1)), lost_by[..., length - 1].amax().view(1)])
+    *fewest, lost_at_all = counts.tolist()  # the device is waited for once, not for every block
     sdpa = functional.scaled_dot_product_attention
 
     def per_query_head(x: Tensor) -> Tensor:
         return x.repeat_interleave(groups, dim=1) if groups > 1 else x
 
-    if bool((evicted >= length).all()):
+    if not lost_at_all:
         return sdpa(query, per_query_head(key), per_query_head(value), is_causal=True, scale=scale)
     positions = torch.arange(length, device=query.device)
-    size = _QUERIES.get(query.device.type, 512)
+    causal = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     blocks = []
-    for start in range(0, length, size):
+    for start, gone in zip(range(0, length, size), fewest, strict=True):
         stop = min(start + size, length)
-        keys, values, lost, seen_from = key[:, :, :stop], value[:, :, :stop], evicted[:, :, :stop], positions[:stop]
-        if start:
-            index, spare = _compact(lost > start)
+        keys, values, lost = key[:, :, :stop], value[:, :, :stop], evicted[:, :, :stop]
+        if gone:
+            index, spare = _compact(lost > start, stop - gone)
             keys, values = (x.gather(2, index[..., None].expand(*index.shape, x.shape[3])) for x in (keys, values))
-            lost, seen_from = lost.gather(2, index).masked_fill(spare, 0), index
-        queries = positions[start:stop, None]
-        mask = (seen_from[..., None, :] <= queries) & (queries < lost[..., None, :])
+            lost = lost.gather(2, index).masked_fill(spare, 0)
+        mask = positions[start:stop, None] < lost[..., None, :]
+        mask[..., start - stop :] &= causal[: stop - start, : stop - start]  # the block's own keys stand last
         blocks.append(
             sdpa(
                 query[:, :, start:stop],
@@ -154,17 +160,16 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: f
     return torch.cat(blocks, dim=2)
 
 
-def _compact(alive: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the true entries of each row, ascending, and which slots are spare because a row has fewer.
+def _compact(alive: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Indices of the true entries of each row, ascending, in the last of `most` slots; the slots before are spare.
 
     bool [batch, heads, n] -> int64 and bool [batch, heads, most]. Rows differ in number only where padding made them.
     """
-    counts = alive.sum(-1, keepdim=True)
-    most = int(counts.max())
-    slots = torch.where(alive, alive.cumsum(-1) - 1, most)
+    spare = most - alive.sum(-1, keepdim=True)
+    slots = torch.where(alive, alive.cumsum(-1) - 1 + spare, most)
     index = torch.zeros(*alive.shape[:2], most + 1, dtype=torch.int64, device=alive.device)
     index.scatter_(2, slots, torch.arange(alive.shape[2], device=alive.device).expand(alive.shape))
-    return index[..., :most], torch.arange(most, device=alive.device) >= counts
+    return index[..., :most], torch.arange(most, device=alive.device) < spare
 
 
 def _score(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,16 +200,16 @@ def _schedule(policy: Policy, prompt_length: int, padding: Tensor | None) -> Sch
 
     def schedule(layer: int, keys: Tensor) -> Tensor:
         if layer in policy.skip_layers or policy.keep_ratio == 1:
-            return evicted_at(torch.zeros(keys.shape[:3], device=keys.device), Policy(), padding=padding)
+            return schedule_scores(torch.zeros(keys.shape[:3], device=keys.device), Policy(), 1, padding)
         positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
         if padding is not None:
             positions = positions - padding[:, None, None]
-        return evicted_at(token_scores(keys, policy, positions, layer), policy, prompt_length, padding=padding)
+        return schedule_scores(token_scores(keys, policy, positions, layer), policy, prompt_length, padding)
 
     return schedule
 
 
-def _check_schedule(lost: Tensor, keys: Tensor) -> Tensor:
+def _check_schedule(lost: Tensor, keys: Tensor) -> None:
     if lost.shape != keys.shape[:3] or lost.dtype != torch.int64:
         raise ValueError(
             f"schedule returned {list(lost.shape)} {lost.dtype}, but should return evicted_at, "
@@ -212,7 +217,6 @@ def _check_schedule(lost: Tensor, keys: Tensor) -> Tensor:
         )
     if (lost <= torch.arange(keys.shape[2], device=lost.device)).any():
         raise ValueError("schedule evicted a token before its own query: evicted_at[s] should be at least s + 1")
-    return lost
 
 
 @torch.no_grad()
@@ -242,7 +246,9 @@ def exact_run(
     ) -> tuple[Tensor, None]:
         nonlocal scheduling
         clock = time.perf_counter()
-        lost = _check_schedule(schedule_of(len(schedules), key), key)
+        lost = schedule_of(len(schedules), key)
+        if schedule:
+            _check_schedule(lost, key)
         schedules.append(lost)
         scheduling += time.perf_counter() - clock
         return _attend(query, key, value, lost, scaling).transpose(1, 2), None

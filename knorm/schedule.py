@@ -93,27 +93,32 @@ def evicted_at(scores: Tensor, policy: Policy, prompt_length: int = 1, *, paddin
         raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and the {length} tokens of the run")
     if not scores.is_floating_point() or not scores.isfinite().all():
         raise ValueError("scores should be finite floating-point numbers, one per token")
-    if padding is not None and padding.any():
+    return schedule_scores(scores, policy, prompt_length, padding)
+
+
+def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding: Tensor | None) -> Tensor:
+    """evicted_at of arguments known to be right: on CUDA each check would wait for the device."""
+    length = scores.shape[-1]
+    if padding is not None:
         evicted = torch.arange(1, length + 1, device=scores.device).expand(scores.shape).contiguous()
         for pads in padding.unique().tolist():
-            rows = padding == pads
-            evicted[rows, :, pads:] = pads + evicted_at(scores[rows, :, pads:], policy, max(1, prompt_length - pads))
+            rows, prompt = padding == pads, max(1, prompt_length - pads)
+            evicted[rows, :, pads:] = pads + schedule_scores(scores[rows, :, pads:], policy, prompt, None)
         return evicted
-    evicted = torch.full(scores.shape, length, dtype=torch.int64, device=scores.device)
     if policy.protocol == "prefill":
+        evicted = torch.full(scores.shape, length, dtype=torch.int64, device=scores.device)
         budget = policy.budget(prompt_length)
         if budget < prompt_length:
             prompt = scores[..., :prompt_length]
             evicted[..., :prompt_length] = prompt_length
             evicted.scatter_(-1, select(prompt, budget, policy.protect_first, policy.protect_recent), length)
         return evicted
+    evicted = torch.full(scores.shape, length, dtype=torch.int64)
     times, sizes, first = _events(policy, length, prompt_length)
     if len(times):
         order = scores.argsort(dim=-1, stable=True).view(-1, length).cpu().numpy()
-        result = evicted.cpu().view(-1, length).numpy()
-        _evict(order, times, sizes, first, result)
-        evicted = torch.from_numpy(result).view(scores.shape).to(scores.device)
-    return evicted
+        _evict(order, times, sizes, first, evicted.view(-1, length).numpy())
+    return evicted.to(scores.device)
 
 
 def cache_lengths(evicted_at: Tensor) -> Tensor:

@@ -14,18 +14,21 @@ ARCHITECTURES = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
 }
 
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+}
+
 
 def tiny(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: object):
     """A model of three layers and four heads of 16, with weights that spread norms and attention as trained ones do."""
     config = AutoConfig.for_model(
         kind,
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=128,
-        **{**ARCHITECTURES.get(kind, {}), **options},
+        **{**SIZES, **ARCHITECTURES.get(kind, {}), **options},
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     generator = torch.Generator().manual_seed(seed)

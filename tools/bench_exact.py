@@ -80,9 +80,7 @@ def cpu() -> None:
     policy = Policy("0.5", 128, protocol="streaming", skip_layers=(0,))
     loop = sum(stream_run(model, row[None], policy).seconds for row in ids[:2]) / 2
     one = statistics.median(exact_run(model, ids, policy).seconds / len(ids) for _ in range(5))
-    print(
-        f"\nThe loop above runs 8 windows at a time; one at a time, {loop:.1f} s a window, {loop / one:.0f}x one pass.\n"
-    )
+    print(f"\nThis loop runs 8 windows at a time; one at a time, {loop:.1f} s a window, {loop / one:.0f}x one pass.\n")
 
 
 def cuda() -> None:
