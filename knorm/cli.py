@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import traceback
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,29 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _no_bars() -> None:
-    """transformers would draw a bar for each weights file, also into a log."""
-    from transformers.utils.logging import disable_progress_bar
+def _hush_transformers() -> None:
+    """It would draw a bar for each weights file, also into a log, and warn of what load_model refuses."""
+    from transformers.utils import logging
 
-    disable_progress_bar()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _device(name: str) -> str:
+    """A device that is there: refused otherwise, before anything is loaded."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}, but should be cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}, but should be cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}, but PyTorch sees no CUDA device: drop the flag, or install a CUDA build")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}, but there are only devices 0 to {torch.cuda.device_count() - 1}")
+    return name
 
 
 def _writable(_context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
@@ -111,7 +130,7 @@ def verify(json: Path | None, quiet: bool) -> None:
     from knorm.report import curve_table
     from knorm.verify import verify as run
 
-    _no_bars()
+    _hush_transformers()
     console, verdicts = _console(quiet), []
     for verdict in run():
         verdicts.append(verdict)
@@ -120,7 +139,7 @@ def verify(json: Path | None, quiet: bool) -> None:
             f"{verdict.claim} ",
             (f"[{verdict.evidence}; {verdict.seconds:.1f} s]", "dim"),
         )
-        console.print(line)
+        console.print(line, soft_wrap=not console.is_terminal)  # a log has no edge
         if verdict.rows:
             console.print(curve_table(verdict.rows), "")
     refuted = sum(not verdict.holds for verdict in verdicts)
@@ -171,6 +190,7 @@ def verify(json: Path | None, quiet: bool) -> None:
 def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None:
     """Perplexity of a text at each ratio, exactly, from one forward pass each."""
     import torch
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from knorm.evaluation import cut_windows, evaluate
@@ -180,13 +200,14 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None
     from knorm.report import curve_table, plot_curve
 
     console = _console(quiet)
-    protocol: Any = given["protocol"] or ("prefill" if given["prompt_length"] else "streaming")
+    prompted = given["prompt_length"] is not None
+    protocol: Any = given["protocol"] or ("prefill" if prompted else "streaming")
     prune_after = given["prune_after"]
     if prune_after is None:
         prune_after = 128 if protocol == "streaming" else 0
-    if protocol == "prefill" and not given["prompt_length"]:
+    if protocol == "prefill" and not prompted:
         raise ValueError("a prefill compresses once, after the prompt: give --prompt-length, or --protocol streaming")
-    prompt_length = given["prompt_length"] or 1
+    prompt_length = given["prompt_length"] if prompted else 1
     if not given["keep_ratio"]:
         raise ValueError("--keep-ratio is empty, but should be ratios in (0, 1], e.g. 1.0,0.5")
     names = ("skip_layers", "protect_first", "protect_recent", "score", "seed")
@@ -194,16 +215,18 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None
     policies = [Policy(ratio, prune_after=prune_after, protocol=protocol, **options) for ratio in given["keep_ratio"]]
     if given["batch"] < 1:
         raise ValueError(f"--batch {given['batch']}, but should be at least 1")
-    if given["device"].startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no CUDA device: drop the flag, or install a CUDA build")
-    _no_bars()
-    model, tokenizer = load_model(given["model"], dtype=getattr(torch, given["dtype"]), device=given["device"])
+    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {plot}, but should end in .png, .svg or .pdf")
+    device = _device(given["device"])
+    _hush_transformers()
+    model, tokenizer = load_model(given["model"], dtype=getattr(torch, given["dtype"]), device=device)
     windows = cut_windows(tokenizer, load_text(given["text"], given["column"]), given["window"], given["windows"])
 
     count, length = windows.input_ids.shape
     steps = len(policies) * -(-count // given["batch"])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_progress_console(), transient=True, disable=quiet) as progress:
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as progress:
         task = progress.add_task("windows x ratios", total=steps)
         rows = []
         for policy in policies:
@@ -220,8 +243,10 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None
                 )
             )
     text = f"{given['model']} on {given['text']}: {count} windows of {length} tokens"
-    title = f"{text}, {protocol}, prune_after {prune_after}"
-    console.print(curve_table(rows, title))
+    title = f"{text},\n{protocol}, prune_after {prune_after}"
+    if policies[0].skip_layers:
+        title += f", layers {', '.join(map(str, policies[0].skip_layers))} skipped"
+    console.print(curve_table(rows, title.replace("\n", " ")))
     holds = True
     if given["stream"]:
         difference, gap = max(r.stream_difference or 0.0 for r in rows), max(r.stream_gap or 0.0 for r in rows)
@@ -242,12 +267,6 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None
     sys.exit(HOLDS if holds else REFUTED)
 
 
-def _progress_console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
 def _write(file: Path | None, result: dict[str, Any]) -> None:
     if file is not None:
         file.write_text(json.dumps({"environment": _environment(), **result}, indent=1) + "\n", encoding="utf-8")
@@ -264,6 +283,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (ValueError, TypeError, OSError) as error:
         if {"-v", "--verbose"} & set(sys.argv[1:2]):
-            raise
+            traceback.print_exc()
+            sys.exit(WRONG_USAGE)
         click.echo(f"knorm: {error}", err=True)
         sys.exit(WRONG_USAGE)

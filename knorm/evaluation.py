@@ -70,7 +70,7 @@ class Row:
     bits_per_byte   of the scored text's UTF-8
     accuracy        share of tokens that were the likeliest
     mean_cache      tokens that a scored query sees in a compressed layer, itself included; final_cache: the last query
-    recent          how many of the newest 16 tokens are among them, itself included
+    recent          how many of the newest 16 tokens are among them, itself included (None in shorter windows)
     seconds         wall time; of which scheduling
     stream_*        the loop, where it was run: its PPL, the largest difference of a token's NLL from the one pass,
                     evictions that differ, and the widest relative gap of norms where they first do
@@ -86,7 +86,7 @@ class Row:
     accuracy: float
     mean_cache: float
     final_cache: float
-    recent: float
+    recent: float | None
     seconds: float
     scheduling: float
     stream_ppl: float | None = None
@@ -115,8 +115,13 @@ def evaluate(
     batch      windows at a time
     on_batch   called after each, for a progress bar
 
-    Raises what perplexity.exact_nll raises.
+    Raises what perplexity.exact_nll raises, and ValueError for a prompt that leaves nothing to score.
     """
+    if prompt_length == windows.input_ids.shape[1]:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens is the whole window, but only tokens after the prompt are scored: "
+            "give a shorter prompt, or longer windows"
+        )
     runs: list[Run] = []
     loops: list[Agreement] = []
     for ids in windows.input_ids.split(batch):
@@ -148,7 +153,7 @@ def evaluate(
         accuracy=_mean([(run.correct[:, first:], len(run.nll)) for run in runs]),
         mean_cache=_mean(lengths),
         final_cache=_mean([(x[..., -1:], n) for x, n in lengths]),
-        recent=_mean(recent) if recent[0][0].shape[-1] else math.nan,
+        recent=_mean(recent) if recent[0][0].shape[-1] else None,
         seconds=sum(run.seconds for run in runs),
         scheduling=sum(run.scheduling for run in runs),
     )

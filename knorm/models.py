@@ -32,7 +32,10 @@ def load_embedded(
     dtype and device are the weights'; stored as bfloat16, they are exact in float32. Raises ValueError where a file
     of the box is missing or not what was shipped.
     """
-    for line in (ASSETS / "SHA256SUMS").read_text(encoding="ascii").splitlines():
+    sums = ASSETS / "SHA256SUMS"
+    if not sums.exists():
+        raise ValueError("the embedded SHA256SUMS is missing. Reinstall knorm")
+    for line in sums.read_text(encoding="ascii").splitlines():
         expected, name = line.split()
         file = ASSETS / name
         found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
@@ -68,14 +71,28 @@ def load_model(
             )
         raise ValueError(f"model {name!r} should be 'embedded', a folder, or a Hub id such as organisation/name@commit")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **where
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,  # what is missing or misshapen would be filled with random numbers
+            ignore_mismatched_sizes=True,
+            **where,
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     except SafetensorError as error:
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
+    model, info = loaded
+    wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
+    wrong += [f"have {key} as {[*found]}, not {[*wanted]}" for key, found, wanted in sorted(info["mismatched_keys"])]
+    if wrong:
+        more = f" ({len(wrong)} such tensors)" if wrong[1:] else ""
+        raise ValueError(f"the weights of model {name!r} do not fit its config.json: they {wrong[0]}{more}")
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise ValueError(f"model {name!r} has no tokenizer: its folder should hold a tokenizer.json")
     return model.to(device).eval(), tokenizer
 
 
@@ -147,6 +164,9 @@ def _rows(files: list[str], kind: str, column: str) -> Iterable[str]:
         raise ValueError(f"{files[0]} cannot be read as {kind}: {_first_line(error)}") from None
     if rows and column not in rows[0]:
         raise ValueError(f"{files[0]} has no column {column!r}, but {', '.join(rows[0])}")
+    for number, row in enumerate(rows):
+        if not isinstance(row[column], str):
+            raise ValueError(f"{files[0]}: row {number} has {column}={row[column]!r}, but should have a text")
     return [row[column] for row in rows]
 
 
@@ -154,7 +174,7 @@ _WIKITEXT = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r" @([-.,])@ ", r"\1"),  # hyphens and decimal marks inside a word
-        (r" ([,.;:!?%)\]}])", r"\1"),  # closing marks stand at the word before them
+        (r" ([,.;:!?%)\]}])(?=\s|$)", r"\1"),  # closing marks stand at the word before them
         (r"([(\[{$£€]) ", r"\1"),  # opening marks at the word after them
         (r" ('(?:s|t|re|ve|ll|m|d|S)\b)", r"\1"),
         (r" '(?=\s|$)", r"'"),  # the possessive of a plural

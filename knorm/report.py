@@ -28,7 +28,7 @@ def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
             f"{row.accuracy:.1%}",
             f"{row.mean_cache:.1f}",
             f"{row.final_cache:.1f}",
-            "-" if math.isnan(row.recent) else f"{row.recent:.1f}",
+            "-" if row.recent is None else f"{row.recent:.1f}",
             f"{row.seconds:.2f}",
         ]
         if row.stream_ppl is not None and row.stream_seconds is not None:
@@ -53,8 +53,9 @@ def plot_curve(rows: Sequence[Row], title: str, file: Path) -> None:
     figure = Figure(figsize=(7, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     above.errorbar(ratios, [r.ppl for r in rows], [r.standard_error or 0 for r in rows], marker="o", capsize=3)
-    above.set(ylabel="perplexity (± standard error)", title=title)
-    below.plot(ratios, [r.recent for r in rows], marker="s", color="tab:orange")
+    above.set(ylabel="perplexity (± standard error)")
+    above.set_title(title, fontsize="medium", wrap=True)
+    below.plot(ratios, [math.nan if r.recent is None else r.recent for r in rows], marker="s", color="tab:orange")
     below.set(ylabel=f"newest {NEWEST}\nstill cached", xlabel="keep_ratio", ylim=(0, NEWEST + 0.5))
     for axes in (above, below):
         axes.grid(alpha=0.3)

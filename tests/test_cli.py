@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+import knorm as package
+from knorm import Policy, evaluation, exact_nll, retained_count, verify
+from knorm.cli import main
+from knorm.evaluation import cut_windows, evaluate
+from knorm.laws import CHECKS
+from knorm.models import load_text
+
+ROOT = Path(package.__file__).parents[1]
+STORY = load_text("encyclopedia")[:800]
+SHORT = ("--text", "story.txt", "--window", "32", "--windows", "2")
+
+
+@pytest.fixture
+def knorm(monkeypatch, capsys, tmp_path):
+    """Run a command in a folder with a story; returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    Path("story.txt").write_text(STORY, encoding="utf-8")
+    Path("empty.txt").touch()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["knorm", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def in_a_new_process(code, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+
+
+def strict_json(file):
+    return json.loads(Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def untimed(row):
+    return {name: value for name, value in row.items() if name not in ("seconds", "scheduling")}
+
+
+def test_ppl_writes_what_evaluate_returns(knorm, embedded):
+    options = ("--prune-after", "8", "--skip-layers", "2,0", "--protect-recent", "1", "--keep-ratio", "1.0,0.55")
+    code, out, err = knorm("ppl", *SHORT, *options, "--json", "out.json")
+    result = strict_json("out.json")
+    assert (code, err.strip()) == (0, "")
+    assert "embedded on story.txt: 2 windows of 32 tokens, streaming, prune_after 8" in out
+    assert result["environment"]["knorm"] == package.__version__
+    assert (result["model"], result["text"], result["window"], result["windows"]) == ("embedded", "story.txt", 32, 2)
+    assert result["policy"]["protocol"] == "streaming"
+    assert result["policy"]["skip_layers"] == [2, 0]
+    assert result["holds"] is True
+    windows = cut_windows(embedded[1], STORY, 32, 2)
+    for row, ratio in zip(result["rows"], ("1.0", "0.55"), strict=True):
+        policy = Policy(ratio, 8, (0, 2), protect_recent=1, protocol="streaming")
+        assert untimed(row) == untimed(asdict(evaluate(embedded[0], windows, policy)))
+        assert f"{row['ppl']:.2f}" in out
+    assert result["rows"][1]["final_cache"] < result["rows"][0]["final_cache"] == 32
+
+
+def test_a_prefill_scores_only_the_tokens_after_the_prompt(knorm, embedded):
+    knorm("ppl", *SHORT, "--prompt-length", "20", "--keep-ratio", "0.5", "--json", "out.json")
+    result = strict_json("out.json")
+    ids = cut_windows(embedded[1], STORY, 32, 2).input_ids
+    nll = exact_nll(embedded[0], ids, Policy(0.5), prompt_length=20)[:, 19:]
+    assert result["policy"]["protocol"] == "prefill"
+    assert result["rows"][0]["tokens"] == nll.numel() == 24
+    assert result["rows"][0]["nll"] == pytest.approx(float(nll.double().mean()), abs=1e-9)
+    assert result["rows"][0]["final_cache"] == retained_count(20, 0.5) + 12
+
+
+def test_plot_draws_a_png(knorm):
+    assert knorm("ppl", *SHORT, "--plot", "curve.png", "-q")[0] == 0
+    picture = Path("curve.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", picture[16:24]) == (840, 720)
+
+
+def test_quiet_prints_nothing(knorm):
+    assert knorm("ppl", *SHORT, "--keep-ratio", "0.5", "--stream", "--json", "out.json", "-q") == (0, "", "")
+    assert strict_json("out.json")["rows"]
+
+
+def test_stream_shows_the_loop_beside_the_one_pass(knorm):
+    policy = ("--prune-after", "8", "--skip-layers", "0", "--keep-ratio", "0.5")
+    code, out, _ = knorm("ppl", *SHORT, *policy, "--stream", "--json", "out.json")
+    (row,) = strict_json("out.json")["rows"]
+    assert code == 0
+    assert all(
+        column in out for column in ("loop PPL", "max diff.", "evictions", "speed-up", "One pass against the loop")
+    )
+    assert row["stream_ppl"] == pytest.approx(row["ppl"], rel=1e-4)
+    assert row["stream_evictions"] == 0
+    assert 0 < row["stream_difference"] <= 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
+def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(knorm, monkeypatch, dtype, code):
+    agreement = evaluation.agreement
+    monkeypatch.setattr(evaluation, "agreement", lambda *a, **k: agreement(*a, **k)._replace(difference=0.5))
+    ended, out, _ = knorm("ppl", *SHORT, "--keep-ratio", "1", "--stream", "--dtype", dtype, "--json", "out.json")
+    assert ended == code
+    assert strict_json("out.json")["holds"] is (code == 0)
+    assert ("Equality is claimed for float32 and float64, not for bfloat16" in out) is (code == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--protocol prefill", "give --prompt-length"),
+        ("--keep-ratio 0", "keep_ratio='0', but should lie in (0, 1]"),
+        ("--keep-ratio 1.5", "keep_ratio='1.5', but should lie in (0, 1]"),
+        ("--keep-ratio nan", "keep_ratio='nan', but should lie in (0, 1]"),
+        ("--keep-ratio 0.5,abc", "keep_ratio='abc', but should lie in (0, 1]"),
+        ("--keep-ratio ,", "--keep-ratio is empty"),
+        ("--model pythia", "model 'pythia' should be 'embedded', a folder, or a Hub id"),
+        ("--model EleutherAI/pythia-70m", "needs a pinned revision"),
+        ("--text nowhere.txt", "text 'nowhere.txt' is no file here"),
+        ("--text empty.txt", "the text has 0 tokens, but needs at least two"),
+        ("--window 1", "should be at least 1 of 2"),
+        ("--windows 0", "should be at least 1 of 2"),
+        ("--batch 0", "--batch 0, but should be at least 1"),
+        ("--skip-layers=-1", "skip_layers=-1, but should be an integer of at least 0"),
+        ("--protect-first -1", "protect_first=-1, but should be an integer of at least 0"),
+        ("--protect-recent -1", "protect_recent=-1, but should be an integer of at least 0"),
+        ("--prune-after 1", "prune_after=1 with protocol='streaming', but should be at least 2"),
+        ("--protect-first 100 --keep-ratio 0.5", "need 100 tokens, but keep_ratio=0.5 retains 64 of 128"),
+        ("--device cuda", "PyTorch sees no CUDA device"),
+        ("--text narrative --window 2000", "2000 tokens, but GPTNeoX"),
+        ("--skip-layers 0,9", "the model has layers 0 to 6"),
+        ("--prompt-length 20 --protect-recent 15 --keep-ratio 0.5", "retains 10 of 20"),
+        ("--prompt-length 33", "between 1 and the 32 tokens"),
+        pytest.param("--prompt-length 32", "prompt"),
+        ("--prompt-length 0", "prompt"),
+        ("--device tpu", "tpu"),
+        ("--plot curve.xyz", "xyz"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(knorm, monkeypatch, arguments, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, out, err = knorm("ppl", *SHORT, *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("knorm: ")
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("ppl --json .", "cannot write .: it is a folder"),
+        ("ppl --json nowhere/out.json", "there is no folder nowhere"),
+        ("verify --json nowhere/out.json", "there is no folder nowhere"),
+        ("ppl --plot nowhere/curve.png", "there is no folder nowhere"),
+        ("ppl --no-such-option", "--no-such-option"),
+        ("ppl --score lowest", "is not one of 'low_norm', 'high_norm', 'random'"),
+        ("ppl --skip-layers one", "'one' should be numbers separated by commas"),
+        ("ppl --windows many", "'many' is not a valid integer"),
+        ("verify everything", "unexpected extra argument"),
+        ("prove", "No such command 'prove'"),
+    ],
+)
+def test_wrong_usage_shows_the_usage_and_exits_with_2(knorm, arguments, words):
+    code, out, err = knorm(*arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("Usage: ")
+    assert err.splitlines()[-1].startswith("Error: ")
+    assert words in err
+    assert "Traceback" not in err
+
+
+FAILING = "from knorm import cli; cli.cli.commands['verify'].callback = lambda **_: int('x'); cli.main()"
+
+
+def test_v_shows_the_traceback():
+    plain, verbose = in_a_new_process(FAILING, "verify"), in_a_new_process(FAILING, "-v", "verify")
+    assert plain.stderr == "knorm: invalid literal for int() with base 10: 'x'\n"
+    assert verbose.stderr.startswith("Traceback (most recent call last)")
+    assert verbose.stderr.endswith("ValueError: invalid literal for int() with base 10: 'x'\n")
+    assert plain.returncode == 2
+
+
+def test_v_leaves_the_exit_code_as_it_is():
+    assert in_a_new_process(FAILING, "-v", "verify").returncode == 2
+
+
+def test_json_is_strict_where_a_column_has_no_number(knorm):
+    knorm("ppl", "--text", "story.txt", "--window", "8", "--windows", "1", "--keep-ratio", "1", "--json", "out.json")
+    assert strict_json("out.json")["rows"][0]["recent"] is None
+
+
+def test_verify_gives_a_verdict_for_every_claim_and_all_hold(knorm):
+    code, out, err = knorm("verify", "--json", "out.json")
+    verdicts = strict_json("out.json")["verdicts"]
+    said = " ".join(out.split())
+    assert (code, err) == (0, "")
+    assert all(verdict["holds"] and verdict["evidence"] for verdict in verdicts)
+    assert all(f"holds {verdict['claim']} [{verdict['evidence']}; " in said for verdict in verdicts)
+    assert [line.startswith("holds ") for line in out.splitlines()].count(True) == len(verdicts)
+    assert "REFUTED" not in out
+    assert out.splitlines()[-1].startswith(f"{len(verdicts)} hold, 0 refuted, in ")
+    claims = " ".join(verdict["claim"] for verdict in verdicts)
+    assert all((check.__doc__ or "").splitlines()[0] in claims for check in CHECKS.values())
+    assert "Ratio 1 equals the uncompressed model." in claims
+    assert all(f"One pass equals the loop, {protocol}" in claims for protocol in ("streaming", "prefill"))
+    for text in ("narrative", "encyclopedia"):
+        (rows,) = (verdict["rows"] for verdict in verdicts if text in verdict["claim"])
+        assert [row["keep_ratio"] for row in rows] == [*verify.CURVE]
+        assert len({row["tokens"] for row in rows}) == 1
+        assert all(f"{row['ppl']:.2f}" in out for row in rows)
+
+
+def in_norm_order(keys, values, ratio):
+    index = keys.double().norm(dim=-1).argsort(dim=-1)[..., : retained_count(keys.shape[2], ratio), None]
+    return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in (keys, values))
+
+
+def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(knorm, monkeypatch):
+    whole = verify.verify
+    monkeypatch.setattr(verify, "compress", in_norm_order)
+    monkeypatch.setattr(verify, "CHECKS", {name: CHECKS[name] for name in ("retained_count", "time_order")})
+    monkeypatch.setattr(verify, "verify", lambda: islice(whole(), 2))
+    code, out, _ = knorm("verify", "--json", "out.json")
+    holds, refuted = strict_json("out.json")["verdicts"]
+    assert code == 1
+    assert holds["holds"]
+    assert not refuted["holds"]
+    assert refuted["evidence"].startswith("time order: positions [1, 0] retained from 2 tokens")
+    assert "REFUTED  Retained positions ascend. [time order: positions [1, 0]" in out
+    assert out.splitlines()[-1].startswith("1 hold, 1 refuted, in ")
+
+
+def test_verify_says_nothing_when_quiet_but_in_its_exit_code(knorm, monkeypatch):
+    monkeypatch.setattr(verify, "verify", lambda: iter([verify.Verdict("It holds.", False, "it does not", 0.0)]))
+    assert knorm("verify", "-q") == (1, "", "")
+
+
+def test_a_verdict_in_a_log_is_one_line_however_long(knorm, monkeypatch):
+    monkeypatch.setattr(verify, "verify", lambda: iter([verify.Verdict("word " * 50, True, "evidence", 0.0)]))
+    assert len(knorm("verify")[1].splitlines()) == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ppl", "--help"], ["verify", "-h"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = "import sys; from knorm.cli import main; main(); print({'torch', 'transformers', 'rich'} & {*sys.modules})"
+    result = in_a_new_process(code, *arguments)
+    assert result.returncode == 0
+    assert result.stdout.startswith(("Usage: ", "knorm, version", "-c, version"))
+    assert result.stdout.endswith("\nset()\n")

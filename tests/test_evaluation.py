@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import tiny, tokens
+
+from knorm import Policy, exact_nll, retained_count
+from knorm.evaluation import Windows, cut_windows, evaluate
+from knorm.models import load_text
+
+TEXT = load_text("encyclopedia")
+
+
+def windows(rows, length):
+    ids = tokens(rows, length)
+    return Windows(ids, torch.arange(1, ids.numel() + 1).view(rows, length))
+
+
+def test_windows_cut_the_text_and_count_its_bytes(embedded):
+    cut = cut_windows(embedded[1], TEXT, 64, 5)
+    assert cut.input_ids.shape == cut.byte_ends.shape == (5, 64)
+    assert embedded[1].decode(cut.input_ids.flatten()).encode() == TEXT.encode()[: int(cut.byte_ends[-1, -1])]
+    scored = embedded[1].decode(cut.input_ids[2, 10:])
+    one = Windows(cut.input_ids[2:3], cut.byte_ends[2:3])
+    assert one.scored_bytes(10) == len(scored.encode())
+
+
+def test_a_token_that_ends_inside_a_character_counts_no_byte_twice(embedded):
+    text = "naïve café — ünïcödé 漢字 " * 8
+    cut = cut_windows(embedded[1], text, 8)
+    assert int(cut.byte_ends[-1, -1]) <= len(text.encode())
+    assert (cut.byte_ends.flatten().diff() >= 0).all()
+
+
+def test_a_short_text_is_one_short_window_and_the_rest_of_a_long_one_is_left(embedded):
+    count = len(embedded[1]("One two three.").input_ids)
+    assert cut_windows(embedded[1], "One two three.", 512).input_ids.shape == (1, count)
+    assert cut_windows(embedded[1], TEXT[:400], 30).input_ids.shape[1] == 30
+
+
+def test_a_row_is_what_the_tokens_say():
+    model, text, policy = tiny("llama"), windows(5, 40), Policy(0.5, prune_after=8, protocol="streaming")
+    row = evaluate(model, text, policy, batch=2)
+    nll = exact_nll(model, text.input_ids, policy).double()
+    assert (row.windows, row.tokens) == (5, 5 * 39)
+    assert row.ppl == pytest.approx(math.exp(float(nll.mean())), rel=1e-6)
+    assert row.standard_error == pytest.approx(row.ppl * float(nll.mean(1).std()) / math.sqrt(5), rel=1e-5)
+    assert row.bits_per_byte == pytest.approx(float(nll.mean()) / math.log(2), rel=1e-6), "one byte a token here"
+    assert 4 <= row.final_cache <= 8
+    assert 0 < row.recent < 16
+    assert 0 <= row.accuracy <= 1
+
+
+def test_a_prefill_row_scores_and_counts_after_the_prompt_only():
+    row = evaluate(tiny("qwen2"), windows(3, 40), Policy(0.3), prompt_length=30)
+    assert row.tokens == 3 * 10
+    assert row.final_cache == retained_count(30, 0.3) + 10
+    # The last token of the prompt sees it whole; nine queries follow, each with one token more.
+    lengths = [30, *(retained_count(30, 0.3) + n for n in range(1, 11))]
+    assert row.mean_cache == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_skipped_layers_do_not_count_as_compressed():
+    policy = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0, 2))
+    assert evaluate(tiny("llama"), windows(2, 40), policy).final_cache <= 8
+    everywhere = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0, 1, 2))
+    assert evaluate(tiny("llama"), windows(2, 40), everywhere).final_cache == 40
+
+
+def test_one_window_has_no_standard_error_and_a_short_one_no_sixteen_newest():
+    row = evaluate(tiny("llama"), windows(1, 9), Policy())
+    assert row.standard_error is None
+    assert row.recent is None
+
+
+def test_what_cannot_be_scored_is_refused(embedded):
+    with pytest.raises(ValueError, match="a prompt of 40 tokens is the whole window"):
+        evaluate(tiny("llama"), windows(2, 40), Policy(0.5), prompt_length=40)
+    with pytest.raises(ValueError, match="the text has 1 tokens, but needs at least two"):
+        cut_windows(embedded[1], "a")
+    with pytest.raises(ValueError, match="should be at least 1 of 2"):
+        cut_windows(embedded[1], TEXT, 1)
