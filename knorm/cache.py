@@ -137,7 +137,8 @@ class KnormCache(Cache):
         model.generate(**inputs, past_key_values=KnormCache(Policy(0.5, protocol="streaming", prune_after=512)))
 
     The first call is the prompt: a prefill policy compresses after it and never again, a streaming policy after every
-    call. Positions continue from the tokens seen. Prompts of one length only: the cache does not see padding.
+    call. Positions continue from the tokens seen. Limits: prompts of one length, since the cache does not see padding;
+    with skip_layers, SDPA and one token a call after the first, since transformers makes one mask for all layers.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -158,4 +159,6 @@ class KnormCache(Cache):
         if not 0 <= layer < len(self.layers):
             raise IndexError(f"layer={layer}, but the cache holds {len(self.layers)} layers so far")
         held: Any = self.layers[layer]
+        if held.positions is None:
+            raise IndexError(f"layer={layer}, but the cache is empty: nothing has been fed since reset()")
         return held.positions

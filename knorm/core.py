@@ -13,6 +13,7 @@ from torch import Tensor
 
 from knorm.policy import Policy, Ratio
 
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _UNDERFLOW = 2.0**-100  # below it, float32 squares have lost bits
 
@@ -32,8 +33,8 @@ class Compressed(NamedTuple):
 def squared_norms(keys: Tensor, layer: int | None = None) -> Tensor:
     """Squared L2 norm of each key: floating [..., length, head_dim] -> [..., length].
 
-    Accumulates in float32 (float64 for float64 keys, and where float32 would underflow). Raises ValueError at the
-    first key that is not finite or whose squared norm exceeds float32.
+    Accumulates in float32; in float64 for float64 keys, and where float32 would underflow (norms down to 1e-154).
+    Raises ValueError at the first key that is not finite or whose squared norm exceeds float32.
     """
     norms = keys.to(torch.promote_types(keys.dtype, torch.float32)).square().sum(-1)
     lowest, highest = torch.stack(norms.aminmax()).tolist()
@@ -91,15 +92,20 @@ def _take(rows: Tensor, indices: Tensor) -> Tensor:
 
 
 def _check(keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+        raise TypeError(f"keys {type(keys).__name__}, values {type(values).__name__}, but both should be torch.Tensor")
     given = f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype}"
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
         raise ValueError(
             f"{given}, but both should be [batch, kv_heads, length, head_dim] with the same batch, kv_heads and length"
         )
-    if 0 in keys.shape:
+    if 0 in (*keys.shape, *values.shape):
         raise ValueError(f"{given}, but a cache without tokens, heads or rows cannot be compressed")
-    if not keys.is_floating_point() or keys.device != values.device:
-        raise ValueError(f"{given} on {keys.device} and {values.device}, but both should be floating, on one device")
+    if not {keys.dtype, values.dtype} <= DTYPES or keys.device != values.device:
+        raise ValueError(
+            f"{given} on {keys.device} and {values.device}, but both should be float16, bfloat16, float32 or float64, "
+            "on one device"
+        )
     if positions is not None and (positions.shape != keys.shape[:3] or positions.dtype != torch.int64):
         raise ValueError(
             f"positions {list(positions.shape)} {positions.dtype}, but should be int64 {list(keys.shape[:3])}, "
@@ -122,8 +128,9 @@ def compress(
     positions      int64 [batch, kv_heads, length] from an earlier compression; by default 0 to length - 1
     layer          index of the layer: for skip_layers, the random score and messages
 
-    Returns the input itself where nothing is to be evicted, copies otherwise. Raises ValueError for shapes that do
-    not agree, empty caches, keys without a norm, and protections larger than the budget; TypeError for a bad ratio.
+    Returns the input itself, its keys not looked at, where nothing is to be evicted; copies otherwise. Raises
+    ValueError for shapes that do not agree, empty caches, keys without a norm, and protections larger than the budget;
+    TypeError for a bad ratio, and for what is no tensor.
     """
     policy = policy if isinstance(policy, Policy) else Policy(policy)
     _check(keys, values, positions)

@@ -15,6 +15,7 @@ from knorm.perplexity import Agreement, Run, agreement, exact_run
 from knorm.policy import Policy
 from knorm.schedule import cache_lengths, recent_cached
 
+MOST_NLL = 500.0  # beyond it, nothing is being predicted
 NEWEST = 16  # tokens whose presence in the cache is reported
 
 
@@ -117,6 +118,8 @@ def evaluate(
 
     Raises what perplexity.exact_nll raises, and ValueError for a prompt that leaves nothing to score.
     """
+    if not windows.scored_bytes(prompt_length) and windows.input_ids.shape[1] > prompt_length:
+        raise ValueError("the text's tokens end within one character: there are no bytes to score, give a longer text")
     if prompt_length == windows.input_ids.shape[1]:
         raise ValueError(
             f"a prompt of {prompt_length} tokens is the whole window, but only tokens after the prompt are scored: "
@@ -141,6 +144,11 @@ def evaluate(
     nll = torch.cat([run.nll[:, first:] for run in runs]).double()
     means = nll.mean(1)
     mean = float(means.mean())
+    if not mean < MOST_NLL:
+        raise ValueError(
+            f"the mean NLL is {mean:.4g} nats a token at keep_ratio={policy.keep_ratio}, where guessing has "
+            f"{math.log(model.config.vocab_size):.4g}: the model's weights are damaged, or its dtype overflows"
+        )
     error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else None
     row = Row(
         keep_ratio=str(policy.keep_ratio),

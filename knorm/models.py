@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def load_model(
     if name == "embedded":
         return load_embedded(dtype=dtype, device=device)
     where: dict[str, Any] = {}
-    source = name
+    name = source = str(name)
     if pinned := _PINNED.fullmatch(name):
         source, where = pinned["name"], {"revision": pinned["revision"]}
     elif not Path(name).is_dir():
@@ -80,13 +81,17 @@ def load_model(
             ignore_mismatched_sizes=True,
             **where,
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     except SafetensorError as error:
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged config.json makes transformers raise
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {_first_line(error)}") from None
     model, info = loaded
     wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
+    wrong += [f"have {key}, of which it has none" for key in sorted(info["unexpected_keys"])]
     wrong += [f"have {key} as {[*found]}, not {[*wanted]}" for key, found, wanted in sorted(info["mismatched_keys"])]
     if wrong:
         more = f" ({len(wrong)} such tensors)" if wrong[1:] else ""
@@ -97,7 +102,10 @@ def load_model(
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """An error in one line; with its type, unless that is one of those whose text speaks for itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
+    said = " ".join(lines) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def load_text(source: str, column: str = "text") -> str:
@@ -109,7 +117,7 @@ def load_text(source: str, column: str = "text") -> str:
     WikiText's tokenised form is undone. Raises ValueError, in one line, for a source that is none of these, that cannot
     be fetched or read, or that has no such column.
     """
-    source = HUB_TEXTS.get(source, source)
+    source = HUB_TEXTS.get(str(source), str(source))
     if source in EMBEDDED_TEXTS:
         return (ASSETS / f"{source}.txt").read_text(encoding="utf-8")
     if source.startswith("hub:"):
@@ -141,12 +149,20 @@ def _hub_files(source: str) -> list[str]:
     pinned = _PINNED.fullmatch(repository)
     if not pinned or not files.endswith(".parquet"):
         raise ValueError(f"text {source!r} should be hub:organisation/name@commit:files, with parquet files")
+    fetch = partial(
+        snapshot_download,
+        pinned["name"],
+        repo_type="dataset",
+        revision=pinned["revision"],
+        allow_patterns=[files],
+    )
     try:
-        folder = snapshot_download(
-            pinned["name"], repo_type="dataset", revision=pinned["revision"], allow_patterns=[files]
-        )
+        folder = fetch()
     except (OSError, HfHubHTTPError, ValueError) as error:
-        raise ValueError(f"text {source!r} cannot be fetched: {_first_line(error)}") from None
+        try:
+            folder = fetch(local_files_only=True)  # huggingface_hub below 2 does not look there by itself
+        except (OSError, HfHubHTTPError, ValueError):
+            raise ValueError(f"text {source!r} cannot be fetched: {_first_line(error)}") from None
     found = sorted(str(path) for path in Path(folder).glob(files))
     if not found:
         raise ValueError(f"text {source!r}: the data set has no {files} at this commit")
@@ -160,9 +176,13 @@ def _rows(files: list[str], kind: str, column: str) -> Iterable[str]:
         raise ValueError("reading parquet and jsonl needs the package datasets: pip install 'knorm[data]'") from None
     try:
         rows = list(datasets.load_dataset(kind, data_files=files, split="train", streaming=True))
+    except StopIteration:
+        rows = []
     except Exception as error:  # datasets raises what pyarrow, fsspec or its own builders raise
         raise ValueError(f"{files[0]} cannot be read as {kind}: {_first_line(error)}") from None
-    if rows and column not in rows[0]:
+    if not rows:
+        raise ValueError(f"{files[0]} has no rows")
+    if column not in rows[0]:
         raise ValueError(f"{files[0]} has no column {column!r}, but {', '.join(rows[0])}")
     for number, row in enumerate(rows):
         if not isinstance(row[column], str):

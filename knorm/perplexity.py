@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from knorm.cache import KnormCache, attention_through, cache_keyword
 from knorm.core import squared_norms, token_scores
-from knorm.policy import Policy
+from knorm.policy import Policy, whole
 from knorm.schedule import schedule_scores
 
 Schedule = Callable[[int, Tensor], Tensor]
@@ -60,13 +60,15 @@ def refuse_model(model: PreTrainedModel) -> None:
         reason = "it attends through a sliding window (load it with sliding_window=None if its texts are shorter)"
     elif rotation not in _ROTATIONS:
         reason = f"its rotary positions ({rotation!r}) change with the length of a call"
-    elif model.training:
+    elif any(module.training for module in model.modules()):
         reason = "it is in training mode: call model.eval()"
+    elif model.get_output_embeddings() is None:
+        reason = "it has no language-model head"
     if reason:
         raise ValueError(f"{type(model).__name__} cannot be evaluated exactly: {reason}")
 
 
-def _padding(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+def _padding(attention_mask: Tensor | None, input_ids: Tensor, policy: Policy, prompt_length: int) -> Tensor | None:
     """Number of pads at the start of each row, int64 [batch]; None where there are none."""
     if attention_mask is None:
         return None
@@ -80,12 +82,46 @@ def _padding(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
         raise ValueError("attention_mask should be zeros, then ones, in each row: pad on the left")
     if (padding > mask.shape[1] - 2).any():
         raise ValueError("a row of attention_mask has fewer than two tokens: there is nothing to predict")
+    if policy.protocol == "prefill" and policy.keep_ratio != 1 and (padding > max(0, prompt_length - 2)).any():
+        raise ValueError(
+            f"prompt_length={prompt_length} counts {int(padding.max())} pads in one row: fewer than two tokens of its "
+            "prompt are left, so its prefill would never be compressed. Give a longer prompt_length"
+        )
     return padding if padding.any() else None
 
 
-def _check(model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_length: int) -> None:
+def _positions(
+    position_ids: Tensor | None, model: PreTrainedModel, input_ids: Tensor, padding: Tensor | None
+) -> Tensor:
+    """The given positions, checked; by default each row counts from its first token."""
+    if position_ids is None:
+        positions = torch.arange(input_ids.shape[1], device=model.device).expand(input_ids.shape)
+        return positions if padding is None else (positions - padding[:, None]).clamp(min=0)
+    if (
+        not isinstance(position_ids, Tensor)
+        or position_ids.shape != input_ids.shape
+        or position_ids.is_floating_point()
+    ):
+        given = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
+        raise ValueError(f"position_ids {given}, but should be int64 {list(input_ids.shape)} as input_ids")
+    lowest, highest = (int(x) for x in position_ids.aminmax())
+    if lowest < 0 or highest >= model.config.max_position_embeddings:
+        raise ValueError(
+            f"position_ids from {lowest} to {highest}, but {type(model).__name__} has positions 0 to "
+            f"{model.config.max_position_embeddings - 1}"
+        )
+    return position_ids.to(model.device)
+
+
+def _check(
+    model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_length: int, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Refuse what cannot be evaluated; the ids on the model's device, pads made harmless, and the padding."""
     refuse_model(model)
     config = model.config
+    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+        if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):
+            raise TypeError(f"{name} {type(given).__name__}, but should be an int64 tensor [batch, tokens]")
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids {list(input_ids.shape)} {input_ids.dtype}, but should be int64 [batch, tokens]")
     length = input_ids.shape[1]
@@ -96,7 +132,12 @@ def _check(model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_len
             f"{length} tokens, but {type(model).__name__} has {config.max_position_embeddings} positions: "
             "split the text into shorter windows"
         )
-    lowest, highest = (int(x) for x in input_ids.aminmax())
+    real = (
+        input_ids
+        if attention_mask is None or attention_mask.shape != input_ids.shape
+        else input_ids[attention_mask > 0]
+    )
+    lowest, highest = (int(x) for x in real.aminmax()) if real.numel() else (0, 0)
     if lowest < 0 or highest >= config.vocab_size:
         raise ValueError(
             f"token id {lowest if lowest < 0 else highest}, but the vocabulary has ids 0 to {config.vocab_size - 1}: "
@@ -107,35 +148,38 @@ def _check(model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_len
     layers = config.num_hidden_layers
     if policy.skip_layers and policy.skip_layers[-1] >= layers:
         raise ValueError(f"skip_layers={policy.skip_layers}, but the model has layers 0 to {layers - 1}")
-    if not 1 <= prompt_length <= length:
+    if not 1 <= whole("prompt_length", prompt_length) <= length:
         raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and the {length} tokens of the text")
     if policy.protocol == "prefill" and policy.keep_ratio != 1 and prompt_length == 1:
         raise ValueError(
             "protocol='prefill' compresses once, after the prompt, and prompt_length is 1: nothing would ever be "
             "evicted. Give prompt_length, or a Policy with protocol='streaming'"
         )
+    padding = _padding(attention_mask, input_ids, policy, prompt_length)
+    ids = input_ids.to(model.device, torch.int64)
+    if padding is None:
+        return ids, None
+    padding = padding.to(model.device)
+    return ids.masked_fill(torch.arange(length, device=ids.device) < padding[:, None], 0), padding
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: float | None) -> Tensor:
-    """Attention of T queries in which query t sees key s where s <= t < evicted[s].
+def _attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
+    """Attention of T queries in which query t sees key s where s <= t < evicted[s]; None: nothing is ever evicted.
 
     query [batch, heads, T, head_dim]; key, value [batch, kv_heads, T, head_dim]; evicted int64 [batch, kv_heads, T].
     Returns [batch, heads, T, head_dim]. Queries go in blocks, each against the keys that some query of the block still
     sees: no T x T mask, and the cost follows the compressed cache's length, not T.
     """
     (batch, heads, length, _), groups = query.shape, query.shape[1] // key.shape[1]
-    size = min(_QUERIES.get(query.device.type, 512), max(64, _MASK // (batch * heads * length)))
-    lost_by = torch.zeros(*evicted.shape[:2], length + 1, dtype=torch.int64, device=evicted.device)
-    lost_by = lost_by.scatter_add_(-1, evicted, torch.ones_like(evicted)).cumsum(-1)
-    counts = torch.cat([lost_by[..., :length:size].amin((0, 1)), lost_by[..., length - 1].amax().view(1)])
-    *fewest, lost_at_all = counts.tolist()  # the device is waited for once, not for every block
     sdpa = functional.scaled_dot_product_attention
 
     def per_query_head(x: Tensor) -> Tensor:
         return x.repeat_interleave(groups, dim=1) if groups > 1 else x
 
-    if not lost_at_all:
+    if evicted is None:
         return sdpa(query, per_query_head(key), per_query_head(value), is_causal=True, scale=scale)
+    size = min(length, _QUERIES.get(query.device.type, 512), max(64, _MASK // (batch * heads * length)))
+    fewest = _lost_before(evicted, size) if length > size else [0]
     positions = torch.arange(length, device=query.device)
     causal = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
     blocks = []
@@ -158,6 +202,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: f
             )
         )
     return torch.cat(blocks, dim=2)
+
+
+def _lost_before(evicted: Tensor, size: int) -> list[int]:
+    """How many tokens every row has lost before each block of `size` queries; waits for the device once, for all."""
+    lost = torch.zeros(*evicted.shape[:2], evicted.shape[2] + 1, dtype=torch.int64, device=evicted.device)
+    lost = lost.scatter_add_(-1, evicted, torch.ones_like(evicted)).cumsum(-1)
+    return lost[..., : evicted.shape[2] : size].amin((0, 1)).tolist()
 
 
 def _compact(alive: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -195,11 +246,15 @@ def _blank(run: Run, padding: Tensor | None) -> Run:
     return run._replace(nll=run.nll.masked_fill(unreal, torch.nan), correct=run.correct & ~unreal)
 
 
+def _spares(policy: Policy, layer: int) -> bool:
+    return layer in policy.skip_layers or policy.keep_ratio == 1
+
+
 def _schedule(policy: Policy, prompt_length: int, padding: Tensor | None) -> Schedule:
     """What a policy does to each layer."""
 
     def schedule(layer: int, keys: Tensor) -> Tensor:
-        if layer in policy.skip_layers or policy.keep_ratio == 1:
+        if _spares(policy, layer):
             return schedule_scores(torch.zeros(keys.shape[:3], device=keys.device), Policy(), 1, padding)
         positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
         if padding is not None:
@@ -210,13 +265,19 @@ def _schedule(policy: Policy, prompt_length: int, padding: Tensor | None) -> Sch
 
 
 def _check_schedule(lost: Tensor, keys: Tensor) -> None:
-    if lost.shape != keys.shape[:3] or lost.dtype != torch.int64:
+    length, should = keys.shape[2], f"evicted_at, int64 {list(keys.shape[:3])} on {keys.device}"
+    if not isinstance(lost, Tensor):
+        raise ValueError(f"schedule returned {type(lost).__name__}, but should return {should}")
+    if lost.shape != keys.shape[:3] or lost.dtype != torch.int64 or lost.device != keys.device:
         raise ValueError(
-            f"schedule returned {list(lost.shape)} {lost.dtype}, but should return evicted_at, "
-            f"int64 {list(keys.shape[:3])}"
+            f"schedule returned {list(lost.shape)} {lost.dtype} on {lost.device}, but should return {should}"
         )
-    if (lost <= torch.arange(keys.shape[2], device=lost.device)).any():
+    if (lost <= torch.arange(length, device=lost.device)).any():
         raise ValueError("schedule evicted a token before its own query: evicted_at[s] should be at least s + 1")
+    if (lost > length).any():
+        raise ValueError(
+            f"schedule returned evicted_at up to {int(lost.max())}, but should be at most T={length}: never"
+        )
 
 
 @torch.no_grad()
@@ -232,12 +293,10 @@ def exact_run(
 ) -> Run:
     """The compressed run from one forward pass. Arguments and errors: exact_nll."""
     begin, scheduling = time.perf_counter(), 0.0
-    _check(model, input_ids, policy, prompt_length)
-    input_ids = input_ids.to(model.device, torch.int64)
-    padding = _padding(attention_mask, input_ids)
-    if position_ids is None:
-        positions = torch.arange(input_ids.shape[1], device=model.device).expand(input_ids.shape)
-        position_ids = positions if padding is None else (positions - padding[:, None]).clamp(min=0)
+    input_ids, padding = _check(model, input_ids, policy, prompt_length, attention_mask)
+    position_ids = _positions(position_ids, model, input_ids, padding)
+    places = torch.arange(input_ids.shape[1], device=model.device)
+    unreal = None if padding is None else (places < padding[:, None])[:, None, :]
     schedule_of = schedule or _schedule(policy, prompt_length, padding)
     schedules: list[Tensor] = []
 
@@ -246,15 +305,21 @@ def exact_run(
     ) -> tuple[Tensor, None]:
         nonlocal scheduling
         clock = time.perf_counter()
+        if unreal is not None:  # whatever a pad's embedding is, it spoils no sum and needs no norm
+            key, value = (x.masked_fill(unreal[..., None], 0) for x in (key, value))
         lost = schedule_of(len(schedules), key)
         if schedule:
             _check_schedule(lost, key)
+            lost = lost if unreal is None else torch.where(unreal, places + 1, lost)
+        spared = schedule is None and padding is None and _spares(policy, len(schedules))
         schedules.append(lost)
         scheduling += time.perf_counter() - clock
-        return _attend(query, key, value, lost, scaling).transpose(1, 2), None
+        return _attend(query, key, value, None if spared else lost, scaling).transpose(1, 2), None
 
     with attention_through(model, attend):
-        hidden = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = model.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True
+        ).last_hidden_state
     nll, correct = _score(model, hidden[:, :-1], input_ids[:, 1:])
     return _blank(Run(nll, correct, tuple(schedules), time.perf_counter() - begin, scheduling), padding)
 
@@ -275,7 +340,8 @@ def exact_nll(
     input_ids       int64 [batch, T], at least 2 tokens and at most the model's positions
     policy          when and what to evict; after the first call, and if streaming after each later token
     prompt_length   tokens of the first call
-    attention_mask  [batch, T], 0 for padding on the left; a padded row is run as if it stood alone
+    attention_mask  [batch, T], 0 for padding on the left; a padded row is run as if it stood alone, with what the pads
+                    leave of its prompt, at least one token
     position_ids    int64 [batch, T], if not counted from each row's first token
     schedule        schedule(layer, keys [batch, kv_heads, T, head_dim]) -> evicted_at overrides the policy's
 
@@ -304,9 +370,7 @@ def stream_run(
 ) -> Run:
     """The compressed run by the loop it stands for. Arguments and errors: stream_nll."""
     begin = time.perf_counter()
-    _check(model, input_ids, policy, prompt_length)
-    input_ids = input_ids.to(model.device, torch.int64)
-    padding = _padding(attention_mask, input_ids)
+    input_ids, padding = _check(model, input_ids, policy, prompt_length, attention_mask)
     if padding is None:
         return _loop(model, input_ids, policy, prompt_length)._replace(seconds=time.perf_counter() - begin)
 
@@ -340,6 +404,7 @@ def _loop(model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_leng
                 input_ids=input_ids[:, start:stop],
                 position_ids=positions[:, start:stop],
                 use_cache=True,
+                return_dict=True,
                 **{cache_keyword(model): cache},
             ).last_hidden_state
             targets = input_ids[:, start + 1 : stop + 1]
@@ -430,7 +495,9 @@ def agreement(
 
         same = exact_run(model, input_ids, policy, schedule=replay, **options)
         gap = _parting_gap(exact.evicted_at, stream.evicted_at, norms)
-    difference = float((same.nll - stream.nll).abs().nan_to_num(0.0).max())
+    # Not a number where both are padding is agreement; anywhere else it is none.
+    padded = (torch.ones_like(input_ids) if attention_mask is None else attention_mask)[:, :-1].to(same.nll.device) == 0
+    difference = float((same.nll - stream.nll).abs().masked_fill(padded, 0.0).nan_to_num(torch.inf).max())
     return Agreement(exact, stream, evictions, gap, difference)
 
 

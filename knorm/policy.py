@@ -15,9 +15,11 @@ Score = Literal["low_norm", "high_norm", "random"]
 Protocol = Literal["prefill", "streaming"]
 
 
-@lru_cache(maxsize=256, typed=True)
-def _fraction(keep_ratio: Ratio) -> Fraction:
-    return Fraction(str(keep_ratio))  # a float means the decimal that it prints as
+@lru_cache(maxsize=256)
+def _fraction(written: str) -> Fraction:
+    if len(written) > 100 or abs(int(written.lower().partition("e")[2] or 0)) > 400:
+        raise ValueError("no such precision is needed, and an exponent of millions takes seconds to expand")
+    return Fraction(written)
 
 
 def exact_ratio(keep_ratio: Ratio) -> Fraction:
@@ -25,11 +27,11 @@ def exact_ratio(keep_ratio: Ratio) -> Fraction:
     if type(keep_ratio) not in get_args(Ratio):  # not isinstance: numpy.float64 is a float, True an int
         kind = f"{type(keep_ratio).__module__}.{type(keep_ratio).__qualname__}"
         raise TypeError(
-            f"keep_ratio={keep_ratio!r} is a {kind}, but should be a float, str, Decimal or Fraction: "
-            "0.55 in float32 is 0.5500000119, which would keep 56 of 100 tokens. Write keep_ratio=0.55 or '0.55'"
+            f"keep_ratio={keep_ratio!r} is a {kind}, but should be a float, str, Decimal or Fraction, as "
+            "keep_ratio=0.55 or '0.55': in float32 it is 0.5500000119, which would keep 56 of 100 tokens"
         )
     try:
-        ratio = _fraction(keep_ratio)
+        ratio = _fraction(str(keep_ratio))  # a float means the decimal that it prints as
     except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio <= 1:
@@ -42,18 +44,20 @@ def retained_count(length: int, keep_ratio: Ratio) -> int:
 
     retained_count(100, 0.55) == 55, where binary floating point gives 56. Raises ValueError for length < 1.
     """
-    if operator.index(length) < 1:
+    length = operator.index(length)  # an int64 of NumPy would overflow below
+    if length < 1:
         raise ValueError(f"length={length}, but should be at least 1: an empty cache cannot be compressed")
     ratio = exact_ratio(keep_ratio)
     return -(-ratio.numerator * length // ratio.denominator)
 
 
-def _whole(name: str, value: object, least: int = 0) -> int:
+def whole(name: str, value: object, least: int = 0) -> int:
+    """The value as an int. Raises TypeError or ValueError, with the name, for what is no integer from `least` up."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{name}={value!r}, but should be an integer") from None
-    if isinstance(value, bool) or number < least:
+    if "bool" in f"{type(value).__name__} {getattr(value, 'dtype', '')}" or number < least:
         raise ValueError(f"{name}={value!r}, but should be an integer of at least {least}")
     return number
 
@@ -86,20 +90,23 @@ class Policy:
     def __post_init__(self) -> None:
         ratio = exact_ratio(self.keep_ratio)
         near = float(ratio)
-        if not isinstance(self.skip_layers, Iterable) or isinstance(self.skip_layers, str):
+        if not isinstance(self.skip_layers, Iterable) or isinstance(self.skip_layers, str | bytes):
             raise TypeError(f"skip_layers={self.skip_layers!r}, but should be layer indices, e.g. skip_layers=(0,)")
         normal: dict[str, object] = {
-            "keep_ratio": near if _fraction(near) == ratio else ratio,
-            "skip_layers": tuple(sorted({_whole("skip_layers", layer) for layer in self.skip_layers})),
-            "seed": _whole("seed", self.seed, -(2**63)) if self.score == "random" else 0,
+            "keep_ratio": near if _fraction(str(near)) == ratio else ratio,
+            "skip_layers": tuple(sorted({whole("skip_layers", layer) for layer in self.skip_layers})),
+            "seed": whole("seed", self.seed, -(2**63)),
         }
         for name in ("prune_after", "protect_first", "protect_recent"):
-            normal[name] = _whole(name, getattr(self, name))
+            normal[name] = whole(name, getattr(self, name))
+        for name, allowed in (("score", get_args(Score)), ("protocol", get_args(Protocol))):
+            given = getattr(self, name)
+            if not isinstance(given, str) or given not in allowed:
+                raise ValueError(f"{name}={given!r}, but should be one of {', '.join(allowed)}")
+        if self.score != "random":
+            normal["seed"] = 0
         for name, value in normal.items():
             object.__setattr__(self, name, value)
-        for name, allowed in (("score", get_args(Score)), ("protocol", get_args(Protocol))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}, but should be one of {', '.join(allowed)}")
         if self.protocol == "streaming":
             if self.prune_after < 2:
                 raise ValueError(
@@ -124,6 +131,7 @@ class Policy:
         All of them below prune_after, or where no more are there than are protected. Raises ValueError if the
         protected tokens exceed what keep_ratio retains.
         """
+        length = operator.index(length)
         if length < self.prune_after or length <= self.protect_first + self.protect_recent:
             return length
         return self._afford(length)

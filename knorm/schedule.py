@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from knorm.core import select
-from knorm.policy import Policy
+from knorm.policy import Policy, whole
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -88,10 +88,14 @@ def evicted_at(scores: Tensor, policy: Policy, prompt_length: int = 1, *, paddin
     Equal scores: the later token goes first. Raises ValueError for scores that are not finite and a prompt_length
     outside 1..T, and where a prefill's protections exceed its budget.
     """
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy={policy!r}, but should be a knorm.Policy, e.g. Policy(keep_ratio=0.5)")
+    if not isinstance(scores, Tensor) or not scores.ndim or not scores.is_floating_point():
+        raise ValueError("scores should be finite floating-point numbers, one per token: a tensor [..., T]")
     length = scores.shape[-1]
-    if not 1 <= prompt_length <= length:
+    if not 1 <= (prompt_length := whole("prompt_length", prompt_length)) <= length:
         raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and the {length} tokens of the run")
-    if not scores.is_floating_point() or not scores.isfinite().all():
+    if not scores.isfinite().all():
         raise ValueError("scores should be finite floating-point numbers, one per token")
     return schedule_scores(scores, policy, prompt_length, padding)
 
@@ -116,7 +120,7 @@ def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding:
     evicted = torch.full(scores.shape, length, dtype=torch.int64)
     times, sizes, first = _events(policy, length, prompt_length)
     if len(times):
-        order = scores.argsort(dim=-1, stable=True).view(-1, length).cpu().numpy()
+        order = scores.argsort(dim=-1, stable=True).reshape(-1, length).cpu().numpy()
         _evict(order, times, sizes, first, evicted.view(-1, length).numpy())
     return evicted.to(scores.device)
 

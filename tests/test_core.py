@@ -32,7 +32,7 @@ def test_protected_tokens_and_the_lowest_norms_are_kept_in_time_order(cache: Cac
         count = cache.length
     should = [[lowest(norms, count, first, recent) for norms in heads] for heads in cache.norms().tolist()]
     assert kept.positions.tolist() == should
-    assert torch.equal(cache.positions(kept.values), kept.positions)
+    assert torch.equal(cache.positions(kept), kept.positions)
 
 
 @given(caches(), st.sampled_from(["low_norm", "high_norm", "random"]), st.integers(0, 5))
@@ -54,7 +54,7 @@ def test_positions_stay_those_of_the_sequence_through_a_second_compression(cache
     assume(retained_count(retained_count(cache.length, cache.keep_ratio), cache.keep_ratio) >= first + recent)
     once = compress(cache.keys, cache.values, policy)
     twice = compress(once.keys, once.values, policy, positions=once.positions)
-    assert torch.equal(cache.positions(twice.values), twice.positions)
+    assert torch.equal(cache.positions(twice), twice.positions)
     protected = [*range(first), *range(cache.length - recent, cache.length)]
     assert torch.isin(torch.tensor(protected), twice.positions).all()
 
@@ -143,6 +143,7 @@ def test_a_finite_key_whose_squared_norm_overflows_float32_raises(dtype):
         ((2, 2, 4, 8), (1, 2, 4, 8), r"keys \[2, 2, 4, 8\] torch.float32, values \[1, 2, 4, 8\]"),
         ((2, 4, 8), (2, 4, 8), r"should be \[batch, kv_heads, length, head_dim\]"),
         ((1, 2, 0, 8), (1, 2, 0, 8), "without tokens"),
+        ((1, 2, 4, 8), (1, 2, 4, 0), "without tokens"),
     ],
 )
 def test_shapes_that_do_not_agree_are_refused(keys, values, message):
@@ -152,7 +153,7 @@ def test_shapes_that_do_not_agree_are_refused(keys, values, message):
 
 def test_integer_keys_and_foreign_positions_are_refused():
     keys = torch.zeros(1, 1, 4, 2)
-    with pytest.raises(ValueError, match="both should be floating"):
+    with pytest.raises(ValueError, match="both should be float16, bfloat16"):
         compress(keys.long(), keys.long(), 0.5)
     with pytest.raises(ValueError, match=r"positions \[1, 1, 3\] torch.int64, but should be int64 \[1, 1, 4\]"):
         compress(keys, keys, 0.5, positions=torch.zeros(1, 1, 3, dtype=torch.int64))
@@ -172,3 +173,12 @@ def test_squared_norms_accept_any_leading_shape():
     assert squared_norms(torch.ones(2, 3, 4, 5)).shape == (2, 3, 4)
     with pytest.raises(ValueError, match="position 1 has no norm"):
         squared_norms(torch.tensor([[0.0], [torch.nan]]))
+
+
+def test_what_is_no_tensor_or_of_another_dtype_is_refused():
+    keys = torch.zeros(1, 1, 4, 2)
+    with pytest.raises(TypeError, match=r"keys ndarray, values ndarray, but both should be torch\.Tensor"):
+        compress(keys.numpy(), keys.numpy(), 0.5)
+    for other in (keys.long(), keys.to(torch.float8_e4m3fn)):
+        with pytest.raises(ValueError, match="both should be float16"):
+            compress(keys, other, 0.5)

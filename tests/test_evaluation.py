@@ -75,6 +75,19 @@ def test_one_window_has_no_standard_error_and_a_short_one_no_sixteen_newest():
     assert row.recent is None
 
 
+def test_numbers_that_mean_nothing_are_refused(embedded):
+    model = tiny("llama")
+    for factor in (torch.nan, 1e5):
+        model.lm_head.weight.data *= factor if factor == factor else 1  # noqa: PLR0124
+        if factor != factor:  # noqa: PLR0124
+            model.lm_head.weight.data[0] = factor
+        with pytest.raises(ValueError, match="the model's weights are damaged, or its dtype overflows"):
+            evaluate(model, windows(2, 20), Policy())
+        model = tiny("llama")
+    with pytest.raises(ValueError, match="within one character"):
+        evaluate(embedded[0], cut_windows(embedded[1], "日"), Policy())
+
+
 def test_what_cannot_be_scored_is_refused(embedded):
     with pytest.raises(ValueError, match="a prompt of 40 tokens is the whole window"):
         evaluate(tiny("llama"), windows(2, 40), Policy(0.5), prompt_length=40)

@@ -141,6 +141,11 @@ def lacking_a_tensor(folder):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
+def with_a_tensor_too_many(folder):
+    save_file({**load_file(folder / "model.safetensors"), "extra.weight": torch.zeros(2)}, folder / "model.safetensors",
+              {"format": "pt"})  # fmt: skip
+
+
 def reconfigured(**changes):
     def damage(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -164,6 +169,11 @@ def without(*names):
         pytest.param(reconfigured(model_type="nope"), "nope", id="unknown type"),
         pytest.param(without("tokenizer.json", "tokenizer_config.json"), "tokenizer", id="no tokenizer at all"),
         pytest.param(lacking_a_tensor, "query_key_value", id="lacks a tensor"),
+        pytest.param(with_a_tensor_too_many, "extra.weight, of which it has none", id="a tensor too many"),
+        pytest.param(reconfigured(num_hidden_layers=2), "of which it has none", id="fewer layers"),
+        pytest.param(reconfigured(num_attention_heads=0), "ZeroDivisionError", id="no heads"),
+        pytest.param(reconfigured(hidden_size="x"), "hidden_size", id="a width that is no number"),
+        pytest.param(reconfigured(hidden_act="nope"), "KeyError: 'nope'", id="unknown activation"),
         pytest.param(reconfigured(hidden_size=128), "as [4096, 64], not [4096, 128]", id="another width"),
     ],
 )
@@ -300,7 +310,7 @@ def test_another_column_is_read_when_asked_for(text_file, name, content):
         ("a.jsonl", b'{"body": "one", "n": 1}\n', "has no column 'text', but body, n"),
         ("a.parquet", {"body": ["one"]}, "has no column 'text', but body"),
         ("a.jsonl", b"not json\n", "cannot be read as json"),
-        ("a.jsonl", b"", "cannot be read as json"),
+        ("a.jsonl", b"", "no rows"),
         ("a.parquet", b"not parquet, but longer than its magic", "cannot be read as parquet"),
         ("a.parquet", b"", "cannot be read as parquet"),
         ("a.txt", "café".encode("latin-1"), "is not UTF-8"),

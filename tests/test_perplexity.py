@@ -17,7 +17,7 @@ from knorm.schedule import evicted_at
 POLICIES = {
     "streaming": (Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0,)), 1),
     "protected": (Policy(0.6, prune_after=10, protocol="streaming", protect_first=1, protect_recent=3), 20),
-    "prefill": (Policy(0.3, protect_recent=2), 30),
+    "prefill": (Policy(0.3, protect_recent=2), 40),
     "highest": (Policy(0.7, prune_after=8, protocol="streaming", score="high_norm"), 5),
     "random": (Policy(0.7, prune_after=4, protocol="streaming", score="random", seed=3), 1),
 }
@@ -161,6 +161,61 @@ def test_on_the_embedded_model_and_real_text(embedded):
     assert torch.equal(both.exact.correct, both.stream.correct)
 
 
+PADDED = {"attention_mask": left_padded(tokens(2, 24), 6, 0)}
+SHORT_STREAM = Policy(0.5, prune_after=6, protocol="streaming")
+
+
+def test_not_a_number_is_no_agreement():
+    model, ids = tiny("llama"), tokens(2, 24)
+    model.lm_head.weight.data[:] = torch.nan
+    assert not agreement(model, ids, SHORT_STREAM).holds
+    assert not agreement(model, ids, SHORT_STREAM, **PADDED).holds
+
+
+def test_a_schedule_of_ones_own_leaves_padding_unseen():
+    model, ids = tiny("llama"), tokens(2, 24)
+    never = exact_nll(model, ids, Policy(), schedule=lambda _, keys: torch.full(keys.shape[:3], 24), **PADDED)
+    assert torch.allclose(never, exact_nll(model, ids, Policy(), **PADDED), atol=2e-5, equal_nan=True)
+
+
+def test_what_pads_hold_spoils_nothing():
+    model, ids = tiny("llama"), tokens(2, 24).clamp(min=1)
+    clean = exact_nll(model, ids, SHORT_STREAM, **PADDED)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = torch.nan
+    for pad in (0, -100):
+        ids[0, :6] = pad
+        for nll in (exact_nll, stream_nll):
+            assert torch.allclose(nll(model, ids, SHORT_STREAM, **PADDED), clean, atol=2e-5, equal_nan=True)
+
+
+def test_a_models_own_return_dict_does_not_matter():
+    model, ids = tiny("llama"), tokens(1, 20)
+    should = exact_nll(model, ids, SHORT_STREAM)
+    model.config.return_dict = False
+    assert torch.equal(exact_nll(model, ids, SHORT_STREAM), should)
+    assert agreement(model, ids, SHORT_STREAM).holds
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"position_ids": torch.arange(24)}, r"position_ids \[24\], but should be int64 \[2, 24\]"),
+        ({"position_ids": torch.zeros(2, 1, dtype=torch.int64)}, r"position_ids \[2, 1\]"),
+        ({"position_ids": torch.zeros(2, 24)}, "should be int64"),
+        ({"position_ids": torch.arange(24).expand(2, 24) + 200}, r"from 200 to 223, but .* positions 0 to 127"),
+        ({"schedule": lambda *_: None}, "schedule returned NoneType"),
+        ({"schedule": lambda _, keys: torch.full(keys.shape[:3], 29)}, "up to 29, but should be at most T=24"),
+        ({"attention_mask": [[1] * 24] * 2}, "attention_mask list"),
+        ({"prompt_length": "3"}, "prompt_length='3', but should be an integer"),
+        ({"policy": Policy(0.5), "prompt_length": 7, **PADDED}, "fewer than two tokens of its prompt are left"),
+    ],
+)
+def test_what_was_once_taken_in_silence_is_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        exact_nll(tiny("llama"), tokens(2, 24), **{"policy": SHORT_STREAM, **options})
+
+
 @pytest.mark.parametrize(
     ("ids", "options", "message"),
     [
@@ -218,6 +273,14 @@ def test_models_that_cannot_be_evaluated_exactly_are_refused_with_the_reason(kin
         exact_nll(tiny(kind, **options), tokens(1, 9), Policy())
 
 
-def test_training_mode_is_refused():
-    with pytest.raises(ValueError, match=r"in training mode: call model.eval\(\)"):
-        exact_nll(tiny("llama").train(), tokens(1, 9), Policy())
+def test_training_mode_is_refused_wherever_it_is():
+    model = tiny("llama")
+    model.model.layers[1].train()
+    for training in (tiny("llama").train(), model):
+        with pytest.raises(ValueError, match=r"in training mode: call model.eval\(\)"):
+            exact_nll(training, tokens(1, 9), Policy())
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="no language-model head"):
+        exact_nll(tiny("llama").model, tokens(1, 9), Policy())

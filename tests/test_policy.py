@@ -100,3 +100,26 @@ def test_the_budget_leaves_short_and_protected_caches_whole():
     assert Policy(0.5, protect_recent=4).budget(4) == 4
     with pytest.raises(ValueError, match=r"need 4 tokens, but keep_ratio=0.5 retains 3 of 6.*raise keep_ratio"):
         Policy(0.5, protect_recent=4).budget(6)
+
+
+def test_lengths_of_other_integer_types_are_counted_exactly():
+    for length in (np.int64(1_000_000), torch.tensor(1_000_000)):
+        assert retained_count(length, 0.1234567890123456) == 123457
+        assert type(Policy(0.1234567890123456).budget(length)) is int
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_ratio": "1e-3000000"}, "should lie in"),
+        ({"keep_ratio": Decimal("sNaN")}, "should lie in"),
+        ({"keep_ratio": 0.5, "skip_layers": torch.tensor([True, False, True])}, "skip_layers=tensor"),
+        ({"keep_ratio": 0.5, "skip_layers": b"\x01"}, "should be layer indices"),
+        ({"keep_ratio": 0.5, "prune_after": torch.tensor(True)}, "prune_after=tensor"),
+        ({"keep_ratio": 0.5, "seed": "x"}, "seed='x', but should be an integer"),
+        ({"keep_ratio": 0.5, "score": np.array(["low_norm", "random"])}, "score=array"),
+    ],
+)
+def test_what_would_be_taken_for_something_else_is_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Policy(**options)

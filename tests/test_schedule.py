@@ -118,3 +118,19 @@ def test_a_cache_grows_where_the_ratio_rounds_up():
 def test_bad_input_is_refused(scores, prompt, message):
     with pytest.raises(ValueError, match=message):
         evicted_at(scores, Policy(0.5), prompt)
+
+
+def test_other_types_are_refused():
+    with pytest.raises(TypeError, match=r"policy=0\.5, but should be a knorm\.Policy"):
+        evicted_at(torch.zeros(4), 0.5)
+    with pytest.raises(TypeError, match="prompt_length='2', but should be an integer"):
+        evicted_at(torch.zeros(4), Policy(0.5), "2")
+    for scores in (torch.zeros(4).numpy(), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"a tensor \[\.\.\., T\]"):
+            evicted_at(scores, Policy(0.5))
+
+
+def test_the_layout_of_the_scores_does_not_matter():
+    scores, policy = torch.rand(3, 8, 2), Policy(0.5, prune_after=4, protocol="streaming")
+    turned = scores.transpose(1, 2)
+    assert torch.equal(evicted_at(turned, policy), evicted_at(turned.contiguous(), policy))
