@@ -8,8 +8,11 @@ minima and maxima of evicted_at, so that empty blocks are skipped and full ones 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from bench_exact import seconds
@@ -42,50 +45,56 @@ def block_mask(lost: Tensor) -> BlockMask:
     return BlockMask.from_kv_blocks(*ordered(alive & ~full), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
+def median_ms(call: Callable[[], object]) -> float:
+    call()
+    return statistics.median(seconds(call, "cuda") for _ in range(7)) * 1e3
+
+
+def schedules(key: Tensor) -> dict[str, Tensor]:
+    scores, half = key.float().square().sum(-1), key.shape[2] // 2
+    return {
+        "streaming, 0.9": evicted_at(scores, Policy("0.9", 512, protocol="streaming")),
+        "streaming, 0.5": evicted_at(scores, Policy("0.5", 512, protocol="streaming")),
+        "prefill of half, 0.9": evicted_at(scores, Policy("0.9"), half),
+    }
+
+
 def main() -> None:
     compiled = torch.compile(flex_attention, dynamic=False)
     draw = torch.Generator("cuda").manual_seed(0)
+    sizes, own = (512, 1024, 2048), perplexity._QUERIES["cuda"]
     print(
-        f"8 heads of 64, prune_after 512, on {torch.cuda.get_device_name()}, torch {torch.__version__.split('+')[0]};"
+        "# One layer's masked attention\n\n`python tools/bench_attention.py`: 8 heads of 64, prune_after 512, on ",
+        end="",
     )
-    print("milliseconds, median of 7\n")
-    sizes = (256, 512, 1024, 2048)
-    print("| dtype | tokens | ratio | plain causal |", *(f"blocks of {n} |" for n in sizes), "dense mask |", end="")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__.split('+')[0]}; milliseconds, median of 7.\n")
+    print("| dtype | tokens | policy | plain causal |", *(f"blocks of {n} |" for n in sizes), "dense mask |", end="")
     print(" FlexAttention | its block mask | its compilation s | largest difference |")
-    print("| --- " * (9 + len(sizes)) + "|")
-    for dtype in (torch.float32, torch.bfloat16):
-        for length in (2048, 32768):
-            query, key, value = (
-                torch.randn(1, 8, length, 64, device="cuda", generator=draw).to(dtype) for _ in range(3)
-            )
-            compilation = 0.0
-            for ratio in ("0.9", "0.5"):
-                lost = evicted_at(key.float().square().sum(-1), Policy(ratio, 512, protocol="streaming"))
-
-                def median(call: object) -> str:
-                    call()  # type: ignore[operator]
-                    return f"{statistics.median(seconds(call, 'cuda') for _ in range(7)) * 1e3:.2f}"  # type: ignore[arg-type]
-
-                cells = [median(lambda: sdpa(query, key, value, is_causal=True))]  # noqa: B023
-                for size in sizes:
-                    perplexity._QUERIES["cuda"] = size
-                    cells.append(median(lambda: perplexity._attend(query, key, value, lost, None)))  # noqa: B023
-                if length <= 4096:
-                    positions = torch.arange(length, device="cuda")
-                    mask = (positions <= positions[:, None]) & (positions[:, None] < lost[..., None, :])
-                    cells.append(median(lambda: sdpa(query, key, value, attn_mask=mask)))  # noqa: B023
-                else:
-                    cells.append("-")
-                own = block_mask(lost)
-                begin = time.perf_counter()
-                flexed = compiled(query, key, value, block_mask=own)
-                torch.cuda.synchronize()
-                compilation = max(compilation, time.perf_counter() - begin)
-                cells.append(median(lambda: compiled(query, key, value, block_mask=own)))  # noqa: B023
-                cells.append(median(lambda: block_mask(lost)))  # noqa: B023
-                difference = (flexed - perplexity._attend(query, key, value, lost, None)).abs().max().item()
-                print(f"| {str(dtype)[6:]} | {length} | {ratio} |", *(f"{cell} |" for cell in cells), end="")
-                print(f" {compilation:.0f} | {difference:.1e} |", flush=True)
+    print("| --- " * (8 + len(sizes)) + "|")
+    for dtype, length in ((torch.float32, 2048), (torch.float32, 32768), (torch.bfloat16, 32768)):
+        query, key, value = (torch.randn(1, 8, length, 64, device="cuda", generator=draw).to(dtype) for _ in range(3))
+        compilation = 0.0
+        for name, lost in schedules(key).items():
+            block = block_mask(lost)
+            begin = time.perf_counter()
+            flexed = compiled(query, key, value, block_mask=block)
+            torch.cuda.synchronize()
+            compilation = max(compilation, time.perf_counter() - begin)
+            cells = [median_ms(partial(sdpa, query, key, value, is_causal=True))]
+            attend = partial(perplexity._attend, query, key, value, lost, None)
+            for perplexity._QUERIES["cuda"] in sizes:
+                cells.append(median_ms(attend))
+            perplexity._QUERIES["cuda"] = own
+            dense = math.nan
+            if length <= 4096:
+                positions = torch.arange(length, device="cuda")
+                mask = (positions <= positions[:, None]) & (positions[:, None] < lost[..., None, :])
+                dense = median_ms(partial(sdpa, query, key, value, attn_mask=mask))
+            cells += [dense, median_ms(partial(compiled, query, key, value, block_mask=block))]
+            cells.append(median_ms(partial(block_mask, lost)))
+            difference = (flexed - attend()).abs().max().item()
+            print(f"| {str(dtype)[6:]} | {length} | {name} |", *(f"{cell:.2f} |" for cell in cells), end="")
+            print(f" {compilation:.0f} | {difference:.1e} |", flush=True)
 
 
 if __name__ == "__main__":
