@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from knorm.attention import Attend, attend_seen
 from knorm.cache import KnormCache, attention_through, cache_keyword
 from knorm.core import squared_norms, token_scores
 from knorm.policy import Policy, whole
@@ -25,8 +26,6 @@ Schedule = Callable[[int, Tensor], Tensor]
 
 MODELS = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 _ROTATIONS = ("default", "linear", "llama3", "yarn")  # fixed for the run; others depend on the length of a call
-_QUERIES = {"cpu": 128, "cuda": 2048}  # per block at most (docs/one-pass.md)
-_MASK = 2**29  # elements of a block's mask at most
 _LOGITS = 2**26  # at most so many at a time
 NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way
 
@@ -113,8 +112,12 @@ def _positions(
     return position_ids.to(model.device)
 
 
-def _check(
-    model: PreTrainedModel, input_ids: Tensor, policy: Policy, prompt_length: int, attention_mask: Tensor | None
+def check_run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    prompt_length: int,
+    attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Refuse what cannot be evaluated; the ids on the model's device, pads made harmless, and the padding."""
     refuse_model(model)
@@ -155,72 +158,14 @@ def _check(
             "protocol='prefill' compresses once, after the prompt, and prompt_length is 1: nothing would ever be "
             "evicted. Give prompt_length, or a Policy with protocol='streaming'"
         )
+    if policy.protocol == "prefill":
+        policy.budget(prompt_length)
     padding = _padding(attention_mask, input_ids, policy, prompt_length)
     ids = input_ids.to(model.device, torch.int64)
     if padding is None:
         return ids, None
     padding = padding.to(model.device)
     return ids.masked_fill(torch.arange(length, device=ids.device) < padding[:, None], 0), padding
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-    """Attention of T queries in which query t sees key s where s <= t < evicted[s]; None: nothing is ever evicted.
-
-    query [batch, heads, T, head_dim]; key, value [batch, kv_heads, T, head_dim]; evicted int64 [batch, kv_heads, T].
-    Returns [batch, heads, T, head_dim]. Queries go in blocks, each against the keys that some query of the block still
-    sees: no T x T mask, and the cost follows the compressed cache's length, not T.
-    """
-    (batch, heads, length, _), groups = query.shape, query.shape[1] // key.shape[1]
-    sdpa = functional.scaled_dot_product_attention
-
-    def per_query_head(x: Tensor) -> Tensor:
-        return x.repeat_interleave(groups, dim=1) if groups > 1 else x
-
-    if evicted is None:
-        return sdpa(query, per_query_head(key), per_query_head(value), is_causal=True, scale=scale)
-    size = min(length, _QUERIES.get(query.device.type, 512), max(64, _MASK // (batch * heads * length)))
-    fewest = _lost_before(evicted, size) if length > size else [0]
-    positions = torch.arange(length, device=query.device)
-    causal = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-    blocks = []
-    for start, gone in zip(range(0, length, size), fewest, strict=True):
-        stop = min(start + size, length)
-        keys, values, lost = key[:, :, :stop], value[:, :, :stop], evicted[:, :, :stop]
-        if gone:
-            index, spare = _compact(lost > start, stop - gone)
-            keys, values = (x.gather(2, index[..., None].expand(*index.shape, x.shape[3])) for x in (keys, values))
-            lost = lost.gather(2, index).masked_fill(spare, 0)
-        mask = positions[start:stop, None] < lost[..., None, :]
-        mask[..., start - stop :] &= causal[: stop - start, : stop - start]  # the block's own keys stand last
-        blocks.append(
-            sdpa(
-                query[:, :, start:stop],
-                per_query_head(keys),
-                per_query_head(values),
-                attn_mask=per_query_head(mask),
-                scale=scale,
-            )
-        )
-    return torch.cat(blocks, dim=2)
-
-
-def _lost_before(evicted: Tensor, size: int) -> list[int]:
-    """How many tokens every row has lost before each block of `size` queries; waits for the device once, for all."""
-    lost = torch.zeros(*evicted.shape[:2], evicted.shape[2] + 1, dtype=torch.int64, device=evicted.device)
-    lost = lost.scatter_add_(-1, evicted, torch.ones_like(evicted)).cumsum(-1)
-    return lost[..., : evicted.shape[2] : size].amin((0, 1)).tolist()
-
-
-def _compact(alive: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Indices of the true entries of each row, ascending, in the last of `most` slots; the slots before are spare.
-
-    bool [batch, heads, n] -> int64 and bool [batch, heads, most]. Rows differ in number only where padding made them.
-    """
-    spare = most - alive.sum(-1, keepdim=True)
-    slots = torch.where(alive, alive.cumsum(-1) - 1 + spare, most)
-    index = torch.zeros(*alive.shape[:2], most + 1, dtype=torch.int64, device=alive.device)
-    index.scatter_(2, slots, torch.arange(alive.shape[2], device=alive.device).expand(alive.shape))
-    return index[..., :most], torch.arange(most, device=alive.device) < spare
 
 
 def _score(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,17 +235,18 @@ def exact_run(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     schedule: Schedule | None = None,
+    attend: Attend | None = None,
 ) -> Run:
-    """The compressed run from one forward pass. Arguments and errors: exact_nll."""
+    """The compressed run from one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
     begin, scheduling = time.perf_counter(), 0.0
-    input_ids, padding = _check(model, input_ids, policy, prompt_length, attention_mask)
+    input_ids, padding = check_run(model, input_ids, policy, prompt_length, attention_mask)
     position_ids = _positions(position_ids, model, input_ids, padding)
     places = torch.arange(input_ids.shape[1], device=model.device)
     unreal = None if padding is None else (places < padding[:, None])[:, None, :]
     schedule_of = schedule or _schedule(policy, prompt_length, padding)
     schedules: list[Tensor] = []
 
-    def attend(
+    def attention(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, _: None, scaling: float, **__: Any
     ) -> tuple[Tensor, None]:
         nonlocal scheduling
@@ -314,9 +260,9 @@ def exact_run(
         spared = schedule is None and padding is None and _spares(policy, len(schedules))
         schedules.append(lost)
         scheduling += time.perf_counter() - clock
-        return _attend(query, key, value, None if spared else lost, scaling).transpose(1, 2), None
+        return (attend or attend_seen)(query, key, value, None if spared else lost, scaling).transpose(1, 2), None
 
-    with attention_through(model, attend):
+    with attention_through(model, attention):
         hidden = model.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True
         ).last_hidden_state
@@ -370,7 +316,7 @@ def stream_run(
 ) -> Run:
     """The compressed run by the loop it stands for. Arguments and errors: stream_nll."""
     begin = time.perf_counter()
-    input_ids, padding = _check(model, input_ids, policy, prompt_length, attention_mask)
+    input_ids, padding = check_run(model, input_ids, policy, prompt_length, attention_mask)
     if padding is None:
         return _loop(model, input_ids, policy, prompt_length)._replace(seconds=time.perf_counter() - begin)
 

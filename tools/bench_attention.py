@@ -17,32 +17,11 @@ from functools import partial
 import torch
 from bench_exact import seconds
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from knorm import Policy, evicted_at, perplexity
-
-BLOCK = 128
-
-
-def block_mask(lost: Tensor) -> BlockMask:
-    """FlexAttention's block mask of a schedule [batch, heads, T], T a multiple of 128, from its minima and maxima."""
-    batch, heads, length = lost.shape
-    blocks = length // BLOCK
-    tiles = lost.view(batch, heads, 1, blocks, BLOCK)
-    least, most = tiles.amin(-1), tiles.amax(-1)
-    row = torch.arange(blocks, device=lost.device)[:, None]
-    column = torch.arange(blocks, device=lost.device)
-    alive = (column <= row) & (most > row * BLOCK)
-    full = (column < row) & (least >= (row + 1) * BLOCK)
-
-    def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-        return tiles.sum(-1).int(), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
-
-    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < lost[b, h, key])
-
-    return BlockMask.from_kv_blocks(*ordered(alive & ~full), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
+from knorm import Policy, attention, evicted_at
+from knorm.attention import attend_seen, block_mask
 
 
 def median_ms(call: Callable[[], object]) -> float:
@@ -61,8 +40,9 @@ def schedules(key: Tensor) -> dict[str, Tensor]:
 
 def main() -> None:
     compiled = torch.compile(flex_attention, dynamic=False)
+    attention._COMPILED_FROM = 2**30  # blocks are to be timed in half precision too
     draw = torch.Generator("cuda").manual_seed(0)
-    sizes, own = (512, 1024, 2048), perplexity._QUERIES["cuda"]
+    sizes, own = (512, 1024, 2048), attention._QUERIES["cuda"]
     print(
         "# One layer's masked attention\n\n`python tools/bench_attention.py`: 8 heads of 64, prune_after 512, on ",
         end="",
@@ -81,10 +61,10 @@ def main() -> None:
             torch.cuda.synchronize()
             compilation = max(compilation, time.perf_counter() - begin)
             cells = [median_ms(partial(sdpa, query, key, value, is_causal=True))]
-            attend = partial(perplexity._attend, query, key, value, lost, None)
-            for perplexity._QUERIES["cuda"] in sizes:
+            attend = partial(attend_seen, query, key, value, lost, None)
+            for attention._QUERIES["cuda"] in sizes:
                 cells.append(median_ms(attend))
-            perplexity._QUERIES["cuda"] = own
+            attention._QUERIES["cuda"] = own
             dense = math.nan
             if length <= 4096:
                 positions = torch.arange(length, device="cuda")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from knorm import Policy, load_embedded
 from knorm.evaluation import cut_windows
@@ -83,17 +84,17 @@ def cpu() -> None:
     print(f"\nThis loop runs 8 windows at a time; one at a time, {loop:.1f} s a window, {loop / one:.0f}x one pass.\n")
 
 
+def pythia(positions: int) -> GPTNeoXForCausalLM:
+    """Pythia-70M's shape, random weights, on CUDA."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
+        max_position_embeddings=positions, rotary_pct=0.25, tie_word_embeddings=False,
+    )  # fmt: skip
+    return GPTNeoXForCausalLM(config).to("cuda").eval()
+
+
 def cuda() -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    def pythia(positions: int) -> GPTNeoXForCausalLM:
-        torch.manual_seed(0)
-        config = GPTNeoXConfig(
-            vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
-            max_position_embeddings=positions, rotary_pct=0.25, tie_word_embeddings=False,
-        )  # fmt: skip
-        return GPTNeoXForCausalLM(config).to("cuda").eval()
-
     @torch.no_grad()
     def plain(model: GPTNeoXForCausalLM, ids: torch.Tensor) -> None:
         model(ids, use_cache=False)
