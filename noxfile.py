@@ -36,3 +36,10 @@ def transformers(session: nox.Session, version: str) -> None:
     wanted = "transformers" if version == "newest" else f"transformers=={version}"
     session.install("--upgrade", "-c", str(pins), ".[test]", wanted)
     session.run("pytest", "tests", "-n", "auto", *session.posargs, env=NO_CUDA)
+
+
+@nox.session
+def matrix(session: nox.Session) -> None:
+    """Every law on every mutant: fails where docs/laws.md changes, or a check has no mutant of its own."""
+    session.install("-c", PINS, ".[test]")
+    session.run("python", "tools/bench_laws.py", "matrix", env=NO_CUDA)

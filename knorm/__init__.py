@@ -30,6 +30,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `import knorm` alone loads no torch."""
+    if name == "laws":
+        return import_module("knorm.laws")
     if name not in _HOME:
         raise AttributeError(f"module 'knorm' has no attribute {name!r}")
     return getattr(import_module(f"knorm.{_HOME[name]}"), name)

@@ -13,7 +13,25 @@ import pytest
 import knorm
 
 PACKAGE = Path(knorm.__file__).parent
-ORDER = ["policy", "core", "schedule", "cache", "perplexity", "models", "evaluation", "laws", "verify", "report", "cli"]
+ORDER = [
+    "policy",
+    "core",
+    "schedule",
+    "attention",
+    "cache",
+    "perplexity",
+    "models",
+    "evaluation",
+    "explain",
+    "sanity",
+    "facts",
+    "laws",
+    "supervisor",
+    "verify",
+    "report",
+    "plugin",
+    "cli",
+]
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
 
@@ -69,10 +87,13 @@ def test_an_import_of_a_later_module_is_noticed(line):
     assert too_early("core", imported(ast.walk(ast.parse(f"def late():\n    {line}")))) == {"cache"}
 
 
-def test_the_command_line_loads_only_click_before_a_command_runs():
-    tops = {name.split(".")[0] for name in imported(tree("cli.py").body)}
-    assert tops <= {*sys.stdlib_module_names, "click", "knorm"}
-    assert not own_modules(imported(tree("cli.py").body)), "knorm's own modules load when a command needs them"
+@pytest.mark.parametrize(
+    ("source", "others"), [("cli.py", {"click"}), ("plugin.py", {"pytest"}), ("supervisor.py", set())]
+)
+def test_what_starts_first_loads_little(source, others):
+    names = [*imported(tree(source).body)]
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "knorm", *others}
+    assert not own_modules(names), "knorm's own modules load when they are needed"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +102,8 @@ def test_the_command_line_loads_only_click_before_a_command_runs():
         ("import knorm", []),
         ("from knorm import Policy", []),
         ("import knorm.policy, knorm.cli", []),
+        ("import knorm.plugin", []),
+        ("import knorm.supervisor, knorm.report", []),
         ("import knorm.core", ["torch"]),  # so the probe can fail
         ("import knorm.schedule", ["torch", "numba"]),
     ],

@@ -1,131 +1,347 @@
 from __future__ import annotations
 
-import math
+import re
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knorm import compress, retained_count
-from knorm.laws import CHECKS, law, run_check
+from knorm import compress
+from knorm.laws import (
+    CHECKS,
+    FAMILIES,
+    KNORM,
+    Kept,
+    Malformed,
+    Refuted,
+    Subject,
+    Traits,
+    check_compressor,
+    describe,
+    find,
+)
+from knorm.laws import registry as registry_module
 from knorm.laws.registry import check
-from knorm.laws.strategies import caches
+from knorm.laws.reproduce import reproduce
+from knorm.laws.runner import run_check
+from knorm.laws.strategies import DTYPES, VOCABULARY, Cache, caches, larger_ratio, tagged_values, texts
+from knorm.laws.subjects import CompressingCache, takes_layer
+from knorm.laws.traits import parse_trait, traits_of
+
+KNORMS = Subject("knorm.compress", KNORM, compress=compress)
+
+
+def subject(compressor, **traits):
+    return Subject(compressor.__name__, Traits(**traits), compress=compressor)
+
+
+def newest_first(keys, values, keep_ratio):
+    kept = compress(keys, values, keep_ratio)
+    return kept.keys.flip(2), kept.values.flip(2)
+
+
+def raises(keys, values, keep_ratio):
+    raise RuntimeError("out of luck")
+
+
+# The registry
+
+
+def test_every_family_has_checks_in_the_catalogues_order():
+    families = [each.family for each in CHECKS.values()]
+    assert [*dict.fromkeys(families)] == [*FAMILIES]
 
 
 @pytest.mark.parametrize("name", CHECKS)
-@given(data=st.data())
-def test_knorms_own_core_holds(name, data):
-    CHECKS[name](compress, data.draw(caches()))
+def test_a_check_says_its_law_in_a_sentence(name):
+    assert find(name).law.endswith(".")
+    assert find(name).function.__name__ == f"check_{name}"
 
 
-def _sort(keys, count, largest=False):
-    return keys.double().norm(dim=-1).argsort(dim=-1, stable=True, descending=largest)[..., :count, None]
+def test_a_check_that_asks_for_traits_names_them():
+    silent = [each.name for each in CHECKS.values() if not each.needs and not each.applies(Traits(ragged=True))]
+    assert not silent
 
 
-def _take(tensor, index):
-    return tensor.gather(2, index.expand(*index.shape[:3], tensor.shape[3]))
+def test_an_unknown_check_is_refused():
+    with pytest.raises(ValueError, match="no check is named 'time'; there are accepts, "):
+        find("time")
 
 
-def in_norm_order(keys, values, ratio):
-    index = _sort(keys, retained_count(keys.shape[2], ratio))
-    return _take(keys, index), _take(values, index)
+def test_a_name_is_taken_once(monkeypatch):
+    monkeypatch.setattr(registry_module, "CHECKS", dict(CHECKS))
+
+    def check_luck(compressor, cache):
+        """Luck holds."""
+
+    check(needs="luck", applies=lambda traits: False)(check_luck)
+    entered = find("luck")
+    assert (entered.law, entered.needs, entered.applies(Traits())) == ("Luck holds.", "luck", False)
+    with pytest.raises(ValueError, match="'luck' is in the catalogue already"):
+        check()(check_luck)
 
 
-def binary_ceiling(keys, values, ratio):
-    count = math.ceil(keys.shape[2] * ratio)
-    index = _sort(keys, count).sort(2).values
-    return _take(keys, index), _take(values, index)
-
-
-def nothing_on_short_caches(keys, values, ratio):
-    count = int(keys.shape[2] * ratio)
-    index = _sort(keys, count).sort(2).values
-    return _take(keys, index), _take(values, index)
-
-
-def highest_norms(keys, values, ratio):
-    index = _sort(keys, retained_count(keys.shape[2], ratio), largest=True).sort(2).values
-    return _take(keys, index), _take(values, index)
-
-
-def values_of_another_head(keys, values, ratio):
-    kept = compress(keys, values, ratio)
-    return kept.keys, compress(keys.flip(1), values, ratio).values
-
-
-def choice_of_the_first_row(keys, values, ratio):
-    index = compress(keys[:1], values[:1], ratio).positions[..., None].expand(keys.shape[0], -1, -1, -1)
-    return _take(keys, index), _take(values, index)
-
-
-def view_of_the_full_buffer(keys, values, ratio):
-    count = retained_count(keys.shape[2], ratio)
-    return keys[:, :, :count], values[:, :, :count]
-
-
-def writes_to_its_input(keys, values, ratio):
-    kept = compress(keys, values, ratio)
-    keys.zero_()
-    return kept[:2]
-
-
-def silent_about_nan(keys, values, ratio):
-    return compress(keys.nan_to_num(), values, ratio)[:2]
-
-
-def float16_norms(keys, values, ratio):
-    squares = (keys.half() * 1000).norm(dim=-1).nan_to_num(torch.inf)
-    index = squares.argsort(dim=-1, stable=True)[..., : retained_count(keys.shape[2], ratio), None].sort(2).values
-    return _take(keys, index), _take(values, index)
+# Traits
 
 
 @pytest.mark.parametrize(
-    ("compressor", "name", "words"),
+    ("trait", "words"),
     [
-        (in_norm_order, "time_order", "positions [1, 0] retained from 2 tokens"),
-        (binary_ceiling, "retained_count", "but should be"),
-        (nothing_on_short_caches, "retained_count", "0 keys and 0 values retained of 1 tokens"),
-        (highest_norms, "lowest_norms", "but should be [0]"),
-        (values_of_another_head, "pairing", "tagged (row, head, position)"),
-        (choice_of_the_first_row, "independence", "alone"),
-        (view_of_the_full_buffer, "memory", "are kept alive"),
-        (writes_to_its_input, "memory", "wrote to its input"),
-        (silent_about_nan, "nonfinite", "did not raise"),
-        (float16_norms, "scaling", "keys times"),
+        ({"rounding": "up"}, "trait rounding='up', but should be ceil, floor, half_even, None"),
+        ({"ragged": 1}, "trait ragged=1, but should be true or false"),
+        ({"protect_first": -1}, "trait protect_first=-1, but should be an integer of at least 0"),
+        ({"skip_layers": (0, -1)}, "but should be layer indices"),
     ],
 )
-def test_a_broken_compressor_is_refuted_by_its_law(compressor, name, words):
-    result = run_check(name, compressor, examples=300)
-    assert result.verdict == "refuted"
-    assert words in result.counterexample
+def test_a_value_that_a_trait_does_not_have_is_refused(trait, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Traits(**trait)
 
 
-def test_the_seed_bug_shrinks_to_two_tokens():
-    result = run_check("time_order", in_norm_order)
-    assert result.counterexample == (
-        "time order: positions [1, 0] retained from 2 tokens at ratio 1.0, but should ascend: [0, 1]"
-    )
+@pytest.mark.parametrize(
+    ("rounding", "length", "ratio", "count"),
+    [("ceil", 100, 0.55, 55), ("floor", 100, 0.29, 29), ("floor", 2, 0.4, 1), ("half_even", 10, 0.25, 2),
+     ("half_even", 10, 0.35, 4), (None, 10, 0.5, None)],
+)  # fmt: skip
+def test_the_promised_count_is_exact(rounding, length, ratio, count):
+    assert Traits(rounding=rounding).count(length, ratio) == count
+
+
+def test_what_is_protected_must_be_afforded():
+    traits = Traits(rounding="ceil", protect_first=1, protect_recent=2)
+    assert [traits.affords(10, ratio) for ratio in (0.2, 0.3)] == [False, True]
+    assert traits.affords(3, 0.1), "a cache no longer than its protections is left whole"
+
+
+def test_a_targets_own_traits_give_way_to_those_given():
+    def target():
+        pass
+
+    target.__knorm_traits__ = {"rounding": "floor", "ragged": True}
+    assert traits_of(target, {"rounding": "ceil", "skip_layers": [0]}) == Traits("ceil", ragged=True, skip_layers=(0,))
+    with pytest.raises(ValueError, match="no trait is named 'round'; there are "):
+        traits_of(target, {"round": "ceil"})
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [("rounding=ceil", ("rounding", "ceil")), ("time_order=false", ("time_order", False)),
+     ("ties=None", ("ties", None)), ("protect_first=4", ("protect_first", 4)),
+     ("skip_layers=0,1", ("skip_layers", (0, 1)))],
+)  # fmt: skip
+def test_a_trait_is_read_as_it_is_written(text, pair):
+    assert parse_trait(text) == pair
+
+
+# What is drawn
+
+
+@settings(max_examples=40)
+@given(caches())
+def test_tagged_values_tell_their_place_in_every_dtype(cache):
+    rows, heads, length = cache.keys.shape[:3]
+    positions = cache.positions(Kept(cache.keys, cache.values))
+    assert torch.equal(positions, torch.arange(length).expand(rows, heads, -1))
+    assert cache.values[-1, -1, 0, :2].tolist() == [rows - 1, heads - 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tags_are_exact_far_beyond_the_lengths_drawn(dtype):
+    cache = Cache(torch.zeros(1, 1, 60000, 4), tagged_values(1, 1, 60000, dtype), 0.5)
+    assert torch.equal(cache.positions(Kept(cache.keys, cache.values))[0, 0], torch.arange(60000))
+
+
+@settings(max_examples=40)
+@given(caches(exact=True))
+def test_exact_keys_have_exact_squares_in_every_dtype(cache):
+    for dtype in DTYPES:
+        assert torch.equal(cache.keys.to(dtype).square().sum(-1).double(), cache.norms())
+
+
+@settings(max_examples=40)
+@given(caches(Traits(rounding="ceil", protect_first=2, protect_recent=3)))
+def test_drawn_ratios_cover_what_is_protected(cache):
+    assert Traits(rounding="ceil", protect_first=2, protect_recent=3).affords(cache.length, cache.keep_ratio)
+
+
+@settings(max_examples=40)
+@given(texts())
+def test_texts_have_a_prompt_something_after_it_and_real_tokens_in_every_row(text):
+    assert 3 <= text.prompt < text.input_ids.shape[1] <= 20
+    assert text.pads[0] == 0
+    assert max(text.pads) <= text.prompt - 2
+    assert 1 <= int(text.input_ids.min()) <= int(text.input_ids.max()) < VOCABULARY
+
+
+@given(st.integers(1, 999))
+def test_a_larger_ratio_lies_half_way_to_1_exactly(thousandths):
+    ratio = thousandths / 1000
+    assert Fraction(str(larger_ratio(ratio))) == (Fraction(thousandths, 1000) + 1) / 2
+
+
+# Subjects
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda k, v: None, "returned None, but should return (keys, values)"),
+        (lambda k, v: [(k, v)], "returned list of tuple of float32 [2, 1, 4, 4]"),
+        (lambda k, v: (k[:1], v[:1]), "but should keep batch, heads and width, and as many values as keys"),
+        (lambda k, v: (k[:, :, :2], v), "and as many values as keys"),
+        (lambda k, v: (k.long(), v), "returned keys int64 [2, 1, 4, 4]"),
+        (lambda k, v: (k, v, torch.ones(2, 4, dtype=torch.bool)), "returned a mask [2, 4], but should be [2, 1, 4]"),
+    ],
+)
+def test_an_answer_that_is_no_cache_is_malformed(result, words):
+    keys, values = torch.zeros(2, 1, 4, 4), tagged_values(2, 1, 4, torch.float32)
+    with pytest.raises(Malformed, match=re.escape(words)):
+        Subject("it", Traits(), compress=lambda k, v, _: result(k, v))(keys, values, 0.5)
+
+
+def test_a_check_calls_with_copies_and_remembers_what_it_gave():
+    def writes(keys, values, keep_ratio):
+        keys.zero_()
+        return keys, values
+
+    keys, target = torch.ones(1, 1, 2, 4), subject(writes)
+    target(keys, keys, 0.5)
+    assert keys.all()
+    assert target.calls[0].keys.all()
+
+
+def test_layer_is_given_to_whom_takes_it():
+    seen = []
+
+    def takes(keys, values, keep_ratio, layer=None):
+        seen.append(layer)
+        return keys, values
+
+    keys = torch.ones(1, 1, 2, 4)
+    subject(takes)(keys, keys, 0.5, 3)
+    subject(newest_first)(keys, keys, 0.5, 3)
+    assert seen == [3]
+    assert not takes_layer(newest_first)
+    assert not takes_layer(min), "what has no signature"
+
+
+def test_a_cache_around_a_compressor_counts_what_it_has_seen():
+    cache, states = CompressingCache(KNORMS, 0.5), torch.rand(1, 2, 6, 4)
+    cache.update(states, states, 0)
+    cache.update(states[:, :, :1], states[:, :, :1], 0)
+    assert (cache.get_seq_length(), cache.layers[0].keys.shape[2]) == (7, 4)
+    assert cache.get_mask_sizes(2, 0) == (6, 3)
+
+
+# The runner
 
 
 def test_a_result_says_the_law_and_how_hard_it_tried():
-    result = run_check("time_order", compress, examples=20)
-    assert (result.law, result.verdict, result.examples) == ("Retained positions ascend.", "holds", 20)
+    result = run_check(find("time_order"), KNORMS)
+    assert (result.check, result.law, result.family) == ("time_order", "Retained positions ascend.", "order")
+    assert (result.verdict, result.examples, result.failed) == ("holds", 60, False)
+    assert result.seconds > 0
+
+
+def test_a_refutation_says_what_was_given_and_what_came_out():
+    result = run_check(find("time_order"), subject(newest_first))
+    assert (result.verdict, result.failed) == ("refuted", True)
+    assert "but should ascend" in result.counterexample
+    assert result.given.startswith("keys [1, 1, ")
+    report = describe(result)
+    assert report.startswith(f"Retained positions ascend.\n  {result.counterexample}\n  given: {result.given}")
+    assert report.endswith("print(kept[0].tolist(), kept[1].tolist(), sep='\\n')")
 
 
 def test_the_same_seed_draws_the_same():
-    outcomes = {run_check("retained_count", binary_ceiling, seed=3).counterexample for _ in range(2)}
-    assert len(outcomes) == 1
+    def drawn(seed):
+        given = []
+
+        def watches(keys, values, keep_ratio):
+            given.append((keys.shape, keep_ratio, float(keys.double().sum())))
+            return compress(keys, values, keep_ratio)[:2]
+
+        run_check(find("at_least_one"), subject(watches), seed=seed)
+        return given
+
+    assert drawn(3) == drawn(3) != drawn(4)
 
 
-def test_unknown_and_duplicate_checks_are_refused():
-    with pytest.raises(ValueError, match="no check is named 'time'; there are"):
-        law("time")
-    with pytest.raises(ValueError, match="'time_order' is in the catalogue already"):
-        check(CHECKS["time_order"])
+def test_a_snippet_shows_the_counterexample():
+    code = "def compress(keys, values, keep_ratio):\n    return keys.flip(2), values.flip(2)"
+    scope = {}
+    exec(f"import torch\n{code}", scope)
+    target = Subject("it", Traits(), compress=scope["compress"], code=code)
+    result = run_check(find("time_order"), target)
+    printed = []
+    exec(result.snippet, {"print": lambda *lines, sep: printed.extend(lines)})
+    positions = [int(tag[3]) for tag in printed[1][0][0]]
+    assert f"positions {positions} retained" in result.counterexample
 
 
-@settings(max_examples=20)
-@given(caches())
-def test_tagged_values_tell_their_place_in_every_dtype(cache):
-    assert torch.equal(cache.positions(cache.values)[0, 0], torch.arange(cache.length))
+def test_a_law_about_models_is_reproduced_from_its_text():
+    class Forgetful(CompressingCache):
+        def get_seq_length(self, layer_idx=0):
+            return 3
+
+    target = Subject("it", Traits(), make_cache=lambda ratio: Forgetful(KNORMS, ratio))
+    result = run_check(find("positions"), target)
+    assert 'reproduce("positions", target, text)' in result.snippet
+    scope = {}
+    lines = [line for line in result.snippet.splitlines() if not line.startswith(("target", "reproduce"))]
+    exec("\n".join(lines), scope)
+    with pytest.raises(Refuted, match=re.escape("get_seq_length() is 3")):
+        reproduce("positions", target, scope["text"])
+
+
+def test_a_target_that_only_raises_breaks_one_law_and_leaves_the_others_untested():
+    select = ["accepts", "pairing", "no_duplicates", "empty"]
+    verdicts = {r.check: r.verdict for r in check_compressor(subject(raises), select=select)}
+    assert verdicts == {"accepts": "refuted", "pairing": "untested", "no_duplicates": "untested", "empty": "holds"}
+
+
+def test_a_target_that_leaves_the_interpreter_breaks_a_law():
+    def leaves(keys, values, keep_ratio):
+        raise SystemExit(3)
+
+    result = run_check(find("accepts"), subject(leaves))
+    assert "accepts: raised SystemExit: 3" in result.counterexample
+
+
+def test_what_does_not_apply_says_what_it_needs():
+    select = ["time_order", "crop", "same_tokens"]
+    results = check_compressor(subject(newest_first, time_order=False), select=select)
+    assert {r.check: (r.verdict, r.reason) for r in results} == {
+        "time_order": ("does not apply", "needs time_order, merges_values=False"),
+        "crop": ("does not apply", "needs a transformers cache"),
+        "same_tokens": ("does not apply", "needs an evaluator of token NLLs"),
+    }
+
+
+def test_an_expected_failure_is_one_and_what_holds_after_all_is_reported():
+    expected = {"time_order": "a slip", "dtype": "a guess", "ties": "not asked"}
+    results = check_compressor(subject(newest_first), expected_failures=expected, select=expected)
+    found = {r.check: (r.verdict, r.reason, r.failed) for r in results}
+    assert found["time_order"] == ("expected failure", "a slip", False)
+    assert found["dtype"] == ("unexpectedly holds", "a guess", True)
+    assert found["ties"][0] == "does not apply"
+
+
+def test_checks_are_chosen_by_name_or_family():
+    names = [r.check for r in check_compressor(KNORMS, select=["memory", "time_order"])]
+    assert names == ["time_order", "inputs_unwritten", "own_bytes", "frees_memory"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"select": ["memry"]}, "no check is named 'memry'"),
+        ({"expected_failures": {"tim_order": "a slip"}}, "no check is named 'tim_order'"),
+        ({"profile": "slow"}, "profile='slow', but should be one of quick, thorough"),
+    ],
+)
+def test_unknown_names_are_refused(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_compressor(KNORMS, **options)

@@ -1,55 +1,328 @@
-"""Run a check against a compressor on many drawn caches, and say what came of it."""
+"""Run checks against a target on many drawn cases, and say what came of it."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
+from hypothesis.errors import UnsatisfiedAssumption
 
-from knorm.laws.registry import CHECKS, Compressor, law
-from knorm.laws.strategies import Cache, caches
+from knorm.laws.adapters import adapt
+from knorm.laws.registry import CHECKS, Check, Malformed, Refuted, Vacuous, find
+from knorm.laws.reproduce import snippet
+from knorm.laws.strategies import Cache, Text, caches, texts
+from knorm.laws.subjects import Call, Subject, in_words
+from knorm.laws.traits import Traits
+
+Verdict = Literal["holds", "refuted", "expected failure", "unexpectedly holds", "untested", "does not apply"]
+Profile = Literal["quick", "thorough"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
+
+    examples: int
+    shrinks: int
+    long: bool = False
+
+
+EFFORT: dict[str, dict[bool, Effort]] = {  # by profile, and by whether a model has to run
+    "quick": {False: Effort(60, 250), True: Effort(10, 25)},
+    "thorough": {False: Effort(600, 1500, long=True), True: Effort(100, 150)},
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one check: verdict "holds" or "refuted", with the smallest counterexample's sentence."""
+    """What came of one check.
+
+    check, law, family   which
+    verdict              "refuted" or "unexpectedly holds": the target failed. "holds", "expected failure": it did not.
+                         "untested": no drawn case could be answered at all. "does not apply": its traits do not ask it
+    examples             cases tried
+    seconds              until the verdict, making the counterexample smaller included
+    counterexample       the sentence with the evidence, of the smallest case found
+    given                that case: shapes, dtype, ratio
+    snippet              Python that shows it
+    reason               why it does not apply, or why a failure was expected
+    """
 
     check: str
     law: str
-    verdict: str
-    examples: int
-    seconds: float
+    family: str
+    verdict: Verdict
+    examples: int = 0
+    seconds: float = 0.0
     counterexample: str | None = None
+    given: str | None = None
+    snippet: str | None = None
+    reason: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the target is to be mended."""
+        return self.verdict in ("refuted", "unexpectedly holds")
 
 
-def run_check(name: str, compressor: Compressor, *, examples: int = 50, seed: int = 0) -> Result:
-    """Try to refute one law with at most `examples` drawn caches, then shrink what refutes it.
+def applies(check: Check, subject: Subject) -> bool:
+    """Whether a subject has the surface that a check is run on, and promises what it needs."""
+    surfaces = {
+        "compressor": subject.compress is not None,
+        "model": subject.compress is not None or subject.make_cache is not None,
+        "cache": subject.make_cache is not None,
+        "nll": True,
+        "evaluator": subject.evaluate is not None,
+    }
+    return surfaces[check.surface] and check.applies(subject.traits)
 
-    The same seed draws the same caches. Raises ValueError for a check that the catalogue does not have.
+
+def _size(case: Cache | Text) -> int:
+    return case.keys.numel() if isinstance(case, Cache) else case.input_ids.numel()
+
+
+def _cannot_answer(check: Check, subject: Subject, error: Exception) -> bool:
+    """Whether another law speaks of this: that a compressor answers at all, and with a cache."""
+    return isinstance(error, Malformed) and subject.compress is not None
+
+
+class _Search:
+    """One check's hunt for a case that refutes it.
+
+    worst      the smallest case found, what it raised, and the calls that led there
+    tried      cases drawn until the first one that refutes
+    answered   cases on which the law had something to say
     """
-    sentence, tried, begin = law(name), 0, time.perf_counter()
 
-    @with_seed(seed)
-    @settings(
-        max_examples=examples,
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        phases=(Phase.explicit, Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
+    def __init__(self, check: Check, subject: Subject, device: str) -> None:
+        self.check, self.subject, self.device = check, subject, device
+        self.tried = self.answered = 0
+        self.worst: tuple[Cache | Text, Exception, list[Call]] | None = None
+
+    @property
+    def small(self) -> bool:
+        return self.worst is not None and isinstance(self.worst[0], Cache) and self.worst[0].length <= 3
+
+    def run(self, cases: Any, seed: int, examples: int, shrinks: int = 0) -> None:
+        """Draw cases until one refutes; then spend `shrinks` runs on smaller ones."""
+        found, left = False, shrinks
+
+        def attempt(case: Any) -> None:
+            nonlocal found, left
+            if found and (left := left - 1) < 0:
+                return  # enough: what is left of the search passes at once
+            if self.try_case(case):
+                found = True
+                raise Refuted
+
+        search = with_seed(seed)(
+            settings(
+                max_examples=examples,
+                database=None,
+                deadline=None,
+                report_multiple_bugs=False,
+                phases=(Phase.generate, Phase.shrink) if shrinks else (Phase.generate,),
+                suppress_health_check=list(HealthCheck),
+            )(given(cases)(attempt))
+        )
+        try:
+            search()
+        except Exception:
+            if not found:
+                raise
+
+    def try_case(self, case: Any) -> bool:
+        """Whether a case refutes the law; keeps the smallest that does."""
+        self.tried += self.worst is None
+        self.subject.calls.clear()
+        try:
+            self.check.function(self.subject, case.on(self.device))
+        except UnsatisfiedAssumption:
+            raise
+        except Vacuous:
+            return False
+        except Exception as error:
+            if _cannot_answer(self.check, self.subject, error):
+                return False
+            if self.worst is None or _size(case) <= _size(self.worst[0]):
+                self.worst = (case, error, self.subject.calls.copy())
+            return True
+        self.answered += 1
+        return False
+
+
+def run_check(
+    check: Check, subject: Subject, *, profile: Profile = "quick", seed: int = 0, device: str = "cpu"
+) -> Result:
+    """Try to refute one law on drawn cases, then make what refutes it smaller.
+
+    The same seed draws the same cases. Whatever the subject raises refutes a law; nothing of it comes out of here.
+    """
+    begin = time.perf_counter()
+    search = _Search(check, subject, device)
+    effort = EFFORT[profile][check.surface != "compressor"]
+    if check.surface != "compressor":
+        search.run(texts(subject.traits), seed, effort.examples, effort.shrinks)
+    else:
+        draw = partial(caches, subject.traits, exact=check.exact)
+        search.run(draw(long=effort.long), seed, effort.examples)
+        if search.worst:  # a small one, if there is any; else the one that was found is made smaller
+            search.run(draw(small=True), seed, effort.examples, effort.shrinks)
+        if search.worst and not search.small:
+            search.run(draw(long=effort.long), seed, effort.examples, effort.shrinks)
+    worst, tried, answered = search.worst, search.tried, search.answered
+    found: dict[str, Any] = {"verdict": "holds" if answered else "untested"}
+    if worst is not None:
+        case, error, calls = worst
+        said = str(error) if isinstance(error, Refuted) else f"{check.name}: {in_words(error)}"
+        script = snippet(check, subject, case, calls)
+        found = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
+    seconds = time.perf_counter() - begin
+    return Result(check.name, check.law, check.family, examples=tried, seconds=seconds, **found)
+
+
+def _chosen(select: Iterable[str] | None) -> list[Check]:
+    """Checks by name or family, in the catalogue's order. Raises ValueError for a name that there is not."""
+    if select is None:
+        return list(CHECKS.values())
+    families = {check.family for check in CHECKS.values()}
+    wanted = set(select)
+    for name in wanted - families:
+        find(name)
+    return [check for check in CHECKS.values() if {check.name, check.family} & wanted]
+
+
+def _judged(result: Result, expected: Mapping[str, str]) -> Result:
+    if result.check not in expected or result.verdict not in ("refuted", "holds"):
+        return result
+    verdict: Verdict = "expected failure" if result.verdict == "refuted" else "unexpectedly holds"
+    return replace(result, verdict=verdict, reason=expected[result.check])
+
+
+def iter_results(
+    subject: Subject,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    select: Iterable[str] | None = None,
+    profile: Profile = "quick",
+    seed: int = 0,
+    device: str = "cpu",
+) -> Iterator[Result]:
+    """One result after another, as they come: see check_compressor."""
+    expected = dict(expected_failures or {})
+    for name in expected:
+        find(name)
+    if profile not in EFFORT:
+        raise ValueError(f"profile={profile!r}, but should be one of {', '.join(EFFORT)}")
+    for check in _chosen(select):
+        if applies(check, subject):
+            yield _judged(run_check(check, subject, profile=profile, seed=seed, device=device), expected)
+        else:
+            reason = f"needs {check.needs}" if check.needs and not check.applies(subject.traits) else _surface(check)
+            yield Result(check.name, check.law, check.family, "does not apply", reason=reason)
+
+
+def _surface(check: Check) -> str:
+    return {"cache": "needs a transformers cache", "evaluator": "needs an evaluator of token NLLs"}.get(
+        check.surface, "needs a compressor"
     )
-    @given(caches())
-    def attempt(cache: Cache) -> None:
-        nonlocal tried
-        tried += 1
-        CHECKS[name](compressor, cache)
 
-    counterexample = None
-    try:
-        attempt()
-    except Exception as error:  # whatever a compressor raises refutes the law
-        counterexample = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-    verdict = "holds" if counterexample is None else "refuted"
-    return Result(name, sentence, verdict, tried, time.perf_counter() - begin, counterexample)
+
+def check_compressor(
+    compressor: Any,
+    traits: Traits | Mapping[str, Any] | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+    *,
+    select: Iterable[str] | None = None,
+    profile: Profile = "quick",
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[Result]:
+    """Run a compressor through every law that its traits ask of it.
+
+    compressor          a callable (keys, values, keep_ratio) -> (keys, values[, mask]), or anything that adapters.adapt
+                        takes: a class, a transformers cache, a function of one, a kvpress press, an evaluator
+    traits              what it promises (traits.Traits, or a dict); by default its own __knorm_traits__
+    expected_failures   check -> why it may fail; one that holds is reported
+    select              names of checks or families; by default all
+    profile             "quick" or "thorough"
+    seed                the same seed draws the same cases
+    device              "cpu" or "cuda", of the tensors drawn
+
+    Returns a Result for every check. Raises ValueError or TypeError for unknown names, and for what cannot be adapted.
+    """
+    subject = adapt(compressor, traits)
+    return list(
+        iter_results(
+            subject,
+            expected_failures=expected_failures,
+            select=select,
+            profile=profile,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+def assert_holds(subject: Subject, check: Check, **options: Any) -> None:
+    """Run one check; raise Refuted with the whole report where it does not hold."""
+    __tracebackhide__ = True
+    result = run_check(check, subject, **options)
+    if result.verdict == "refuted":
+        raise Refuted(describe(result))
+
+
+def describe(result: Result) -> str:
+    """A refuted law in full: the law, what was given, what came out beside what should have, and a snippet."""
+    lines = [f"{result.law}", f"  {result.counterexample}", f"  given: {result.given} (example {result.examples})"]
+    return "\n".join([*lines, "", *(f"    {line}" for line in (result.snippet or "").splitlines())])
+
+
+def parametrize_with_checks(
+    compressors: Sequence[Any],
+    *,
+    expected_failures: Callable[[Any], Mapping[str, str]] | None = None,
+    profile: Profile | None = None,
+    seed: int | None = None,
+) -> Any:
+    """Decorator: a pytest test per compressor and law that applies to it.
+
+        @parametrize_with_checks([my_compressor])
+        def test_my_compressor(compressor, check):
+            check(compressor)
+
+    compressors         what adapters.adapt takes
+    expected_failures   of a compressor: check -> why it may fail; marked xfail(strict)
+    profile, seed       by default those of --knorm-profile and --knorm-seed
+
+    Raises ValueError for unknown names of checks.
+    """
+    import pytest
+
+    parameters = []
+    for compressor in compressors:
+        subject = adapt(compressor)
+        expected = dict(expected_failures(compressor)) if expected_failures else {}
+        for name in expected:
+            find(name)
+        for check in CHECKS.values():
+            if applies(check, subject):
+                marks: list[Any] = [pytest.mark.knorm]
+                if check.name in expected:
+                    marks.append(pytest.mark.xfail(strict=True, reason=expected[check.name]))
+                run = partial(_run_in_pytest, check=check, subject=subject, profile=profile, seed=seed)
+                parameters.append(pytest.param(compressor, run, marks=marks, id=f"{subject.name}-{check.name}"))
+    return pytest.mark.parametrize(("compressor", "check"), parameters)
+
+
+OPTIONS: dict[str, Any] = {"profile": "quick", "seed": 0}  # plugin.py sets them from pytest's command line
+
+
+def _run_in_pytest(_: Any, *, check: Check, subject: Subject, profile: Profile | None, seed: int | None) -> None:
+    __tracebackhide__ = True
+    assert_holds(subject, check, profile=profile or OPTIONS["profile"], seed=OPTIONS["seed"] if seed is None else seed)

@@ -1,29 +1,34 @@
-"""What Hypothesis draws: one layer's cache, with values that tell where they came from."""
+"""What Hypothesis draws: one layer's cache, with values that tell where they came from; and short texts."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from knorm.policy import retained_count
+from knorm.laws.traits import Traits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WIDTH = 4  # of keys and values
+SHORT = (1, 2, 3, 4, 5, 6, 8, 10)
+BORDERS = (7, 9, 15, 16, 17, 31, 32, 33)  # of the chunks that people work in
+AWKWARD = (25, 50, 100)  # the only ones up to 100 with hundredths that ceil(ratio * length) gets wrong
+LONG = (63, 64, 65, 127, 128, 129)
 
 
 @dataclass(frozen=True)
 class Cache:
     """One layer's cache and how much of it to keep.
 
-    keys         [batch, kv_heads, length, 4], small integers: squares and sums are exact in every dtype
+    keys         [batch, kv_heads, length, 4], small integers times a power of two: where the power is 1, squares and
+                 sums are exact in every dtype
     values       same shape, tagged: each row is (batch, head, position // 256, position % 256)
     keep_ratio   the decimal that it prints as
     """
@@ -36,19 +41,31 @@ class Cache:
     def length(self) -> int:
         return int(self.keys.shape[2])
 
-    def positions(self, values: Tensor) -> Tensor:
-        """The positions that tagged values came from: int64 [batch, kv_heads, kept]."""
-        return (values[..., 2].long() * 256) + values[..., 3].long()
-
     def norms(self) -> Tensor:
         """The exact squared norm of each key: float64 [batch, kv_heads, length]."""
         return self.keys.double().square().sum(-1)
 
+    def positions(self, kept: Any) -> Tensor:
+        """Where each of kept.values says it came from, -1 where kept.mask says it is none: int64 [b, h, kept]."""
+        tags = kept.values.double().nan_to_num(-1.0)
+        positions = (tags[..., 2] * 256 + tags[..., 3]).long()
+        mask = getattr(kept, "mask", None)
+        return positions if mask is None else positions.masked_fill(~mask, -1)
+
+    def retained(self, kept: Any) -> Tensor:
+        """Which tokens are retained: bool [batch, kv_heads, length]."""
+        positions = self.positions(kept)
+        real = (positions >= 0) & (positions < self.length)
+        found = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=positions.device)
+        return found.scatter_(-1, positions.where(real, self.length), True)[..., : self.length]
+
+    def on(self, device: str) -> Cache:
+        """The same on another device."""
+        return replace(self, keys=self.keys.to(device), values=self.values.to(device))
+
     def __repr__(self) -> str:
-        return (
-            f"keys {list(self.keys.shape)} {str(self.keys.dtype).removeprefix('torch.')} "
-            f"of squared norms {self.norms().tolist()} at ratio {self.keep_ratio}"
-        )
+        keys = f"keys {list(self.keys.shape)} {str(self.keys.dtype).removeprefix('torch.')}"
+        return f"{keys} at ratio {self.keep_ratio}"
 
 
 def tagged_values(batch: int, heads: int, length: int, dtype: torch.dtype) -> Tensor:
@@ -57,33 +74,140 @@ def tagged_values(batch: int, heads: int, length: int, dtype: torch.dtype) -> Te
     return torch.stack([grid[0], grid[1], grid[2] // 256, grid[2] % 256], dim=-1).to(dtype)
 
 
-def ratios(length: int) -> st.SearchStrategy[float]:
-    """Ratios in (0, 1], most often those whose product with `length` binary arithmetic rounds wrongly.
+USUAL = (0.5, 1.0, 0.55, 0.1, 0.25, 0.75, 0.3, 0.7, 0.9, 0.05, 0.95, 0.333, 0.999, 0.001)
 
-    Shrinks towards 1, then 0.5. Draws: 1.0, 0.5, 0.55, 0.07, 0.333; for 25 tokens 0.28.
+
+@lru_cache(maxsize=256)
+def ratios(length: int) -> tuple[float, ...]:
+    """Ratios in (0, 1] to draw from, most often those whose product with `length` binary arithmetic rounds wrongly.
+
+    As ceil or floor of ratio x length, where there are such (25 tokens: 0.28; 50: 0.14; 100: 0.55), and by way of the
+    complement, 1 - (1 - ratio). 0.25 and 0.75 give products that lie half-way.
     """
-    hundredths = [n / 100 for n in range(99, 0, -1)]
-    treacherous = [r for r in hundredths if math.ceil(r * length) != retained_count(length, r)]
-    return st.sampled_from([1.0, 0.5, 0.55, 0.1, *treacherous * 30, *hundredths, 0.333, 0.999, 0.001])
+    hundredths = [n / 100 for n in range(1, 100)]
+    exact = {ratio: Decimal(str(ratio)) * length for ratio in hundredths}
+    wrong = [r for r, n in exact.items() for whole in (math.ceil, math.floor) if whole(r * length) != whole(n)]
+    complement = [r for r, n in exact.items() if math.floor((1 - (1 - r)) * length) != math.floor(n)]
+    complement += [
+        r for r, n in exact.items() if math.floor((1 - float(1 - Decimal(str(r)))) * length) != math.floor(n)
+    ]
+    return (*USUAL, *(wrong * 40)[:40], *(complement * 20)[:20], *hundredths[::14])
+
+
+def scales(dtype: torch.dtype) -> tuple[float, ...]:
+    """Powers of two for keys: 1, then one at which norms overflow half precision, then float16's subnormal numbers."""
+    return (1.0, 2.0**12, 2.0**-20) if dtype == torch.float16 else (1.0, 2.0**40, 2.0**-40)
+
+
+@lru_cache(maxsize=64)
+def _sizes(traits: Traits | None, long: bool, small: bool) -> tuple[tuple[int, tuple[float, ...]], ...]:
+    """Lengths, short ones often, each with the ratios that a budget covers."""
+    enough = max(traits.prune_after, 2 * traits.protected) if traits else 0
+    lengths = [*SHORT * 3, *BORDERS * 2, *AWKWARD * 4, *(LONG * 2 if long else ())]
+    lengths += [enough + n for n in (0, 1, 2, 5, 9, 20)] * 3 if enough else []
+    if small:
+        lengths = [length for length in sorted(set(lengths)) if length <= max(3, enough + 2)]
+    each = ((n, tuple(r for r in ratios(n) if traits is None or traits.affords(n, r))) for n in lengths)
+    return tuple((length, affordable) for length, affordable in each if affordable)
+
+
+STYLES = ("any", "any", "constant blocks", "zeros")
 
 
 @st.composite
-def caches(draw: Any, longest: int = 25) -> Cache:
+def caches(
+    draw: Any, traits: Traits | None = None, *, exact: bool = False, long: bool = False, small: bool = False
+) -> Cache:
     """Caches of one layer.
 
-    - `longest`: tokens at most.
+    - `traits`: only such lengths and ratios whose budget covers what is protected.
+    - `exact`: no scale but 1.
+    - `long`: also lengths around 64 and 128.
+    - `small`: what a person can read: 1 to 3 tokens (beyond what is protected), 1 or 2 rows and heads.
 
-    Shrinks towards one token, one row, one head, zero keys, float32, ratio 1. Keys are integers of -8 to 8, so exact
-    ties abound, and whole rows may be equal.
+    Shrinks towards one row, one head, one token, float32, ratio 0.5, and if `small` towards keys whose norms are the
+    first integers. Keys are four integers of -8 to 8, exact ties abound, and whole rows may be equal; of small caches
+    (n, 0, 0, 0). Draws: 2 keys 3, -1; 32 keys of norm 0.
     """
-    # One list, short lengths first and often, so that the index shrinks to them.
-    length = draw(st.sampled_from([*range(1, longest + 1), *(1, 2, 3, 10, 25) * (longest // 8)]))
-    batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    dtype = draw(st.sampled_from(DTYPES))
-    numbers = draw(arrays.arrays(np.int8, (batch, heads, length, WIDTH), elements=st.integers(-8, 8)))
-    return Cache(torch.from_numpy(numbers).to(dtype), tagged_values(batch, heads, length, dtype), draw(ratios(length)))
+    # One number decides on everything but the keys: of several draws alike Hypothesis would try many variations.
+    rest = draw(st.integers(0, 2**24 - 1))
+
+    def pick(choices: Sequence[Any]) -> Any:
+        nonlocal rest
+        rest, index = divmod(rest, len(choices))
+        return choices[index]
+
+    length, affordable = pick(_sizes(traits, long, small))
+    ratio, dtype, style = pick(affordable), pick(DTYPES), pick(STYLES)
+    batch, heads = pick((1, 2) if small else (1, 2, 3)), pick((1, 2) if small else (1, 2, 3))
+    scale = 1.0 if exact else pick(scales(dtype))
+    keys = torch.zeros(batch, heads, length, WIDTH)
+    if style != "zeros" and small:
+        count = batch * heads * length
+        numbers = draw(st.lists(st.integers(-8, 8), min_size=count, max_size=count))
+        keys[..., 0] = torch.tensor(numbers).view(batch, heads, length)
+    elif style != "zeros":
+        generator = torch.Generator().manual_seed(draw(st.sampled_from(range(2**16))))
+        keys += torch.randint(-8, 9, keys.shape, generator=generator)
+    if style == "constant blocks":
+        keys = keys[:, :, torch.arange(length) // 4 * 4]
+    return Cache((keys * scale).to(dtype), tagged_values(batch, heads, length, dtype), ratio)
 
 
 def larger_ratio(keep_ratio: float) -> float:
     """The ratio half-way from the given one to 1, exactly."""
     return float((Decimal(str(keep_ratio)) + 1) / 2)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens for a tiny model, and how they are fed to it.
+
+    input_ids    int64 [batch, length]
+    prompt       tokens of the first call
+    chunk        tokens of each later call
+    keep_ratio   as for Cache
+    pads         left padding of each row, where a law speaks of it
+    """
+
+    input_ids: Tensor
+    prompt: int
+    chunk: int
+    keep_ratio: float
+    pads: tuple[int, ...] = ()
+
+    def on(self, device: str) -> Text:
+        """The same on another device."""
+        return replace(self, input_ids=self.input_ids.to(device))
+
+    def __repr__(self) -> str:
+        padded = f", left padding {list(self.pads)}" if any(self.pads) else ""
+        return (
+            f"token ids {self.input_ids.tolist()}, a prompt of {self.prompt}, then {self.chunk} at a time, "
+            f"at ratio {self.keep_ratio}{padded}"
+        )
+
+
+VOCABULARY = 97
+
+
+@st.composite
+def texts(draw: Any, traits: Traits | None = None) -> Text:
+    """Texts of 4 to 20 tokens in 1 to 3 rows.
+
+    - `traits`: only such prompts and ratios whose budget covers what is protected.
+
+    Shrinks towards one row, a short prompt, one token a call, tokens 1, 2, 3 ... Rows have left padding in about half
+    of the draws; only the laws on padding use it.
+    """
+    least = 3 if traits is None else max(3, traits.protected + 2, traits.prune_after)
+    prompt = draw(st.integers(least, least + 9))
+    later = draw(st.integers(1, 8))
+    batch = draw(st.integers(1, 3))
+    ratio = draw(st.sampled_from([0.5, 0.75, 0.3]).filter(lambda r: traits is None or traits.affords(prompt, r)))
+    ids = (torch.arange(batch * (prompt + later)) % (VOCABULARY - 1) + 1).view(batch, -1)
+    seed = draw(st.integers(0, 99))
+    if seed:
+        ids = torch.randint(1, VOCABULARY, ids.shape, generator=torch.Generator().manual_seed(seed))
+    pads = tuple(draw(st.integers(0, prompt - 2)) for _ in range(batch))
+    return Text(ids, prompt, draw(st.sampled_from([1, 2, 7, later])), ratio, (0, *pads[1:]))

@@ -1,27 +1,34 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mutants import MUTANTS
+from mutants.correct import CORRECT
 from tiny import ARCHITECTURES, tiny, tokens
 
-from knorm import Policy, compress, evicted_at, exact_nll
+from knorm import Policy, attention, compress, evicted_at, exact_nll
 from knorm.core import token_scores
-from knorm.laws import CHECKS
+from knorm.laws import CHECKS, describe, iter_results, run_check
 from knorm.laws.strategies import caches
 from knorm.perplexity import agreement, exact_run
 
 STREAMING = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0,))
 
 
-@pytest.mark.parametrize("name", CHECKS)
-@given(data=st.data())
-def test_knorms_own_core_holds_on_cuda(name, data):
-    cache = data.draw(caches())
-    CHECKS[name](compress, replace(cache, keys=cache.keys.cuda(), values=cache.values.cuda()))
+@pytest.mark.parametrize("correct", CORRECT, ids=lambda correct: correct.name)
+def test_the_catalogue_holds_on_cuda(correct):
+    results = list(iter_results(correct.subject, expected_failures=correct.expected, device="cuda"))
+    assert not [describe(result) for result in results if result.failed]
+    assert sum(result.verdict == "holds" for result in results) > 3
+
+
+@pytest.mark.parametrize("mutant", MUTANTS[::4], ids=lambda mutant: mutant.name)
+def test_mutants_are_refuted_on_cuda(mutant):
+    result = run_check(CHECKS[mutant.check], mutant.subject, device="cuda")
+    assert result.verdict == "refuted"
+    assert mutant.words in result.counterexample
 
 
 @given(caches(), st.sampled_from(["low_norm", "high_norm", "random"]))
@@ -79,6 +86,19 @@ def test_a_long_text_holds_no_square_mask():
     run = exact_run(model, ids, Policy(0.5, prune_after=512, protocol="streaming"))
     assert torch.cuda.max_memory_allocated() - before < 16384**2, "bytes of one head's mask alone"
     assert run.nll.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_a_long_text_in_half_precision_is_attended_to_by_a_compiled_kernel(kind, monkeypatch):
+    model = tiny(kind, torch.bfloat16, max_position_embeddings=9000).cuda()
+    ids = tokens(1, 8500)  # no multiple of a tile
+    for policy, prompt in ((Policy(0.5, prune_after=512, protocol="streaming"), 1), (Policy(0.9), 4000)):
+        compiled = exact_run(model, ids, policy, prompt_length=prompt)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_COMPILED_FROM", 2**30)
+            blocks = exact_run(model, ids, policy, prompt_length=prompt)
+        assert torch.equal(compiled.evicted_at[0], blocks.evicted_at[0])
+        assert (compiled.nll - blocks.nll).abs().mean() < 0.05
 
 
 def test_the_embedded_model(embedded):

@@ -1,0 +1,89 @@
+"""What may not influence the answer."""
+
+from __future__ import annotations
+
+import torch
+
+from knorm.laws.registry import Refuted, check
+from knorm.laws.strategies import Cache
+from knorm.laws.subjects import Kept, Subject
+
+
+def _differ(one: Kept, other: Kept) -> bool:
+    return not all(
+        (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _part(kept: Kept, *place: slice) -> Kept:
+    return Kept(kept.keys[place], kept.values[place], None if kept.mask is None else kept.mask[place])
+
+
+def _places(cache: Cache, kept: Kept) -> list[list[list[int]]]:
+    return cache.positions(kept).tolist()
+
+
+@check(needs="batch_independent", applies=lambda t: t.batch_independent and not t.ragged)
+def check_rows_alone(compressor: Subject, cache: Cache) -> None:
+    """A row compressed in a batch equals the row compressed alone."""
+    together = compressor(cache.keys, cache.values, cache.keep_ratio)
+    for row in {0, cache.keys.shape[0] - 1}:
+        one = slice(row, row + 1)
+        alone, there = compressor(cache.keys[one], cache.values[one], cache.keep_ratio), _part(together, one)
+        if _differ(alone, there):
+            raise Refuted(
+                f"rows alone: row {row} alone retains positions {_places(cache, alone)[0]}, "
+                f"but in the batch {_places(cache, there)[0]}"
+            )
+
+
+@check(needs="batch_independent, ragged=False", applies=lambda t: t.batch_independent and not t.ragged)
+def check_heads_alone(compressor: Subject, cache: Cache) -> None:
+    """A head compressed among others equals the head compressed alone."""
+    together = compressor(cache.keys, cache.values, cache.keep_ratio)
+    for head in {0, cache.keys.shape[1] - 1}:
+        one = (slice(None), slice(head, head + 1))
+        alone, there = compressor(cache.keys[one], cache.values[one], cache.keep_ratio), _part(together, *one)
+        if _differ(alone, there):
+            raise Refuted(
+                f"heads alone: head {head} alone retains positions {_places(cache, alone)[0]}, "
+                f"but among others {_places(cache, there)[0]} (row 0)"
+            )
+
+
+@check(needs="deterministic", applies=lambda t: t.deterministic)
+def check_repeatable(compressor: Subject, cache: Cache) -> None:
+    """Calling twice gives the same."""
+    one, two = (compressor(cache.keys, cache.values, cache.keep_ratio) for _ in range(2))
+    if _differ(one, two):
+        raise Refuted(
+            f"repeatable: the first call retained positions {_places(cache, one)}, but the second {_places(cache, two)}"
+        )
+
+
+@check(needs="deterministic", applies=lambda t: t.deterministic)
+def check_no_leak(compressor: Subject, cache: Cache) -> None:
+    """Another sequence in between changes nothing."""
+    longer = torch.cat([cache.keys, cache.keys], 2), torch.cat([cache.values, cache.values], 2)
+    compressor(longer[0], longer[1], cache.keep_ratio)  # what is remembered by shape is of another one now
+    before = compressor(cache.keys, cache.values, cache.keep_ratio)
+    compressor(longer[0], longer[1], cache.keep_ratio)
+    compressor(cache.keys.flip(2), cache.values, cache.keep_ratio)
+    after = compressor(cache.keys, cache.values, cache.keep_ratio)
+    if _differ(before, after):
+        raise Refuted(
+            f"no leak: positions {_places(cache, before)} retained, but after another sequence {_places(cache, after)}"
+        )
+
+
+@check(needs="scores=key_norm or keys", applies=lambda t: t.scores in ("key_norm", "keys") and not t.merges_values)
+def check_values_ignored(compressor: Subject, cache: Cache) -> None:
+    """Values do not influence the selection of a method that scores keys."""
+    kept = compressor(cache.keys, cache.values, cache.keep_ratio)
+    other = compressor(cache.keys, -3 * cache.values.flip(2), cache.keep_ratio)
+    if not torch.equal(kept.keys, other.keys):
+        raise Refuted(
+            f"values ignored: keys {kept.keys[0, 0].tolist()} retained (row 0, head 0), "
+            f"but with other values {other.keys[0, 0].tolist()}"
+        )

@@ -1,0 +1,93 @@
+"""The token NLLs of a compressed run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.cache_utils import Cache as TransformersCache
+
+from knorm.laws.model import feed, small_model, steps
+from knorm.laws.registry import Malformed, Refuted, check
+from knorm.laws.strategies import Text
+from knorm.laws.subjects import CompressingCache, Subject
+from knorm.laws.traits import Traits
+from knorm.perplexity import exact_nll
+from knorm.policy import Policy
+
+
+def nll_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """NLL of each token given those before it: [batch, T, vocabulary], [batch, T] -> [batch, T-1]."""
+    return functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def _loop(text: Text, cache: TransformersCache) -> Tensor:
+    ids = text.input_ids
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    model = small_model(str(ids.device))
+    return nll_of(feed(model, ids, cache, steps(text.prompt, ids.shape[1], 1), position_ids=positions), ids)
+
+
+def _nll(subject: Subject, text: Text, keep_ratio: float) -> Tensor:
+    if subject.evaluate is None:
+        return _loop(text, subject.cache(keep_ratio))
+    subject.announce(f"{text}")
+    nll = subject.evaluate(small_model(str(text.input_ids.device)), text.input_ids, text.prompt, keep_ratio)
+    if not isinstance(nll, Tensor):
+        raise Malformed(f"shape: returned {type(nll).__name__}, but should return the NLL of each token, a tensor")
+    return nll
+
+
+def _compare(one: Tensor, other: Tensor, prompt: int, what: str) -> None:
+    if one.shape != other.shape:
+        raise Refuted(f"{what}: {list(one.shape)} NLLs, but should be {list(other.shape)}")
+    difference = (one - other).abs()[:, prompt - 1 :].nan_to_num(torch.inf)
+    if difference.max() > 1e-4:
+        row, at = (difference == difference.max()).nonzero()[0].tolist()
+        at += prompt - 1
+        raise Refuted(
+            f"{what}: the NLL of token {at + 1} of row {row} is {one[row, at]:.5f}, but should be {other[row, at]:.5f}"
+        )
+
+
+@check("nll", needs="ragged=False", applies=lambda t: not t.ragged)
+def check_full_ratio_plain(subject: Subject, text: Text) -> None:
+    """At ratio 1 each token has the uncompressed model's NLL."""
+    with torch.no_grad():
+        logits = small_model(str(text.input_ids.device))(text.input_ids, use_cache=False).logits
+    _compare(_nll(subject, text, 1.0), nll_of(logits, text.input_ids), text.prompt, "full ratio, plain model")
+
+
+def _as_knorm(traits: Traits) -> bool:
+    return traits.scores == "key_norm" and traits.rounding == "ceil" and not traits.merges_values and not traits.ragged
+
+
+@check("nll", needs="scores=key_norm, rounding=ceil", applies=_as_knorm)
+def check_one_pass(subject: Subject, text: Text) -> None:
+    """The run's NLLs, token by token, are those of one pass under the schedule of its key norms."""
+    traits, model = subject.traits, small_model(str(text.input_ids.device))
+    options = {name: getattr(traits, name) for name in ("protect_first", "protect_recent", "skip_layers")}
+    exact = exact_nll(
+        model, text.input_ids, Policy(text.keep_ratio, traits.prune_after, **options), prompt_length=text.prompt
+    )
+    _compare(_nll(subject, text, text.keep_ratio), exact, text.prompt, "one pass")
+    if subject.compress is not None and subject.make_cache is None and not traits.skip_layers:
+        start = max(4, traits.prune_after)
+        if not traits.affords(start, text.keep_ratio):
+            return
+        policy = Policy(text.keep_ratio, start, protocol="streaming", **options)
+        exact = exact_nll(model, text.input_ids, policy, prompt_length=text.prompt)
+        loop = _loop(text, CompressingCache(subject, text.keep_ratio, streaming_from=start))
+        _compare(loop, exact, text.prompt, "one pass, streaming")
+
+
+@check("evaluator")
+def check_same_tokens(subject: Subject, text: Text) -> None:
+    """The same tokens are scored at every ratio."""
+    scored = {ratio: _nll(subject, text, ratio).isfinite().sum(-1).tolist() for ratio in (1.0, text.keep_ratio)}
+    full, compressed = scored.values()
+    if full != compressed:
+        raise Refuted(
+            f"same tokens: {full} tokens of each row are scored at ratio 1, but {compressed} at {text.keep_ratio}: "
+            "their means say nothing of one another"
+        )

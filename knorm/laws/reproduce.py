@@ -1,0 +1,79 @@
+"""Python that shows a counterexample, to be pasted into an interpreter that has torch and the target."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knorm.laws.registry import Check, find
+from knorm.laws.strategies import Cache, Text
+from knorm.laws.subjects import Call, Subject, takes_layer
+from knorm.laws.traits import Traits
+
+MOST_CALLS, MOST_NUMBERS = 3, 400
+
+
+def _literal(tensor: Tensor) -> str:
+    numbers = tensor.detach().cpu()
+    if not numbers.numel():
+        return f"torch.zeros({list(numbers.shape)}, dtype={tensor.dtype})"
+    data = "float('nan')".join(str(numbers.double().tolist()).split("nan")).replace("inf", "float('inf')")
+    return f"torch.tensor({data}, dtype={tensor.dtype})"
+
+
+def _same(one: Call, other: Call) -> bool:
+    return (
+        (one.keep_ratio, one.layer, one.keys.dtype) == (other.keep_ratio, other.layer, other.keys.dtype)
+        and one.keys.shape == other.keys.shape
+        and bool(((one.keys == other.keys) | (one.keys.isnan() & other.keys.isnan())).all())
+        and torch.equal(one.values, other.values)
+    )
+
+
+def snippet(check: Check, subject: Subject, case: Cache | Text, calls: list[Call]) -> str:
+    """The calls that the check made on its smallest counterexample; for laws about models, the check itself."""
+    if isinstance(case, Text):
+        return "\n".join(
+            [
+                "import torch",
+                "from knorm.laws import reproduce",
+                "from knorm.laws.strategies import Text",
+                subject.code or f"target = ...  # {subject.name}",
+                f"text = Text(torch.tensor({case.input_ids.tolist()}), {case.prompt}, {case.chunk}, "
+                f"{case.keep_ratio}, {case.pads})",
+                f'reproduce("{check.name}", target, text{_promises(subject)})',
+            ]
+        )
+    distinct: list[Call] = []
+    for call in calls:
+        if not any(_same(call, other) for other in distinct):
+            distinct.append(call)
+    lines = ["import torch", subject.code or f"compress = ...  # {subject.name}"]
+    for call in distinct[-MOST_CALLS:]:
+        if call.keys.numel() > MOST_NUMBERS:
+            lines.append(f"# a call with keys {list(call.keys.shape)} at ratio {call.keep_ratio} is too long to print")
+            continue
+        layer = f", layer={call.layer}" if call.layer is not None and takes_layer(subject.compress) else ""  # type: ignore[arg-type]
+        lines += [
+            f"keys = {_literal(call.keys)}",
+            f"values = {_literal(call.values)}  # each (row, head, position // 256, position % 256)",
+            f"kept = compress(keys, values, {call.keep_ratio}{layer})",
+            "print(kept[0].tolist(), kept[1].tolist(), sep='\\n')",
+        ]
+    return "\n".join(lines)
+
+
+def _promises(subject: Subject) -> str:
+    """The traits that differ from what every compressor owes, as keywords."""
+    given = {f.name: getattr(subject.traits, f.name) for f in fields(Traits)}
+    return "".join(f", {name}={value!r}" for name, value in given.items() if value != getattr(Traits(), name))
+
+
+def reproduce(name: str, target: object, case: Cache | Text, **traits: Any) -> None:
+    """Run one check on one case; raises Refuted, with the evidence, where the target breaks the law."""
+    from knorm.laws.adapters import adapt
+
+    find(name).function(adapt(target, traits or None), case)

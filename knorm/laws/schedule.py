@@ -1,0 +1,46 @@
+"""The schedule of a run, and the run."""
+
+from __future__ import annotations
+
+import torch
+
+from knorm.laws.registry import Refuted, Vacuous, check
+from knorm.laws.strategies import Cache
+from knorm.laws.subjects import Subject
+from knorm.laws.traits import Traits
+from knorm.policy import Policy
+from knorm.schedule import evicted_at
+
+
+def _scheduled(traits: Traits) -> bool:
+    known = traits.scores == "key_norm" and traits.rounding == "ceil" and traits.ties == "earlier" and traits.time_order
+    return known and not traits.merges_values and not traits.ragged
+
+
+@check(needs="all that knorm's core promises", applies=_scheduled, exact=True)
+def check_replay(compressor: Subject, cache: Cache) -> None:
+    """evicted_at, replayed step by step, is the compressor on the growing cache."""
+    traits, length = compressor.traits, min(cache.length, 12)
+    keys, values = cache.keys[:, :, :length], cache.values[:, :, :length]
+    after = max(2, traits.prune_after, traits.protected + 1)
+    if not traits.affords(after, cache.keep_ratio):
+        raise Vacuous
+    policy = Policy(cache.keep_ratio, after, (), traits.protect_first, traits.protect_recent, protocol="streaming")
+    lost = evicted_at(cache.norms()[..., :length], policy)
+    held = held_values = keys[:, :, :0]
+    for token in range(length):
+        held = torch.cat([held, keys[:, :, token : token + 1]], 2)
+        held_values = torch.cat([held_values, values[:, :, token : token + 1]], 2)
+        if held.shape[2] >= after:
+            kept = compressor(held, held_values, cache.keep_ratio)
+            held, held_values = kept.keys, kept.values
+        positions = (held_values[..., 2] * 256 + held_values[..., 3]).long()
+        stored = torch.zeros_like(lost, dtype=torch.bool).scatter_(-1, positions.clamp(0, length - 1), True)
+        should = (lost > token + 1) & (torch.arange(length, device=lost.device) <= token)
+        if token + 1 < length and not torch.equal(stored, should):
+            row, head = (stored != should).any(-1).nonzero()[0].tolist()
+            one, other = (x[row, head].nonzero()[:, 0].tolist() for x in (stored, should))
+            raise Refuted(
+                f"replay: after token {token} the growing cache holds positions {one}, but by evicted_at {other} "
+                f"(row {row}, head {head}, prune_after {after})"
+            )

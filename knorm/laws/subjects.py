@@ -1,0 +1,191 @@
+"""What checks are run on: a compressor behind one signature, its calls recorded; and what can be made of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import DynamicLayer
+
+from knorm.laws.registry import Malformed
+from knorm.laws.traits import Traits
+
+
+class Kept(NamedTuple):
+    """What a compressor returned.
+
+    keys, values   [batch, kv_heads, kept, head_dim]
+    mask           bool [batch, kv_heads, kept], False where a shorter head is filled up; None where all is real
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+
+
+class Call(NamedTuple):
+    """One recorded call: the arguments as they were given."""
+
+    keys: Tensor
+    values: Tensor
+    keep_ratio: float
+    layer: int | None
+
+
+class Raised(Malformed):
+    """The compressor raised where it should have answered."""
+
+
+Compress = Callable[..., Any]
+MakeCache = Callable[[float], TransformersCache]
+Evaluate = Callable[[PreTrainedModel, Tensor, int, float], Tensor]
+
+
+@dataclass
+class Subject:
+    """A target behind one signature for each surface.
+
+    name         what reports call it
+    traits       what it promises
+    compress     (keys, values, keep_ratio[, layer]) -> keys, values[, mask]; None where it only is an evaluator
+    make_cache   keep_ratio -> a transformers cache that compresses itself; None for a compressor of tensors
+    evaluate     (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator
+    code         lines of Python that import the target and define compress(keys, values, keep_ratio)
+    calls        the calls of the check that runs, for the snippet that reproduces it
+    announce     told of each call before it is made: what was tried when a process died
+    """
+
+    name: str
+    traits: Traits
+    compress: Compress | None = None
+    make_cache: MakeCache | None = None
+    evaluate: Evaluate | None = None
+    code: str = ""
+    calls: list[Call] = field(default_factory=list)
+    announce: Callable[[str], None] = lambda _: None
+
+    def __call__(self, keys: Tensor, values: Tensor, keep_ratio: float, layer: int | None = None) -> Kept:
+        """Compress copies, so that what one check finds does not depend on what another's call wrote."""
+        return self.raw(keys.clone(), values.clone(), keep_ratio, layer)
+
+    def raw(self, keys: Tensor, values: Tensor, keep_ratio: float, layer: int | None = None) -> Kept:
+        """Compress the tensors given. Raises Raised for whatever it raises, Malformed for what is no cache."""
+        assert self.compress is not None
+        self.calls.append(Call(keys.detach().clone(), values.detach().clone(), keep_ratio, layer))
+        given = f"keys {list(keys.shape)} {str(keys.dtype).removeprefix('torch.')} at ratio {keep_ratio}"
+        self.announce(given)
+        more = {} if layer is None or not takes_layer(self.compress) else {"layer": layer}
+        try:
+            result = self.compress(keys, values, keep_ratio, **more)
+        except (Exception, SystemExit) as error:
+            raise Raised(f"{in_words(error)} [{given}]") from error
+        return _kept(result, keys, values, given)
+
+    def cache(self, keep_ratio: float) -> TransformersCache:
+        """A transformers cache: the target's own, or one around its compressor."""
+        return self.make_cache(keep_ratio) if self.make_cache else CompressingCache(self, keep_ratio)
+
+
+def in_words(error: BaseException) -> str:
+    """An error's type and text, even where making the text fails."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, which cannot say what it is"
+
+
+def takes_layer(compress: Compress) -> bool:
+    """Whether a compressor takes layer=."""
+    try:
+        return "layer" in inspect.signature(compress).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _describe(result: object) -> str:
+    if isinstance(result, Tensor):
+        return f"{str(result.dtype).removeprefix('torch.')} {list(result.shape)}"
+    if isinstance(result, (tuple, list)):
+        return f"{type(result).__name__} of {', '.join(map(_describe, result)) or 'nothing'}"
+    return f"{type(result).__name__} {str(result)[:60]!r}" if result is not None else "None"
+
+
+def _kept(result: Any, keys: Tensor, values: Tensor, given: str) -> Kept:
+    should = "should return (keys, values), each a floating tensor [batch, kv_heads, kept, head_dim]"
+    if not isinstance(result, (tuple, list)) or len(result) < 2 or not all(isinstance(x, Tensor) for x in result[:2]):
+        raise Malformed(f"shape: returned {_describe(result)}, but {should} [{given}]")
+    got, mask = (result[0], result[1]), result[2] if len(result) > 2 else None
+    fits = all(
+        x.ndim == 4 and x.is_floating_point() and x.shape[:2] == y.shape[:2] and x.shape[3] == y.shape[3]
+        for x, y in zip(got, (keys, values), strict=True)
+    )
+    if not fits or got[0].shape[2] != got[1].shape[2]:
+        raise Malformed(
+            f"shape: returned keys {_describe(got[0])} and values {_describe(got[1])} for keys {list(keys.shape)} and "
+            f"values {list(values.shape)}, but should keep batch, heads and width, and as many values as keys [{given}]"
+        )
+    if not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        mask = None  # knorm's own third is the positions
+    elif mask.shape != got[0].shape[:3]:
+        raise Malformed(f"shape: returned a mask {list(mask.shape)}, but should be {list(got[0].shape[:3])} [{given}]")
+    return Kept(*got, mask)
+
+
+class CompressingLayer(DynamicLayer):
+    """One layer of a transformers cache around a compressor of tensors.
+
+    Compresses after the first call, and after later ones where it then holds `streaming_from` tokens. Positions
+    continue from the tokens seen.
+    """
+
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, compress: Compress, keep_ratio: float, streaming_from: int | None, index: int) -> None:
+        super().__init__()
+        self.compress, self.keep_ratio, self.streaming_from, self.index = compress, keep_ratio, streaming_from, index
+        self.seen = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        first, self.seen = self.seen == 0, self.seen + key_states.shape[2]
+        if first if self.streaming_from is None else keys.shape[2] >= self.streaming_from:
+            kept = self.compress(keys, values, self.keep_ratio, self.index)
+            if kept.mask is not None:
+                raise Malformed("a ragged cache has no rectangular form")
+            self.keys, self.values = kept.keys, kept.values
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        queries = query_length if isinstance(query_length, int) else query_length.shape[0]
+        stored = self.keys.shape[2] if self.keys is not None and self.seen else 0
+        return stored + queries, self.seen - stored
+
+    def crop(self, *_: Any) -> None:
+        raise NotImplementedError("a compressed cache cannot be cropped: the tokens that it evicted are gone")
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.seen = False, 0
+
+
+class CompressingCache(TransformersCache):
+    """A transformers cache around a compressor of tensors, as CompressingLayer says."""
+
+    def __init__(self, compress: Compress, keep_ratio: float, *, streaming_from: int | None = None) -> None:
+        super().__init__(layers=[])
+        self.make = lambda index: CompressingLayer(compress, keep_ratio, streaming_from, index)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self.make(len(self.layers)))
+        return super().update(key_states, value_states, layer_idx)

@@ -1,0 +1,130 @@
+"""Traits: what a compressor promises, and so which laws apply to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from math import floor
+from typing import Any
+
+from knorm.policy import Ratio, exact_ratio, retained_count
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "rounding": ("ceil", "floor", "half_even", None),
+    "scores": ("key_norm", "keys", "queries", None),
+    "ties": ("earlier", None),
+    "nonfinite": ("raise", None),
+}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a compressor promises. The defaults are what every compressor owes.
+
+    rounding           of keep_ratio x length, at least 1: "ceil", "floor", "half_even"; None: any
+    time_order         what is retained stays in time order
+    scores             what decides: "key_norm" (the lowest stay), "keys", "queries"; None: anything
+    ties               of equal norms the "earlier" position stays; None: any
+    nonfinite          keys that are not finite, or whose squared norm is not in float32, "raise"; None: no promise
+    frees_memory       what is evicted is no longer held
+    merges_values      values of several tokens may be merged into one
+    ragged             heads may retain different counts, told by a boolean mask [batch, kv_heads, kept]
+    batch_independent  rows do not influence one another, nor do heads (unless ragged)
+    deterministic      the same input gives the same answer
+    protect_first      tokens at the start that are never evicted
+    protect_recent     newest tokens that are never evicted
+    prune_after        shorter caches are left as they are
+    skip_layers        layers that are left as they are, for a compressor that takes layer=
+
+    Raises ValueError for a value that a trait does not have.
+    """
+
+    rounding: str | None = None
+    time_order: bool = True
+    scores: str | None = None
+    ties: str | None = None
+    nonfinite: str | None = None
+    frees_memory: bool = True
+    merges_values: bool = False
+    ragged: bool = False
+    batch_independent: bool = True
+    deterministic: bool = True
+    protect_first: int = 0
+    protect_recent: int = 0
+    prune_after: int = 0
+    skip_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if field.name in _CHOICES:
+                fits, should = value in _CHOICES[field.name], ", ".join(map(str, _CHOICES[field.name]))
+            elif isinstance(default, bool):
+                fits, should = isinstance(value, bool), "true or false"
+            elif isinstance(default, int):
+                fits, should = type(value) is int and value >= 0, "an integer of at least 0"
+            else:
+                fits = isinstance(value, tuple) and all(type(x) is int and x >= 0 for x in value)
+                should = "layer indices"
+            if not fits:
+                raise ValueError(f"trait {field.name}={value!r}, but should be {should}")
+
+    @property
+    def protected(self) -> int:
+        """How many tokens are never evicted."""
+        return self.protect_first + self.protect_recent
+
+    def count(self, length: int, keep_ratio: Ratio) -> int | None:
+        """How many of `length` tokens are promised to be retained; None where nothing is."""
+        if length < self.prune_after or (self.protected and length <= self.protected):
+            return length
+        share = exact_ratio(keep_ratio) * length
+        if self.rounding == "ceil":
+            return retained_count(length, keep_ratio)
+        if self.rounding == "floor":
+            return max(1, floor(share))
+        if self.rounding == "half_even":
+            return max(1, round(Fraction(share)))
+        return None
+
+    def affords(self, length: int, keep_ratio: Ratio) -> bool:
+        """Whether the budget covers what is protected: if not, the compression is to be refused."""
+        lowest = self.count(length, keep_ratio) or max(1, floor(exact_ratio(keep_ratio) * length))
+        return not self.protected or length <= self.protected or lowest >= self.protected
+
+
+KNORM = Traits(rounding="ceil", scores="key_norm", ties="earlier", nonfinite="raise")
+
+
+def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None) -> Traits:
+    """A target's own __knorm_traits__ (a dict or Traits), with what is given besides in front.
+
+    Raises ValueError for names and values that there are not.
+    """
+    own = getattr(target, "__knorm_traits__", {})
+    if isinstance(given, Traits):
+        return given
+    known = {field.name for field in fields(Traits)}
+    named = dict(given or {})
+    if not isinstance(own, Traits):
+        named = {**dict(own), **named}
+    for name in named:
+        if name not in known:
+            raise ValueError(f"no trait is named {name!r}; there are {', '.join(sorted(known))}")
+    if isinstance(named.get("skip_layers"), list):
+        named["skip_layers"] = tuple(named["skip_layers"])
+    return replace(own if isinstance(own, Traits) else Traits(), **named)
+
+
+def parse_trait(text: str) -> tuple[str, Any]:
+    """NAME=VALUE as written on a command line: rounding=ceil, time_order=false, protect_first=4, skip_layers=0,1."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise ValueError(f"--trait {text}, but should be NAME=VALUE, e.g. rounding=ceil")
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name, words[value.lower()]
+    if name == "skip_layers":
+        return name, tuple(int(x) if x.strip().isdigit() else x for x in value.split(",") if x)
+    return name, int(value) if value.isdigit() else value

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS, PROMISES
+from mutants.correct import CORRECT
+from mutants.order import argsort_then_slice
+from mutants.parts import keep, squares
+
+from knorm import retained_count
+from knorm.laws import CHECKS, Subject, Traits, iter_results, run_check
+from knorm.laws.runner import EFFORT, applies
+
+LAWS = (Path(__file__).parents[1] / "docs" / "laws.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mutant_is_refuted_by_its_check(mutant):
+    check = CHECKS[mutant.check]
+    assert applies(check, mutant.subject)
+    result = run_check(check, mutant.subject)
+    assert result.verdict == "refuted"
+    assert mutant.words in result.counterexample
+
+
+@pytest.mark.parametrize("correct", CORRECT, ids=lambda correct: correct.name)
+def test_a_correct_subject_is_refuted_by_nothing_but_what_is_expected(correct, monkeypatch):
+    fewer = {slow: replace(effort, examples=effort.examples // 3) for slow, effort in EFFORT["quick"].items()}
+    monkeypatch.setitem(EFFORT, "quick", fewer)  # tools/bench_laws.py does it in full, with many seeds
+    results = [r for r in iter_results(correct.subject, expected_failures=correct.expected) if r.reason is None]
+    assert {r.verdict for r in results} == {"holds"}
+
+
+@pytest.mark.parametrize("correct", [each for each in CORRECT if each.expected], ids=lambda correct: correct.name)
+def test_what_is_expected_to_fail_does(correct):
+    results = iter_results(correct.subject, expected_failures=correct.expected, select=correct.expected)
+    assert {r.verdict for r in results} == {"expected failure"}
+
+
+def test_there_are_enough_of_both():
+    assert len(MUTANTS) >= 50
+    assert len(CORRECT) >= 11
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+def test_a_mutant_says_its_bug_and_promises_what_its_check_needs():
+    assert not [mutant.name for mutant in MUTANTS if not mutant.bug.endswith(".")]
+    assert not [mutant.name for mutant in MUTANTS if not mutant.words]
+
+
+def exclusive():
+    """check -> the mutants that no other check refutes, as the committed table has them."""
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| \d+ \| (.+) \|$", LAWS, re.MULTILINE)
+    return {check: re.findall(r"`(\w+)`", alone) for check, alone in rows}
+
+
+def test_every_check_alone_refutes_a_mutant():
+    table = exclusive()
+    assert set(table) == set(CHECKS), "run python tools/bench_laws.py matrix"
+    assert not [check for check, alone in table.items() if not alone]
+    assert {name for alone in table.values() for name in alone} <= {mutant.name for mutant in MUTANTS}
+
+
+def test_every_mutant_stands_in_the_table():
+    assert not [mutant.name for mutant in MUTANTS if f"| `{mutant.name}` | {mutant.bug} |" not in LAWS]
+
+
+def run_on_seed_document(compressor, seed):
+    return run_check(CHECKS["time_order"], Subject("l2compress", Traits(**PROMISES), compress=compressor), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_seed_documents_bug_shrinks_to_three_tokens(seed):
+    result = run_on_seed_document(argsort_then_slice, seed)
+    assert result.verdict == "refuted"
+    length = int(re.match(r"keys \[\d, \d, (\d+), 4\]", result.given)[1])
+    assert length <= 3
+
+
+def sorted_back(keys, values, keep_ratio):
+    """The seed document's fix: the chosen positions are sorted before they are gathered."""
+    order = squares(keys).argsort(dim=-1, stable=True)[..., : retained_count(keys.shape[2], keep_ratio)]
+    return keep(keys, values, order.sort(dim=-1).values)
+
+
+def test_the_seed_documents_fix_holds():
+    assert run_on_seed_document(sorted_back, 0).verdict == "holds"

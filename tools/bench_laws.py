@@ -1,0 +1,160 @@
+"""Law by mutant, and how fast: python tools/bench_laws.py matrix | speed. Writes its part of docs/laws.md.
+
+`matrix` runs every check that applies on every mutant of tests/mutants, at seed 0, and fails where a check has no
+mutant that it alone refutes. `speed` runs each mutant against its check with 20 seeds, and the correct subjects
+against the whole catalogue, knorm's own core and the slow one with 200.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+from mutants import MUTANTS  # noqa: E402
+from mutants.correct import CORRECT  # noqa: E402
+
+from knorm.laws import CHECKS, Result, iter_results  # noqa: E402
+from knorm.laws.runner import applies, run_check  # noqa: E402
+
+DOCUMENT = ROOT / "docs" / "laws.md"
+HEAD = "# The laws and their mutants\n\nWritten by `tools/bench_laws.py`; the mutants are those of `tests/mutants`.\n"
+SEEDS = 20
+
+
+def refuted_by(index: int) -> list[str]:
+    """The checks that refute a mutant at seed 0."""
+    mutant = MUTANTS[index]
+    found = [check for check in CHECKS.values() if applies(check, mutant.subject)]
+    return [check.name for check in found if run_check(check, mutant.subject).verdict == "refuted"]
+
+
+def refutations(index: int) -> list[Result]:
+    """A mutant against its own check, a result per seed."""
+    mutant = MUTANTS[index]
+    return [run_check(CHECKS[mutant.check], mutant.subject, seed=seed) for seed in range(SEEDS)]
+
+
+def alarms(job: tuple[int, int]) -> list[Result]:
+    """What refutes a correct subject, or was expected to and does not."""
+    index, seed = job
+    return [r for r in iter_results(CORRECT[index].subject, expected_failures=CORRECT[index].expected, seed=seed)
+            if r.failed or r.verdict == "untested"]  # fmt: skip
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def in_parallel(function, jobs):
+    """Results in the order of the jobs, from a process per core."""
+    with get_context("fork").Pool(os.cpu_count(), _one_thread) as pool:
+        yield from pool.imap(function, jobs)
+
+
+def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def code(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def matrix() -> str:
+    refuting = dict(zip((m.name for m in MUTANTS), in_parallel(refuted_by, range(len(MUTANTS))), strict=True))
+    laws, mutants = [], []
+    for check in CHECKS.values():
+        found = [name for name, checks in refuting.items() if check.name in checks]
+        alone = [name for name in found if refuting[name] == [check.name]]
+        laws.append((f"`{check.name}`", check.law, check.needs or "-", len(found), code(alone) or "**none**"))
+    for mutant in MUTANTS:
+        others = [name for name in refuting[mutant.name] if name != mutant.check]
+        own = f"`{mutant.check}`" if mutant.check in refuting[mutant.name] else f"**not** `{mutant.check}`"
+        mutants.append((f"`{mutant.name}`", mutant.bug, mutant.source or "-", own, code(others) or "-"))
+    return (
+        f"## {len(laws)} laws\n\n`python tools/bench_laws.py matrix`: every check on every mutant that it applies to, "
+        "quick profile, seed 0.\n\n"
+        + table(("check", "law", "applies with", "mutants refuted", "of which no other check refutes"), laws)
+        + f"\n## {len(mutants)} mutants\n\n"
+        + table(("mutant", "its bug", "seen in", "must be refuted by", "is also refuted by"), mutants)
+    )
+
+
+def speed() -> str:
+    rows, seconds, missed = [], [], []
+    for mutant, results in zip(MUTANTS, in_parallel(refutations, range(len(MUTANTS))), strict=True):
+        times = [r.seconds for r in results]
+        found = [r for r in results if r.verdict == "refuted"]
+        said = [r for r in found if mutant.words in (r.counterexample or "")]
+        seconds += times
+        missed += [mutant.name] if len(said) < SEEDS else []
+        rows.append(
+            (f"`{mutant.name}`", f"`{mutant.check}`", f"{len(found)} of {SEEDS}", len(said),
+             f"{statistics.median(r.examples for r in results):g}", f"{statistics.median(times):.2f}",
+             f"{max(times):.2f}")
+        )  # fmt: skip
+    jobs = [(index, seed) for index, each in enumerate(CORRECT) for seed in range(each.seeds)]
+    false: dict[int, set[str]] = {index: set() for index in range(len(CORRECT))}
+    for (index, seed), found in zip(jobs, in_parallel(alarms, jobs), strict=True):
+        false[index] |= {r.check for r in found}
+        for r in found:
+            print(f"{CORRECT[index].name}, seed {seed}: {r.check} {r.verdict}: {r.counterexample}", file=sys.stderr)
+    correct = [
+        (f"`{each.name}`", each.seeds, code(sorted(false[index])) or "none",
+         "; ".join(f"`{name}`: {reason}" for name, reason in each.expected.items()) or "-")
+        for index, each in enumerate(CORRECT)
+    ]  # fmt: skip
+    print(f"not in every seed: {missed}", file=sys.stderr)
+    versions = ", ".join(f"{x.__name__} {x.__version__.split('+')[0]}" for x in (torch, hypothesis))
+    return (
+        "## Seconds to refutation\n\n`python tools/bench_laws.py speed`: each mutant against its check, quick profile, "
+        f"seeds 0 to {SEEDS - 1}, shrinking included, imports not. A process for each of {os.cpu_count()} CPU cores "
+        f"({platform.machine()}), one thread each; Python {platform.python_version()}, {versions}.\n\n"
+        f"{len(MUTANTS) - len(missed)} of {len(MUTANTS)} mutants refuted with every seed; median "
+        f"{statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s.\n\n"
+        + table(("mutant", "check", "refuted", "in the words asked", "examples, median", "median s", "worst s"), rows)
+        + "\n## Correct subjects\n\nThe whole catalogue, quick profile.\n\n"
+        + table(("subject", "seeds", "false alarms", "expected failures"), correct)
+    )
+
+
+def write(part: str) -> bool:
+    """Put a part into its place in the document; whether that changed it."""
+    before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else HEAD
+    head, *parts = before.split("\n## ")
+    sections = {section.split("\n", 1)[0]: section for section in parts}
+    new = part.strip().removeprefix("## ").split("\n## ")
+    places = [("laws", "mutants"), ("Seconds to refutation", "Correct subjects")]
+    mine = next(place for place in places if new[0].split("\n", 1)[0].endswith(place[0]))
+    others = [s for title, s in sections.items() if not title.endswith(mine)]
+    ordered = [*new, *others] if mine is places[0] else [*others, *new]
+    after = "\n\n## ".join([head.strip(), *(s.strip() for s in ordered)]) + "\n"
+    DOCUMENT.write_text(after, encoding="utf-8")
+    return after != before
+
+
+def main() -> int:
+    commands = {"matrix": matrix, "speed": speed}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        print(f"usage: python tools/bench_laws.py {'|'.join(commands)}", file=sys.stderr)
+        return 2
+    part = commands[sys.argv[1]]()
+    changed = write(part)
+    if sys.argv[1] == "speed":
+        return 0
+    bare = [line for line in part.splitlines() if "**" in line]
+    print("\n".join([f"{DOCUMENT.name} {'changed' if changed else 'is as it was'}", *bare]))
+    return int(changed or bool(bare))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
