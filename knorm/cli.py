@@ -7,6 +7,8 @@ import os
 import platform
 import sys
 import traceback
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,16 +39,10 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _hush_transformers() -> None:
-    """It would draw a bar for each weights file, also into a log, and warn of what load_model refuses."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
-
 def _device(name: str) -> str:
     """A device that is there: refused otherwise, before anything is loaded."""
+    if name == "cpu":
+        return name
     import torch
 
     try:
@@ -127,10 +123,11 @@ def verify(json: Path | None, quiet: bool) -> None:
     """Check knorm itself on the embedded model: laws, one pass against the loop, the perplexity curve."""
     from rich.text import Text
 
-    from knorm.report import curve_table
+    from knorm.models import hush
+    from knorm.report import curve_table, show_suspicions
     from knorm.verify import verify as run
 
-    _hush_transformers()
+    hush()
     console, verdicts = _console(quiet), []
     for verdict in run():
         verdicts.append(verdict)
@@ -141,65 +138,141 @@ def verify(json: Path | None, quiet: bool) -> None:
         )
         console.print(line, soft_wrap=not console.is_terminal)  # a log has no edge
         if verdict.rows:
-            console.print(curve_table(verdict.rows), "")
+            console.print(curve_table(verdict.rows))
+            show_suspicions(console, verdict.doubts)
+            console.print("")
     refuted = sum(not verdict.holds for verdict in verdicts)
     console.print(
         f"{len(verdicts) - refuted} hold, {refuted} refuted, in {sum(v.seconds for v in verdicts):.0f} s",
         style="bold red" if refuted else "bold green",
     )
-    _write(json, {"verdicts": [{**v.__dict__, "rows": [r.__dict__ for r in v.rows]} for v in verdicts]})
+    _write(json, {"verdicts": [asdict(verdict) for verdict in verdicts]})
     sys.exit(REFUTED if refuted else HOLDS)
 
 
 @cli.command()
-@click.option("--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit.")
+@click.argument("target")
 @click.option(
-    "--text",
-    default="narrative",
-    show_default=True,
-    help="narrative, encyclopedia, wikitext2, pg19, a .txt, .parquet or .jsonl, or hub:name@commit:files.parquet.",
+    "--as",
+    "kind",
+    metavar="KIND",
+    help="function, class, legacy, cache function, cache, evaluator or press.  [told by its parameters]",
 )
-@click.option("--column", default="text", show_default=True, help="The column of a .parquet or .jsonl.")
-@click.option("--window", default=512, show_default=True, help="Tokens per window.")
-@click.option("--windows", default=8, show_default=True, help="Windows of the text, from its start.")
-@click.option(
-    "--keep-ratio",
-    type=_Numbers(str),
-    default="1.0,0.95,0.9,0.8,0.7,0.5,0.3,0.1",
-    show_default=True,
-    help="A row each.",
-)
-@click.option("--prune-after", type=int, help="Tokens a cache must hold to be compressed.  [128 if streaming, else 0]")
-@click.option("--skip-layers", type=_Numbers(int), default="", help="Layers never compressed, e.g. 0,1.")
-@click.option("--protect-first", default=0, show_default=True, help="Tokens at the start never evicted.")
-@click.option("--protect-recent", default=0, show_default=True, help="Newest tokens never evicted.")
-@click.option("--score", type=click.Choice(["low_norm", "high_norm", "random"]), default="low_norm", show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Of the random score.")
-@click.option(
-    "--protocol",
-    type=click.Choice(["prefill", "streaming"]),
-    help="Compress once, after the prompt, or after every token.  [prefill with --prompt-length, else streaming]",
-)
-@click.option("--prompt-length", type=int, help="Tokens of the first call; only those after it are scored.  [1]")
-@click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-@click.option("--batch", default=8, show_default=True, help="Windows at a time.")
-@click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
-@_file("--plot", "Draw the curve (.png, .svg, .pdf).")
+@click.option("--like", metavar="knorm", help="The target promises all that knorm's own core does.")
+@click.option("--trait", "traits", multiple=True, metavar="NAME=VALUE", help="What it promises, e.g. rounding=ceil.")
+@click.option("--select", metavar="NAME[,NAME]", help="Checks or families of checks.  [all]")
+@click.option("--expect-failure", multiple=True, metavar="CHECK=REASON", help="May fail; one that holds is reported.")
+@click.option("--profile", default="quick", show_default=True, help="quick or thorough.")
+@click.option("--seed", default=0, show_default=True, help="The same seed draws the same cases.")
+@click.option("--device", default="cpu", show_default=True, help="Of the tensors drawn: cpu, cuda, cuda:1 ...")
+@click.option("--limit", default=20.0, show_default=True, help="Seconds for an answer of the target.")
 @_with(*_common)
-def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None:
-    """Perplexity of a text at each ratio, exactly, from one forward pass each."""
+@click.pass_obj
+def check(
+    verbose: bool,
+    /,
+    json: Path | None,
+    quiet: bool,
+    select: str | None,
+    expect_failure: tuple[str, ...],
+    limit: float,
+    **given: Any,
+) -> None:
+    """Try to refute the laws that TARGET's promises ask of it, in a process of its own.
+
+    TARGET: path/to/file.py:name, package.module:name, or kvpress:PressName.
+    """
+    from knorm.report import show_result, show_summary
+    from knorm.supervisor import Request, Supervisor
+
+    names = None if select is None else tuple(name.strip() for name in select.split(",") if name.strip())
+    if names == ():
+        raise ValueError("--select is empty, but should be names of checks or families, e.g. order,retained_count")
+    if not limit > 0:
+        raise ValueError(f"--limit {limit:g}, but should be seconds above 0")
+    expected = tuple(map(_expected, expect_failure))
+    _device(given["device"])
+    supervisor = Supervisor(
+        Request(**given, select=names, expected=expected, quiet=quiet, verbose=bool(verbose)), limit
+    )
+    console, results = _console(quiet), []
+    with closing(supervisor.results()) as found:  # the worker ends, whatever happens here
+        for result in found:
+            results.append(result)
+            show_result(console, result, verbose)
+    show_summary(console, results, supervisor.traits)
+    settings = {name: given[name] for name in ("profile", "seed", "device")}
+    _write(json, {"target": given["target"], "traits": supervisor.traits, **settings, "results": results})
+    wrong = {"refuted", "unexpectedly holds", "untested"}  # what was not tried was not found to hold
+    sys.exit(REFUTED if wrong & {result["verdict"] for result in results} else HOLDS)
+
+
+def _expected(text: str) -> tuple[str, str]:
+    name, _, reason = text.partition("=")
+    if not (name and reason):
+        raise ValueError(f"--expect-failure {text}, but should be CHECK=REASON, e.g. time_order='sorts by norm'")
+    return name, reason
+
+
+_text_options = (
+    click.option(
+        "--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit."
+    ),
+    click.option(
+        "--text",
+        default="narrative",
+        show_default=True,
+        help="narrative, encyclopedia, wikitext2, pg19, a .txt, .parquet or .jsonl, or hub:name@commit:files.parquet.",
+    ),
+    click.option("--column", default="text", show_default=True, help="The column of a .parquet or .jsonl."),
+    click.option("--window", default=512, show_default=True, help="Tokens per window."),
+    click.option("--windows", default=8, show_default=True, help="Windows of the text, from its start."),
+)
+_policy_options = (
+    click.option(
+        "--prune-after", type=int, help="Tokens a cache must hold to be compressed.  [128 if streaming, else 0]"
+    ),
+    click.option("--skip-layers", type=_Numbers(int), default="", help="Layers never compressed, e.g. 0,1."),
+    click.option("--protect-first", default=0, show_default=True, help="Tokens at the start never evicted."),
+    click.option("--protect-recent", default=0, show_default=True, help="Newest tokens never evicted."),
+    click.option(
+        "--score", type=click.Choice(["low_norm", "high_norm", "random"]), default="low_norm", show_default=True
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the random score."),
+    click.option(
+        "--protocol",
+        type=click.Choice(["prefill", "streaming"]),
+        help="Compress once, after the prompt, or after every token.  [prefill with --prompt-length, else streaming]",
+    ),
+    click.option("--prompt-length", type=int, help="Tokens of the first call; only those after it are scored.  [1]"),
+    click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
+    click.option("--batch", default=8, show_default=True, help="Windows at a time."),
+)
+_CURVE = "1.0,0.95,0.9,0.8,0.7,0.5,0.3,0.1"
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What `ppl` and `explain` work on, all of it checked before any of it is evaluated."""
+
+    model: Any
+    tokenizer: Any
+    windows: Any
+    policies: list[Any]
+    prompt_length: int
+    title: str
+    fields: dict[str, Any]
+
+
+def _setting(given: dict[str, Any], ratios: tuple[str, ...], plot: Path | None) -> _Setting:
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from knorm.evaluation import cut_windows, evaluate
-    from knorm.models import load_model, load_text
-    from knorm.perplexity import NEAR_TIE
+    from knorm.evaluation import cut_windows
+    from knorm.models import hush, load_model, load_text
+    from knorm.perplexity import check_run
     from knorm.policy import Policy
-    from knorm.report import curve_table, plot_curve
 
-    console = _console(quiet)
     prompted = given["prompt_length"] is not None
     protocol: Any = given["protocol"] or ("prefill" if prompted else "streaming")
     prune_after = given["prune_after"]
@@ -208,45 +281,86 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None
     if protocol == "prefill" and not prompted:
         raise ValueError("a prefill compresses once, after the prompt: give --prompt-length, or --protocol streaming")
     prompt_length = given["prompt_length"] if prompted else 1
-    if not given["keep_ratio"]:
+    if not ratios:
         raise ValueError("--keep-ratio is empty, but should be ratios in (0, 1], e.g. 1.0,0.5")
-    names = ("skip_layers", "protect_first", "protect_recent", "score", "seed")
-    options = {name: given[name] for name in names}
-    policies = [Policy(ratio, prune_after=prune_after, protocol=protocol, **options) for ratio in given["keep_ratio"]]
+    options = {name: given[name] for name in ("skip_layers", "protect_first", "protect_recent", "score", "seed")}
+    policies = [Policy(ratio, prune_after=prune_after, protocol=protocol, **options) for ratio in ratios]
     if given["batch"] < 1:
         raise ValueError(f"--batch {given['batch']}, but should be at least 1")
-    if plot and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {plot}, but should end in .png, .svg or .pdf")
+    if plot:
+        from knorm.report import check_plot
+
+        check_plot(plot)
     device = _device(given["device"])
-    _hush_transformers()
+    hush()
     model, tokenizer = load_model(given["model"], dtype=getattr(torch, given["dtype"]), device=device)
     windows = cut_windows(tokenizer, load_text(given["text"], given["column"]), given["window"], given["windows"])
-
+    for policy in policies:
+        check_run(model, windows.input_ids, policy, prompt_length)
     count, length = windows.input_ids.shape
-    steps = len(policies) * -(-count // given["batch"])
+    title = f"{given['model']} on {given['text']}: {count} windows of {length} tokens, {protocol}, "
+    title += f"prune_after {prune_after}"
+    if policies[0].skip_layers:
+        skipped = policies[0].skip_layers
+        title += f", layer{'s' if skipped[1:] else ''} {', '.join(map(str, skipped))} skipped"
+    fields = {name: given[name] for name in ("model", "text", "window", "windows", "dtype", "device", "batch")}
+    fields["policy"] = {"protocol": protocol, "prune_after": prune_after, "prompt_length": prompt_length, **options}
+    return _Setting(model, tokenizer, windows, policies, prompt_length, title, fields)
+
+
+def _progress(quiet: bool) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     errors = Console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal) as progress:
-        task = progress.add_task("windows x ratios", total=steps)
-        rows = []
-        for policy in policies:
+    return Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal)
+
+
+@cli.command()
+@_with(*_text_options)
+@click.option("--keep-ratio", type=_Numbers(str), default=_CURVE, show_default=True, help="A row each.")
+@_with(*_policy_options)
+@click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
+@click.option(
+    "--reported",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Judge somebody else's table instead: .csv or .json with keep_ratio and ppl (or ppl_before, ppl_after).",
+)
+@_file("--plot", "Draw the curve (.png, .svg, .pdf).")
+@_with(*_common)
+def ppl(json: Path | None, plot: Path | None, quiet: bool, reported: Path | None, **given: Any) -> None:
+    """Perplexity of a text at each ratio, exactly, from one forward pass each."""
+    console = _console(quiet)
+    if reported:
+        _judge(reported, json, console)
+    from knorm.evaluation import evaluate
+    from knorm.perplexity import NEAR_TIE
+    from knorm.report import curve_table, plot_curve, show_suspicions
+    from knorm.sanity import judge_measured, measure_empty, measure_with
+
+    if json and plot and json.resolve() == plot.resolve():
+        raise ValueError(f"--json and --plot are both {json}, but should be two files")
+    setting = _setting(given, given["keep_ratio"], plot)
+    on = (setting.model, setting.windows)
+    rows = []
+    with _progress(quiet) as progress:
+        count = -(-len(setting.windows.input_ids) // given["batch"])
+        task = progress.add_task("windows x ratios", total=len(setting.policies) * count)
+        for policy in setting.policies:
             progress.update(task, description=f"ratio {policy.keep_ratio}")
             rows.append(
                 evaluate(
-                    model,
-                    windows,
+                    *on,
                     policy,
-                    prompt_length=prompt_length,
+                    prompt_length=setting.prompt_length,
                     stream=given["stream"],
                     batch=given["batch"],
                     on_batch=lambda: progress.advance(task),
                 )
             )
-    text = f"{given['model']} on {given['text']}: {count} windows of {length} tokens"
-    title = f"{text},\n{protocol}, prune_after {prune_after}"
-    if policies[0].skip_layers:
-        title += f", layers {', '.join(map(str, policies[0].skip_layers))} skipped"
-    console.print(curve_table(rows, title.replace("\n", " ")))
+    console.print(curve_table(rows, setting.title))
     holds = True
     if given["stream"]:
         difference, gap = max(r.stream_difference or 0.0 for r in rows), max(r.stream_gap or 0.0 for r in rows)
@@ -259,17 +373,72 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None
             holds = difference <= 1e-4 and gap <= NEAR_TIE
         else:
             console.print(f"Equality is claimed for float32 and float64, not for {given['dtype']}.")
+    again = {"prompt_length": setting.prompt_length, "batch": given["batch"]}
+    doubts = judge_measured(
+        rows, setting.policies, measure_with(*on, **again), prompt_length=setting.prompt_length,
+        nll_empty=measure_empty(*on, **again),
+    )  # fmt: skip
+    show_suspicions(console, doubts)
     if plot:
-        plot_curve(rows, title, plot)
-    policy_fields = {"protocol": protocol, "prune_after": prune_after, "prompt_length": prompt_length, **options}
-    settings = {name: given[name] for name in ("model", "text", "window", "windows", "dtype", "device", "batch")}
-    _write(json, {**settings, "policy": policy_fields, "holds": holds, "rows": [row.__dict__ for row in rows]})
+        plot_curve(rows, setting.title, plot)
+    found = {"holds": holds, "suspicious": [asdict(doubt) for doubt in doubts], "rows": [asdict(row) for row in rows]}
+    _write(json, {**setting.fields, **found})
     sys.exit(HOLDS if holds else REFUTED)
+
+
+def _judge(reported: Path, json: Path | None, console: Any) -> None:
+    """Somebody else's table: exit 1 where it is suspicious."""
+    from knorm.report import show_suspicions
+    from knorm.sanity import judge_reported, read_reported
+
+    doubts = judge_reported(read_reported(reported))
+    show_suspicions(console, doubts)
+    if not doubts:
+        console.print(f"Nothing in {reported} is suspicious by itself; `knorm ppl` measures it.")
+    _write(json, {"reported": str(reported), "suspicious": [asdict(doubt) for doubt in doubts]})
+    sys.exit(REFUTED if doubts else HOLDS)
+
+
+@cli.command()
+@_with(*_text_options)
+@click.option("--keep-ratio", default="0.9", show_default=True, help="The one to explain.")
+@_with(*_policy_options)
+@click.option("--newest", default=16, show_default=True, help="Newest tokens that one intervention protects.")
+@click.option("--worst", default=8, show_default=True, help="Tokens to show of those that got worse.")
+@_file("--plot", "Draw perplexity and recency against ratio (.png, .svg, .pdf).")
+@_with(*_common)
+def explain(json: Path | None, plot: Path | None, quiet: bool, keep_ratio: str, **given: Any) -> None:
+    """Why did perplexity move? One thing about the run is changed at a time, and the run evaluated again."""
+    from knorm.explain import curves_around, explain
+    from knorm.report import plot_curves, show_explanation
+
+    if given["newest"] < 1 or given["worst"] < 1:
+        raise ValueError(f"--newest {given['newest']} and --worst {given['worst']}, but should be at least 1")
+    console, setting = _console(quiet), _setting(given, (keep_ratio,), plot)
+    on, policy = (setting.model, setting.windows), setting.policies[0]
+    again = {"prompt_length": setting.prompt_length, "batch": given["batch"]}
+    with _progress(quiet) as progress:
+        task = progress.add_task("evaluations", total=None)
+
+        def step(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        found = explain(
+            setting.model, setting.tokenizer, setting.windows, policy, newest=given["newest"], worst=given["worst"],
+            on_step=step, **again,
+        )  # fmt: skip
+        curves = curves_around(*on, policy, _CURVE.split(","), on_step=step, **again) if plot else {}
+    show_explanation(console, found, f"{setting.title}, keep_ratio {policy.keep_ratio}")
+    if plot:
+        plot_curves(curves, setting.title, plot)
+    _write(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(found)})
+    sys.exit(HOLDS)
 
 
 def _write(file: Path | None, result: dict[str, Any]) -> None:
     if file is not None:
-        file.write_text(json.dumps({"environment": _environment(), **result}, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps({"environment": _environment(), **result}, indent=1, allow_nan=False)
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def main() -> None:

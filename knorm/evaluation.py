@@ -118,13 +118,13 @@ def evaluate(
 
     Raises what perplexity.exact_nll raises, and ValueError for a prompt that leaves nothing to score.
     """
-    if not windows.scored_bytes(prompt_length) and windows.input_ids.shape[1] > prompt_length:
-        raise ValueError("the text's tokens end within one character: there are no bytes to score, give a longer text")
     if prompt_length == windows.input_ids.shape[1]:
         raise ValueError(
             f"a prompt of {prompt_length} tokens is the whole window, but only tokens after the prompt are scored: "
             "give a shorter prompt, or longer windows"
         )
+    if 1 <= prompt_length < windows.input_ids.shape[1] and not windows.scored_bytes(prompt_length):
+        raise ValueError("the text's tokens end within one character: there are no bytes to score, give a longer text")
     runs: list[Run] = []
     loops: list[Agreement] = []
     for ids in windows.input_ids.split(batch):

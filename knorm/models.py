@@ -25,6 +25,14 @@ HUB_TEXTS = {
 _PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
+def hush() -> None:
+    """Keep transformers from drawing a bar for each weights file, and from warning of what load_model refuses."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def load_embedded(
     *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

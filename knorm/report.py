@@ -1,18 +1,29 @@
-"""Tables for the terminal (rich) and figures (matplotlib)."""
+"""Tables and results for the terminal (rich) and figures (matplotlib)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
+from textwrap import indent
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from knorm.evaluation import NEWEST, Row
+if TYPE_CHECKING:
+    from knorm.evaluation import Row
+    from knorm.explain import Explanation
+    from knorm.sanity import Suspicion
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """A line per ratio; the loop's columns where it was run."""
+    from knorm.evaluation import NEWEST
+
     stream = any(row.stream_ppl is not None for row in rows)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     columns = ["ratio", "PPL", "± s.e.", "bits/byte", "accuracy", "mean cache", "final", f"newest {NEWEST}", "s"]
@@ -48,8 +59,10 @@ def plot_curve(rows: Sequence[Row], title: str, file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("drawing needs matplotlib: pip install 'knorm[plot]'") from None
-    rows = sorted(rows, key=lambda row: float(row.keep_ratio))
-    ratios = [float(row.keep_ratio) for row in rows]
+    from knorm.evaluation import NEWEST
+
+    rows = sorted(rows, key=lambda row: Fraction(row.keep_ratio))
+    ratios = [float(Fraction(row.keep_ratio)) for row in rows]
     figure = Figure(figsize=(7, 6), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     above.errorbar(ratios, [r.ppl for r in rows], [r.standard_error or 0 for r in rows], marker="o", capsize=3)
@@ -60,3 +73,160 @@ def plot_curve(rows: Sequence[Row], title: str, file: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
+
+
+_HEADS = {
+    "holds": ("holds    ", "green"),
+    "refuted": ("REFUTED  ", "bold red"),
+    "expected failure": ("expected ", "yellow"),
+    "unexpectedly holds": ("HOLDS THOUGH EXPECTED TO FAIL  ", "bold red"),
+    "untested": ("untested ", "yellow"),
+    "does not apply": ("n/a      ", "dim"),
+}
+
+
+def show_result(console: Console, result: Mapping[str, Any], verbose: bool = False) -> None:
+    """A line for what came of a check (the fields of laws.Result); below it all about a refuted one.
+
+    A law that does not apply is shown only where `verbose`.
+    """
+    if result["verdict"] == "does not apply" and not verbose:
+        return
+    line = Text.assemble(_HEADS[result["verdict"]], f"{result['law']} ", (f"[{_evidence(result)}]", "dim"))
+    _print(console, line)
+    if result["verdict"] != "refuted":
+        return
+    _print(console, Text(indent(result["counterexample"], " " * 4)))
+    if result["given"]:
+        _print(console, Text(f"    given: {result['given']}"))
+    if result["snippet"]:
+        code = Text(f"\n{indent(result['snippet'], ' ' * 8)}\n")
+        _print(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
+
+
+def _print(console: Console, text: Text, soft_wrap: bool = False) -> None:
+    text.plain = text.plain.encode("utf-8", "replace").decode()  # a target's words may hold what no terminal takes
+    console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
+
+
+def _evidence(result: Mapping[str, Any]) -> str:
+    verdict, tried = result["verdict"], result["examples"]
+    if verdict == "does not apply":
+        return f"{result['check']}: {result['reason']}"
+    found = f"example {tried}" if verdict in ("refuted", "expected failure") else f"{tried} examples"
+    why = result["reason"] or ("no drawn case was answered" if verdict == "untested" else "")
+    parts = [why, found if tried else "", f"{result['seconds']:.1f} s"]
+    return f"{result['check']}: {'; '.join(part for part in parts if part)}"
+
+
+def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits: Mapping[str, Any]) -> None:
+    """What more could be promised, and how many laws hold."""
+    verdicts = [result["verdict"] for result in results]
+    words = [word for r in results if r["verdict"] == "does not apply" for word in re.findall(r"\w+", r["reason"])]
+    names = list(dict.fromkeys(word for word in words if word in traits))
+    if count := verdicts.count("does not apply"):
+        laws = "1 law does" if count == 1 else f"{count} laws do"
+        more = f"; promise more with --trait: {', '.join(names)}" if names else ""
+        _print(console, Text(f"{laws} not apply{more}", "dim"))
+    wrong = verdicts.count("refuted") + verdicts.count("unexpectedly holds")
+    said = [f"{verdicts.count('holds')} hold", f"{verdicts.count('refuted')} refuted"]
+    for verdict, words_for in (
+        ("expected failure", "failed as expected"),
+        ("unexpectedly holds", "held though expected to fail"),
+    ):
+        said += [f"{verdicts.count(verdict)} {words_for}"] if verdict in verdicts else []
+    said += [f"{verdicts.count('untested')} untested", f"{count} do not apply"]
+    style = "bold red" if wrong else "bold yellow" if "untested" in verdicts else "bold green"
+    _print(console, Text(f"{', '.join(said)}, in {sum(r['seconds'] for r in results):.0f} s", style))
+
+
+def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> None:
+    """Perplexity against ratio for several policies, and beside it how many of the newest tokens each had cached."""
+    from knorm.evaluation import NEWEST
+
+    figure, (left, right) = _figure((11, 5), columns=2)
+    for name, rows in curves.items():
+        ratios = [float(Fraction(row.keep_ratio)) for row in rows]
+        left.plot(ratios, [row.ppl for row in rows], marker="o", label=name)
+        right.plot(ratios, [math.nan if row.recent is None else row.recent for row in rows], marker="o")
+    left.set(ylabel="perplexity", yscale="log", xlabel="keep_ratio")
+    left.legend(fontsize="small")
+    right.set(ylabel=f"newest {NEWEST} still cached", xlabel="keep_ratio", ylim=(0, NEWEST + 0.5))
+    _finish(figure, (left, right), title, file)
+
+
+def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file: Path) -> None:
+    """Perplexity of the facts' own tokens against ratio, and beside it that of all other tokens (facts.Recall)."""
+    figure, (left, right) = _figure((11, 5), columns=2)
+    for name, results in found.items():
+        if len(results) == 1:
+            for axes, value in ((left, results[0][1].ppl), (right, results[0][1].others)):
+                axes.axhline(value, linestyle=":", color="gray", label=name)
+            continue
+        ratios = [float(Fraction(ratio)) for ratio, _ in results]
+        left.plot(ratios, [r.ppl for _, r in results], marker="o", label=name)
+        right.plot(ratios, [r.others for _, r in results], marker="o")
+    high = left.get_ylim()[1]
+    left.set(ylabel="perplexity of the names", yscale="log", xlabel="keep_ratio")
+    right.set(ylabel="perplexity of all other tokens", yscale="log", xlabel="keep_ratio")
+    for axes in (left, right):  # one scale: what moves is to be seen
+        axes.set_ylim(10, max(200, high))
+    left.legend(fontsize="small")
+    _finish(figure, (left, right), title, file)
+
+
+def _figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("drawing needs matplotlib: pip install 'knorm[plot]'") from None
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _finish(figure: Any, axes: Sequence[Any], title: str, file: Path) -> None:
+    figure.suptitle(title, fontsize="medium")
+    for each in axes:
+        each.grid(alpha=0.3)
+        if each.get_yscale() == "log":
+            for axis_format in (each.yaxis.set_major_formatter, each.yaxis.set_minor_formatter):
+                axis_format("{x:g}")
+    figure.savefig(file, dpi=120)
+
+
+def check_plot(file: Path) -> None:
+    """Raises ValueError, before the work, for a figure that could not be drawn after it."""
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {file}, but should end in .png, .svg or .pdf")
+    _figure((1, 1), 1)
+
+
+def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
+    """What does not make sense in a curve, and what was found or is to be run."""
+    for doubt in doubts:
+        _print(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
+
+
+def show_explanation(console: Console, found: Explanation, title: str) -> None:
+    """The interventions, ranked; the tokens that got worse; the verdict."""
+    nll = (("the run", found.nll), ("full cache", found.nll_full), ("no cache", found.nll_empty))
+    said = ", ".join(f"{name} {math.exp(value):.2f}" for name, value in nll)
+    _print(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {found.windows} windows\n"))
+    table = Table(box=None, pad_edge=False)
+    for column in ("change", "95% interval", "recovers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("what it proves")
+    for e in found.effects:
+        between = "-" if e.low is None or e.high is None else f"{e.low:+.3f} to {e.high:+.3f}"
+        table.add_row(f"{e.change:+.4f}", between, "-" if e.recovered is None else f"{e.recovered:.0%}", Text(e.proves))
+    console.print(table)
+    worst = Table(title="\nTokens that got worse most", title_justify="left", box=None, pad_edge=False)
+    for column in ("window", "position", "token", "NLL full", "NLL", "evicted, most attended", "position", "attention"):
+        worst.add_column(column, justify="left" if column in ("token", "evicted, most attended") else "right")
+    for t in found.worst:
+        worst.add_row(
+            str(t.window), str(t.position), Text(repr(t.token)), f"{t.nll_full:.2f}", f"{t.nll:.2f}",
+            Text(repr(t.evicted)), str(t.evicted_position), f"{t.attention:.0%}",
+        )  # fmt: skip
+    console.print(worst)
+    _print(console, Text("\n" + "\n".join(found.verdict), "bold"))

@@ -10,10 +10,11 @@ import torch
 
 from knorm.core import compress
 from knorm.evaluation import Row, cut_windows, evaluate
-from knorm.laws import CHECKS, run_check
+from knorm.laws import KNORM, Subject, iter_results
 from knorm.models import EMBEDDED_TEXTS, load_embedded, load_text
 from knorm.perplexity import agreement, exact_nll
 from knorm.policy import Policy
+from knorm.sanity import Suspicion, judge_measured, measure_with
 
 CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
@@ -27,21 +28,18 @@ class Verdict:
     evidence: str
     seconds: float
     rows: tuple[Row, ...] = ()
+    doubts: tuple[Suspicion, ...] = ()
 
 
-def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128, examples: int = 50) -> Iterator[Verdict]:
+def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128) -> Iterator[Verdict]:
     """The core's laws; full ratio against the plain model; one pass against the loop; the perplexity curves.
 
     Works offline, on the embedded model and texts. Raises ValueError where they are damaged.
     """
-    for name in CHECKS:
-        result = run_check(name, compress, examples=examples)
-        yield Verdict(
-            result.law,
-            result.verdict == "holds",
-            result.counterexample or f"not refuted by {result.examples} caches",
-            result.seconds,
-        )
+    for result in iter_results(Subject("knorm.compress", KNORM, compress)):
+        if result.verdict != "does not apply":
+            evidence = result.counterexample or f"not refuted by {result.examples} cases"
+            yield Verdict(result.law, result.verdict == "holds", evidence, result.seconds)
 
     model, tokenizer = load_embedded()
     ids = cut_windows(tokenizer, load_text("narrative"), 256, 2).input_ids
@@ -75,6 +73,7 @@ def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128, examp
         text = cut_windows(tokenizer, load_text(name), length, windows)
         policies = [Policy(ratio, prune_after, protocol="streaming", skip_layers=(0,)) for ratio in CURVE]
         rows = tuple(evaluate(model, text, policy) for policy in policies)
+        doubts = tuple(judge_measured(rows, policies, measure_with(model, text)))
         same = len({row.tokens for row in rows}) == 1
         yield Verdict(
             f"The same tokens of the {name} are scored at every ratio, at a finite perplexity.",
@@ -82,4 +81,5 @@ def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128, examp
             f"{rows[0].tokens} tokens at each of {len(rows)} ratios",
             time.perf_counter() - begin,
             rows,
+            doubts,
         )

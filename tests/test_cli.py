@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 import knorm as package
-from knorm import Policy, evaluation, exact_nll, retained_count, verify
+from knorm import Policy, compress, evaluation, exact_nll, retained_count, verify
 from knorm.cli import main
 from knorm.evaluation import cut_windows, evaluate
-from knorm.laws import CHECKS
+from knorm.laws import CHECKS, KNORM, Subject
+from knorm.laws.runner import applies
 from knorm.models import load_text
 
 ROOT = Path(package.__file__).parents[1]
@@ -214,7 +216,8 @@ def test_verify_gives_a_verdict_for_every_claim_and_all_hold(knorm):
     assert "REFUTED" not in out
     assert out.splitlines()[-1].startswith(f"{len(verdicts)} hold, 0 refuted, in ")
     claims = " ".join(verdict["claim"] for verdict in verdicts)
-    assert all((check.__doc__ or "").splitlines()[0] in claims for check in CHECKS.values())
+    core = Subject("knorm.compress", KNORM, compress)
+    assert all(check.law in claims for check in CHECKS.values() if applies(check, core))
     assert "Ratio 1 equals the uncompressed model." in claims
     assert all(f"One pass equals the loop, {protocol}" in claims for protocol in ("streaming", "prefill"))
     for text in ("narrative", "encyclopedia"):
@@ -232,7 +235,8 @@ def in_norm_order(keys, values, ratio):
 def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(knorm, monkeypatch):
     whole = verify.verify
     monkeypatch.setattr(verify, "compress", in_norm_order)
-    monkeypatch.setattr(verify, "CHECKS", {name: CHECKS[name] for name in ("retained_count", "time_order")})
+    chosen = partial(verify.iter_results, select=("retained_count", "time_order"))
+    monkeypatch.setattr(verify, "iter_results", chosen)
     monkeypatch.setattr(verify, "verify", lambda: islice(whole(), 2))
     code, out, _ = knorm("verify", "--json", "out.json")
     holds, refuted = strict_json("out.json")["verdicts"]
@@ -261,3 +265,72 @@ def test_help_loads_nothing_heavy(arguments):
     assert result.returncode == 0
     assert result.stdout.startswith(("Usage: ", "knorm, version", "-c, version"))
     assert result.stdout.endswith("\nset()\n")
+
+
+def test_somebody_elses_table_is_judged(knorm):
+    Path("seed.csv").write_text("keep_ratio,ppl\n1.0,51.91\n0.9,165.81\n0.5,122.10\n")
+    code, out, _ = knorm("ppl", "--reported", "seed.csv", "--json", "out.json")
+    assert code == 1
+    assert (
+        "SUSPICIOUS  perplexity falls from 165.81 at 0.9 to 122.1 at 0.5, while less is kept: run `knorm explain" in out
+    )
+    assert len(strict_json("out.json")["suspicious"]) == out.count("SUSPICIOUS") == 2
+    Path("fine.csv").write_text("keep_ratio,ppl\n1.0,33.9\n0.5,39.4\n")
+    code, out, _ = knorm("ppl", "--reported", "fine.csv")
+    assert code == 0
+    assert "Nothing in fine.csv is suspicious by itself" in out
+    code, out, err = knorm("ppl", "--reported", "nowhere.csv")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_falling_curve_is_never_passed_in_silence(knorm):
+    policy = ("--prune-after", "32", "--skip-layers", "0", "--keep-ratio", "1.0,0.95,0.5")
+    code, out, _ = knorm("ppl", "--window", "128", "--windows", "4", *policy, "--json", "out.json")
+    assert code == 0
+    assert "SUSPICIOUS  perplexity falls from" in out
+    assert "the newest tokens had been starved" in out
+    assert strict_json("out.json")["suspicious"][0]["what"].startswith("perplexity falls from")
+
+
+def test_explain_says_what_moved_perplexity(knorm):
+    policy = ("--prune-after", "16", "--skip-layers", "0")
+    code, out, err = knorm(
+        "explain", "--window", "96", "--windows", "2", *policy, "--json", "out.json", "--plot", "e.png"
+    )
+    found = strict_json("out.json")
+    assert (code, err) == (0, "")
+    assert "order: no effect, at most" in out
+    assert all(effect["proves"].split(";")[0][:40] in out for effect in found["effects"])
+    assert all(line in " ".join(out.split()) for line in found["verdict"])
+    assert (found["keep_ratio"], found["policy"]["prune_after"], found["windows"]) == ("0.9", 16, 2)
+    assert Path("e.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--prune-after 512", "nothing to explain: no token was evicted; prune_after 512 was never reached"),
+        ("--keep-ratio 1", "nothing to explain: no token was evicted; keep_ratio is 1"),
+        ("--keep-ratio 0.9,0.5", "keep_ratio='0.9,0.5', but should lie in (0, 1]"),
+        ("--newest 0", "--newest 0 and --worst 8, but should be at least 1"),
+        ("--window 1025", "1025 tokens, but"),
+    ],
+)
+def test_what_cannot_be_explained_is_one_line(knorm, arguments, words):
+    code, out, err = knorm("explain", "--windows", "1", *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--keep-ratio 1.0,0.3 --prompt-length 20 --protect-recent 15", "retains 6 of 20"),
+        ("--json same.svg --plot same.svg", "but should be two files"),
+    ],
+)
+def test_what_would_fail_later_fails_before_the_work(knorm, monkeypatch, arguments, words):
+    monkeypatch.setattr(evaluation, "exact_run", lambda *_, **__: pytest.fail("it was run"))
+    code, out, err = knorm("ppl", *SHORT, *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert words in err

@@ -6,7 +6,7 @@ import torch
 
 from knorm import retained_count
 from mutants import mutant
-from mutants.parts import everywhere, keep, keep_lowest, lowest, squares
+from mutants.parts import everywhere, keep, lowest, squares
 
 
 @mutant("retained_count", "but should be", "ceil(0.55 * 100) is 56", rounding="ceil")
@@ -49,7 +49,7 @@ def pyramid_falls_back(keys, values, keep_ratio):
 def remainder_of_chunks_stays(keys, values, keep_ratio):
     """Each chunk of four is compressed; what is left over is not, until it makes a chunk."""
     chunks, left = divmod(keys.shape[2], 4)
-    return keep_lowest(keys, values, squares(keys), (chunks * retained_count(4, keep_ratio) + left) / keys.shape[2])
+    return keep(keys, values, lowest(squares(keys), chunks * retained_count(4, keep_ratio) + left))
 
 
 @mutant("equal_counts", "is not declared ragged", frees_memory=False, batch_independent=False)

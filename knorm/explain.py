@@ -1,0 +1,388 @@
+"""Why did perplexity move? One thing about a compressed run is changed at a time, and the run evaluated again.
+
+Each intervention is a run of its own, exactly evaluated on the same tokens; its change is the mean difference of the
+tokens' NLLs, with an interval over windows, since tokens of one window are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from knorm.attention import attend_seen
+from knorm.evaluation import NEWEST, Row, Windows, evaluate
+from knorm.perplexity import Run, Schedule, exact_run
+from knorm.policy import Policy, Score
+from knorm.schedule import cache_lengths, evicted_at, recent_cached
+
+SINKS = 4  # tokens at the start that are protected
+NO_EFFECT = 1e-4  # nats of any token: what rounding may do
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One intervention. In nats per token; `change` is against the run that is explained, negative where it helps.
+
+    low, high   95% interval of the change, clustered by window; None for one window
+    recovered   share of the loss (run - full cache) that it takes back; None where nothing was lost
+    largest     largest change of any token
+    proves      the sentence
+    """
+
+    name: str
+    nll: float
+    change: float
+    low: float | None
+    high: float | None
+    recovered: float | None
+    largest: float
+    proves: str
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """A token that got worse, and the evicted token that it would have attended to most.
+
+    attention   that token's share of the full model's attention, mean over compressed layers and heads
+    """
+
+    window: int
+    position: int
+    token: str
+    nll_full: float
+    nll: float
+    evicted: str
+    evicted_position: int
+    attention: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and where each token sees itself only."""
+
+    nll: float
+    nll_full: float
+    nll_empty: float
+    windows: int
+    tokens: int
+    recent: float | None
+    effects: tuple[Effect, ...]
+    worst: tuple[TokenView, ...]
+    verdict: tuple[str, ...]
+
+    @property
+    def loss(self) -> float:
+        """What compression costs, in nats per token."""
+        return self.nll - self.nll_full
+
+
+def interval(differences: Tensor, level: float = 0.95) -> tuple[float | None, float | None]:
+    """Student's interval of the mean of one number a window: [windows] -> low, high; None, None for one window."""
+    count = len(differences)
+    if count < 2:
+        return None, None
+    mean, error = float(differences.mean()), float(differences.std()) / math.sqrt(count)
+    reach = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
+    return mean - reach, mean + reach
+
+
+def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
+    """What attention.attend_seen computes, over slots in an order that has nothing to do with time."""
+    (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(query.device)
+    lost = torch.full((1, 1, length), length, device=query.device) if evicted is None else evicted[..., order]
+    key, value = (x[:, :, order].repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+    blocks = []
+    for queries in torch.arange(length, device=query.device).split(max(1, 2**27 // (batch * heads * length))):
+        seen = (order <= queries[:, None]) & (queries[:, None] < lost[..., None, :])
+        seen = seen.repeat_interleave(heads // seen.shape[1] if seen.shape[1] > 1 else 1, 1)
+        blocks.append(
+            functional.scaled_dot_product_attention(query[:, :, queries], key, value, attn_mask=seen, scale=scale)
+        )
+    return torch.cat(blocks, 2)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A run to evaluate: what differs from the explained one."""
+
+    policy: Policy
+    prompt_length: int
+    options: dict[str, Any]
+
+    def runs(self, model: PreTrainedModel, windows: Windows, batch: int) -> Iterator[Run]:
+        for ids in windows.input_ids.split(batch):
+            options: dict[str, Any] = dict(self.options)
+            if "position_ids" in options:
+                options["position_ids"] = options["position_ids"].expand(ids.shape)
+            yield exact_run(model, ids, self.policy, prompt_length=self.prompt_length, **options)
+
+
+def _zeros_schedule(policy: Policy, length: int, prompt_length: int) -> Tensor:
+    """A schedule [T] whose counts are the policy's: they do not depend on scores."""
+    return evicted_at(torch.zeros(length), policy, prompt_length)
+
+
+def _newest_kept(policy: Policy, prompt_length: int) -> Schedule:
+    """As many tokens as the policy keeps, at every step, but the newest."""
+
+    def schedule(layer: int, keys: Tensor) -> Tensor:
+        if layer in policy.skip_layers:
+            return torch.full(keys.shape[:3], keys.shape[2], device=keys.device)
+        age = -torch.arange(keys.shape[2], dtype=torch.float32, device=keys.device)
+        return evicted_at(age.expand(keys.shape[:3]), replace(policy, protect_first=0, protect_recent=0), prompt_length)
+
+    return schedule
+
+
+def sees_itself(_: int, keys: Tensor) -> Tensor:
+    """The schedule of no cache at all: each token sees itself only."""
+    return torch.arange(1, keys.shape[2] + 1, device=keys.device).expand(keys.shape[:3]).contiguous()
+
+
+def newest_to_protect(policy: Policy, prompt_length: int, newest: int) -> int:
+    """How many of the newest tokens an intervention protects: `newest`, or half of the smallest budget if that is less.
+
+    0 where the policy already protects as many.
+    """
+    smallest = policy.budget(policy.prune_after if policy.protocol == "streaming" else prompt_length)
+    count = min(newest, max(1, (smallest - policy.protect_first) // 2))
+    return count if count > policy.protect_recent else 0
+
+
+def interventions(
+    policy: Policy, layers: int, length: int, prompt_length: int, newest: int
+) -> Iterator[tuple[str, Policy, int, dict[str, Any]]]:
+    """Name, policy, prompt length and options of exact_run, for each single change that applies to a policy."""
+    yield "slots shuffled", policy, prompt_length, {"attend": attend_shuffled}
+    collapsed = cache_lengths(_zeros_schedule(policy, length, prompt_length)) - 1
+    yield "positions collapsed", policy, prompt_length, {"position_ids": collapsed}
+    if count := newest_to_protect(policy, prompt_length, newest):
+        yield f"newest {count} protected", replace(policy, protect_recent=count), prompt_length, {}
+    smallest = policy.budget(policy.prune_after if policy.protocol == "streaming" else prompt_length)
+    if policy.protect_first < SINKS <= smallest - policy.protect_recent:
+        yield f"first {SINKS} protected", replace(policy, protect_first=SINKS), prompt_length, {}
+    other: Score = "random" if policy.score != "random" else "low_norm"
+    yield f"{other} instead of {policy.score}", replace(policy, score=other), prompt_length, {}
+    compressed = [layer for layer in range(layers) if layer not in policy.skip_layers]
+    for layer in compressed if len(compressed) > 1 else ():
+        yield f"layer {layer} spared", replace(policy, skip_layers=(*policy.skip_layers, layer)), prompt_length, {}
+    once = max(2, policy.prune_after, prompt_length)
+    if policy.protocol == "streaming" and once < length:
+        yield f"compressed once, at {once} tokens", replace(policy, protocol="prefill"), once, {}
+    yield "as many tokens, the newest", policy, prompt_length, {"schedule": _newest_kept(policy, prompt_length)}
+
+
+def _proves(name: str, effect: Effect, policy: Policy) -> str:
+    """One sentence per intervention."""
+    gain = "no effect" if effect.largest < NO_EFFECT else f"{effect.change:+.3f} nats a token"
+    share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
+    if effect.change < 0 and effect.recovered is not None:
+        share = f"recovers {effect.recovered:.0%} of the loss"
+    if effect.low is not None and effect.high is not None and effect.low < 0 < effect.high:
+        share += " (the interval includes none)"
+    if name == "slots shuffled":
+        seen = (
+            "attention does not see slot order" if effect.largest < NO_EFFECT else "attention must not see slot order"
+        )
+        return f"order: {gain}, at most {effect.largest:.0e} per token: {seen}"
+    if name == "positions collapsed":
+        who = (
+            "an unaware loop is spared it here, because it reads layer 0's length and layer 0 is skipped"
+            if 0 in policy.skip_layers
+            else "a loop that takes positions from the stored length does this"
+        )
+        return f"positions: {gain}; {who}"
+    if name.startswith("newest"):
+        return f"recency: protecting the {name.removesuffix(' protected')} {share}"
+    if name.startswith("first"):
+        return f"sinks: protecting the {name.removesuffix(' protected')} {share}"
+    if " instead of " in name:
+        return f"choice: {name} {share}"
+    if name.startswith("layer"):
+        return f"layers: sparing {name.removesuffix(' spared')} {share}"
+    if name.startswith("compressed once"):
+        return f"repetition: {name} instead of after every token {share}"
+    return f"amount: {name}, {share}"
+
+
+def _verdict(found: Explanation) -> tuple[str, ...]:
+    """Plain words: which single change takes back most of the loss, and what is acquitted."""
+    by_name = {effect.name: effect for effect in found.effects}
+    helping = [e for e in found.effects if e.change < 0 and e.name not in ("slots shuffled", "positions collapsed")]
+    best = min(helping, key=lambda e: e.change, default=None)
+    said = []
+    if found.loss <= 0.005:
+        said.append(f"Compression costs {found.loss:+.4f} nats a token here: there is no loss to explain.")
+    elif best is None or (best.recovered or 0.0) < 0.5:
+        most = f" The most is {best.recovered or 0.0:.0%}: {best.name}." if best else ""
+        said.append(f"No single change takes back half of the loss of {found.loss:.3f} nats a token.{most}")
+    else:
+        recent = next((e for e in helping if e.name.startswith("newest") and (e.recovered or 0.0) >= 0.5), None)
+        cause = recent or best
+        if cause is recent or cause.name.startswith("as many"):
+            cached = f" ({found.recent:.1f} of the newest {NEWEST} are cached)" if found.recent is not None else ""
+            said.append(f"The newest tokens were starved{cached}: {cause.proves.partition(': ')[2]}.")
+        else:
+            said.append(f"{cause.proves.partition(': ')[2]}.".capitalize())
+    shuffled = by_name["slots shuffled"]
+    if shuffled.largest < NO_EFFECT:
+        said.append("The order of the cache plays no part in it.")
+    chance = next((e for e in found.effects if e.name.startswith("random")), None)
+    if found.loss > 0.005 and chance and chance.high is not None and chance.high < 0:
+        said.append("Norms choose worse than chance here.")
+    if not min(found.nll_full, found.nll_empty) <= found.nll <= max(found.nll_full, found.nll_empty):
+        side = "below the full cache's" if found.nll < found.nll_full else "above that of no cache at all"
+        said.append(f"Perplexity lies {side}, which can be right: what is left may mislead.")
+    if found.windows == 1:
+        said.append("One window only: there is no interval, and these numbers may be this text's alone.")
+    return tuple(said)
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: Windows,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    newest: int = NEWEST,
+    worst: int = 8,
+    batch: int = 8,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> Explanation:
+    """Evaluate a policy's run, then every single change to it, all exactly and on the same tokens.
+
+    windows         the text (evaluation.cut_windows)
+    prompt_length   tokens of the first call; only those after it are scored
+    newest          how many of the newest tokens one intervention protects (half the budget, if that is less)
+    worst           how many tokens to show of those that got worse
+    batch           windows at a time
+    on_step         told the name of each evaluation before it begins
+
+    Raises ValueError where no token is evicted, and what perplexity.exact_nll raises.
+    """
+    first, length = prompt_length - 1, windows.input_ids.shape[1]
+
+    def nll(name: str, case: _Case) -> tuple[Tensor, list[Run]]:
+        on_step(name)
+        runs = list(case.runs(model, windows, batch))
+        return torch.cat([run.nll[:, first:] for run in runs]).double().cpu(), runs
+
+    own, runs = nll("the run", _Case(policy, prompt_length, {}))
+    if all(bool((lost == length).all()) for run in runs for lost in run.evicted_at):
+        reason = "keep_ratio is 1" if policy.keep_ratio == 1 else f"prune_after {policy.prune_after} was never reached"
+        if policy.keep_ratio != 1 and len(policy.skip_layers) == model.config.num_hidden_layers:
+            reason = "every layer is skipped"
+        raise ValueError(f"nothing to explain: no token was evicted; {reason}")
+    full, _ = nll("full cache", _Case(Policy(), prompt_length, {}))
+    empty, _ = nll("no cache", _Case(Policy(), prompt_length, {"schedule": sees_itself}))
+    loss = float((own - full).mean())
+    effects = []
+    layers = model.config.num_hidden_layers
+    for name, changed, prompt, options in interventions(policy, layers, length, prompt_length, newest):
+        changes, _ = nll(name, _Case(changed, prompt, options))  # whatever its prompt, the same tokens are scored
+        difference = changes - own
+        change, (low, high) = float(difference.mean()), interval(difference.mean(1))
+        effect = Effect(
+            name, float(changes.mean()), change, low, high,
+            -change / loss if loss > 0 else None, float(difference.abs().max()), "",
+        )  # fmt: skip
+        effects.append(replace(effect, proves=_proves(name, effect, policy)))
+    effects.sort(key=lambda effect: effect.change)
+    on_step("tokens")
+    found = Explanation(
+        float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
+        _recency(runs, policy, first), tuple(effects),
+        tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy)), (),
+    )  # fmt: skip
+    return replace(found, verdict=_verdict(found))
+
+
+def _recency(runs: list[Run], policy: Policy, first: int) -> float | None:
+    seen = [
+        recent_cached(lost, NEWEST)[..., max(first, NEWEST - 1) :].double().mean()
+        for run in runs
+        for layer, lost in enumerate(run.evicted_at)
+        if layer not in policy.skip_layers and lost.shape[-1] >= NEWEST
+    ]
+    return float(torch.stack(seen).mean()) if seen else None
+
+
+def _worst(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: Windows,
+    runs: list[Run],
+    own: Tensor,
+    full: Tensor,
+    prompt_length: int,
+    most: int,
+    policy: Policy,
+) -> Iterator[TokenView]:
+    """The tokens whose NLL rose most, each with the evicted token that the full model attends to most in its place."""
+    rise = own - full
+    schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
+    for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
+        window, at = divmod(flat, rise.shape[1])
+        query = at + prompt_length - 1
+        weights = _attention_of(model, windows.input_ids[window : window + 1], query)
+        lost = torch.zeros(query + 1, dtype=torch.float64)
+        for layer, weight in enumerate(weights):  # [heads, query + 1]
+            if layer not in policy.skip_layers:
+                gone = schedules[layer][window, :, : query + 1] <= query
+                lost += (weight * gone.repeat_interleave(len(weight) // len(gone), 0)).mean(0).double().cpu()
+        source = int(lost.argmax())
+        ids = windows.input_ids[window]
+        compressed = max(1, len(weights) - len(policy.skip_layers))
+        yield TokenView(
+            window, query + 1, str(tokenizer.decode(ids[query + 1 : query + 2])), float(full[window, at]),
+            float(own[window, at]), str(tokenizer.decode(ids[source : source + 1])), source,
+            float(lost[source]) / compressed,
+        )  # fmt: skip
+
+
+def _attention_of(model: PreTrainedModel, ids: Tensor, query_position: int) -> list[Tensor]:
+    """The full model's attention weights at one query, per layer: [heads, query_position + 1]."""
+    weights: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
+        keys = key[0, :, : query_position + 1].repeat_interleave(query.shape[1] // key.shape[1], 0)
+        scores = query[0, :, query_position, None] @ keys.mT
+        weights.append((scores[:, 0] * (scale or query.shape[-1] ** -0.5)).softmax(-1))
+        return attend_seen(query, key, value, evicted, scale)
+
+    exact_run(model, ids, Policy(), attend=attend)
+    return weights
+
+
+def curves_around(
+    model: PreTrainedModel,
+    windows: Windows,
+    policy: Policy,
+    ratios: Sequence[str],
+    *,
+    prompt_length: int = 1,
+    batch: int = 8,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[Row]]:
+    """The policy at other ratios, and with the newest half of the budget protected: what to draw beside it."""
+    curves: dict[str, list[Row]] = {"as given": [], "newest half of the budget protected": []}
+    for ratio in ratios:
+        own = replace(policy, keep_ratio=ratio)
+        try:
+            count = newest_to_protect(own, prompt_length, NEWEST) or own.protect_recent
+        except ValueError:  # a budget that does not cover what is protected
+            continue
+        for name, each in zip(curves, (own, replace(own, protect_recent=count)), strict=True):
+            on_step(f"ratio {ratio}")
+            curves[name].append(evaluate(model, windows, each, prompt_length=prompt_length, batch=batch))
+    return curves

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny, tokens
+
+from knorm import Policy, evicted_at, exact_nll
+from knorm.attention import attend_seen
+from knorm.cache import KnormLayer
+from knorm.core import squared_norms
+from knorm.evaluation import Windows, cut_windows
+from knorm.explain import Effect, attend_shuffled, explain, interval, interventions, newest_to_protect
+from knorm.models import load_text
+from knorm.perplexity import exact_run, stream_nll
+from knorm.schedule import cache_lengths
+
+STARVING = Policy("0.9", 32, (0,), protocol="streaming")
+
+
+@pytest.fixture(scope="module")
+def starved(embedded):
+    model, tokenizer = embedded
+    windows = cut_windows(tokenizer, load_text("narrative"), 160, 3)
+    return explain(model, tokenizer, windows, STARVING), windows
+
+
+def effect(found, start) -> Effect:
+    return next(e for e in found.effects if e.name.startswith(start))
+
+
+def test_each_effect_is_the_run_with_that_one_change(starved, embedded):
+    found, windows = starved
+    model, ids = embedded[0], windows.input_ids
+    own = exact_nll(model, ids, STARVING).double()
+    assert found.nll == pytest.approx(float(own.mean()), abs=1e-6)
+    assert found.nll_full == pytest.approx(float(exact_nll(model, ids, Policy()).double().mean()), abs=1e-6)
+    for name, policy in (
+        ("newest 14", replace(STARVING, protect_recent=14)),
+        ("first 4", replace(STARVING, protect_first=4)),
+        ("random", replace(STARVING, score="random")),
+        ("layer 3", replace(STARVING, skip_layers=(0, 3))),
+    ):
+        change = exact_nll(model, ids, policy).double() - own
+        got = effect(found, name)
+        assert got.change == pytest.approx(float(change.mean()), abs=1e-6)
+        assert got.recovered == pytest.approx(-got.change / found.loss, abs=1e-6)
+        assert (got.low, got.high) == pytest.approx(interval(change.mean(1)), abs=1e-6)
+        assert got.largest == pytest.approx(float(change.abs().max()), abs=1e-5)
+
+
+def test_the_newest_tokens_are_found_to_be_starved_and_order_is_acquitted(starved):
+    found, _ = starved
+    assert effect(found, "newest 14").recovered > 0.6
+    assert found.recent < 10
+    assert effect(found, "slots shuffled").largest < 1e-4
+    assert effect(found, "slots shuffled").proves.startswith("order: no effect, at most ")
+    assert found.verdict[0].startswith("The newest tokens were starved (")
+    assert "protecting the newest 14 recovers" in found.verdict[0]
+    assert "The order of the cache plays no part in it." in found.verdict
+    assert [e.change for e in found.effects] == sorted(e.change for e in found.effects)
+
+
+def test_the_tokens_that_got_worse_are_named_with_what_they_would_have_seen(starved, embedded):
+    found, windows = starved
+    rise = (
+        exact_nll(embedded[0], windows.input_ids, STARVING) - exact_nll(embedded[0], windows.input_ids, Policy())
+    ).max()
+    worst = found.worst[0]
+    assert worst.nll - worst.nll_full == pytest.approx(float(rise), abs=1e-4)
+    for view in found.worst:
+        ids = windows.input_ids[view.window]
+        assert embedded[1].decode(ids[view.position]) == view.token
+        assert embedded[1].decode(ids[view.evicted_position]) == view.evicted
+        assert view.evicted_position < view.position
+        assert 0 < view.attention < 1
+        run = exact_run(embedded[0], ids[None], STARVING)
+        assert any((lost[..., view.evicted_position] < view.position).any() for lost in run.evicted_at[1:])
+
+
+def test_one_window_has_no_interval_and_says_so(embedded):
+    model, tokenizer = embedded
+    found = explain(model, tokenizer, cut_windows(tokenizer, load_text("narrative"), 96, 1), STARVING, worst=1)
+    assert effect(found, "random").low is None
+    assert found.verdict[-1].startswith("One window only: there is no interval")
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        (Policy("0.5", 512, protocol="streaming"), "prune_after 512 was never reached"),
+        (Policy(1.0), "keep_ratio is 1"),
+        (Policy("0.5", 32, range(7), protocol="streaming"), "every layer is skipped"),
+    ],
+)
+def test_a_policy_that_evicts_nothing_has_nothing_to_explain(embedded, policy, reason):
+    model, tokenizer = embedded
+    windows = cut_windows(tokenizer, load_text("narrative"), 64, 1)
+    with pytest.raises(ValueError, match=f"nothing to explain: no token was evicted; {reason}"):
+        explain(model, tokenizer, windows, policy)
+
+
+def test_a_prefill_is_explained_on_the_tokens_after_its_prompt(embedded):
+    model, tokenizer = embedded
+    windows = cut_windows(tokenizer, load_text("narrative"), 96, 2)
+    found = explain(model, tokenizer, windows, Policy(0.3), prompt_length=64, worst=1)
+    assert found.tokens == 2 * 32
+    assert not any(e.name.startswith("compressed once") for e in found.effects)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("length", [60, 13])
+def test_shuffled_slots_attend_to_the_same(kind, length):
+    model, ids = tiny(kind, torch.float64), tokens(2, length)
+    policy = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0,))
+    shuffled = exact_run(model, ids, policy, attend=attend_shuffled).nll
+    assert torch.allclose(shuffled, exact_nll(model, ids, policy), atol=1e-6)
+
+
+def test_the_slots_are_shuffled_indeed():
+    query, key, value = torch.randn(3, 1, 2, 40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    lost = evicted_at(squared_norms(key), Policy(0.5, prune_after=8, protocol="streaming"))
+    one, other = (attend(query, key, value, lost, None) for attend in (attend_seen, attend_shuffled))
+    assert torch.allclose(one, other, atol=1e-12)
+    assert not torch.equal(one, other), "sums run in another order"
+
+
+def test_collapsed_positions_are_those_of_a_loop_that_reads_the_stored_length(monkeypatch):
+    model, ids = tiny("llama", torch.float64), tokens(2, 40)
+    policy = Policy(0.5, prune_after=8, protocol="streaming")
+    _, _, _, options = next(x for x in interventions(policy, 3, 40, 1, 16) if x[0] == "positions collapsed")
+    collapsed = exact_nll(model, ids, policy, position_ids=options["position_ids"].expand(2, 40))
+
+    monkeypatch.setattr(KnormLayer, "get_seq_length", lambda self: 0 if self.keys is None else self.keys.shape[2])
+    monkeypatch.setattr(KnormLayer, "get_mask_sizes", lambda self, n: (self.get_seq_length() + 1, 0))
+    unaware = unaware_loop(model, ids, policy)
+    assert torch.allclose(collapsed.double(), unaware, atol=1e-5)
+    assert (collapsed - stream_nll(model, ids, policy)).abs().max() > 0.1
+
+
+@torch.no_grad()
+def unaware_loop(model, ids, policy):
+    from knorm import KnormCache
+    from knorm.cache import cache_keyword
+
+    cache, logits = KnormCache(policy), []
+    for token in ids.split(1, dim=1):
+        logits.append(model(token, use_cache=True, **{cache_keyword(model): cache}).logits)
+    return torch.nn.functional.cross_entropy(torch.cat(logits, 1)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def test_as_many_tokens_means_as_many_at_every_step():
+    policy = Policy("0.7", 16, (1,), protect_first=2, protocol="streaming")
+    _, _, _, options = next(x for x in interventions(policy, 3, 60, 1, 16) if x[0].startswith("as many"))
+    keys = torch.randn(2, 2, 60, 8)
+    newest = options["schedule"](0, keys)
+    assert torch.equal(cache_lengths(newest), cache_lengths(evicted_at(squared_norms(keys), policy)))
+    assert (options["schedule"](1, keys) == 60).all(), "a skipped layer stays whole"
+    kept = (newest[0, 0] > 59).nonzero()[:, 0].tolist()
+    assert kept == list(range(60 - len(kept), 60))
+
+
+@pytest.mark.parametrize(
+    ("policy", "prompt", "count"),
+    [
+        (Policy("0.9", 32, protocol="streaming"), 1, 14),
+        (Policy("0.9", 128, protocol="streaming"), 1, 16),
+        (Policy("0.1", 32, protocol="streaming"), 1, 2),
+        (Policy("0.5", 32, protect_recent=16, protocol="streaming"), 1, 0),
+        (Policy("0.5"), 20, 5),
+    ],
+)
+def test_at_most_half_of_the_budget_is_protected(policy, prompt, count):
+    assert newest_to_protect(policy, prompt, 16) == count
+
+
+def test_the_interval_is_students():
+    low, high = interval(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    assert (low, high) == pytest.approx((2.5 - 3.182446 * math.sqrt(5 / 3) / 2, 2.5 + 3.182446 * math.sqrt(5 / 3) / 2))
+
+
+def test_a_window_longer_than_the_positions_is_refused(embedded):
+    ids = torch.zeros(1, 1025, dtype=torch.int64)
+    with pytest.raises(ValueError, match="1025 tokens, but"):
+        explain(*embedded, Windows(ids, ids), STARVING)
