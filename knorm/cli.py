@@ -17,7 +17,7 @@ import click
 
 from knorm import __version__
 
-HOLDS, REFUTED, WRONG_USAGE = 0, 1, 2
+HOLDS, REFUTED, WRONG_USAGE, BROKEN = 0, 1, 2, 3
 
 
 def _console(quiet: bool) -> Any:
@@ -112,7 +112,7 @@ class _Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 def cli(context: click.Context, verbose: bool) -> None:
     """Is a compressed KV cache correct, and did anything move?
 
-    Exit code 0: all holds. 1: something was refuted or moved. 2: wrong usage.
+    Exit code 0: all holds. 1: something was refuted or moved. 2: wrong usage. 3: knorm itself failed.
     """
     context.obj = verbose
 
@@ -442,7 +442,7 @@ def _write(file: Path | None, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run a command; wrong input is one line and exit code 2, a traceback with -v."""
+    """Run a command; wrong input is one line and exit code 2, with -v a traceback; a bug of knorm's own always one."""
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Abort:
@@ -456,3 +456,6 @@ def main() -> None:
             sys.exit(WRONG_USAGE)
         click.echo(f"knorm: {error}", err=True)
         sys.exit(WRONG_USAGE)
+    except Exception:  # Python's own exit code would be 1: refuted
+        traceback.print_exc()
+        sys.exit(BROKEN)

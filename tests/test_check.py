@@ -181,7 +181,7 @@ def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(knorm):
     assert said["monotone_count"].startswith("monotone count: no answer within 2 s [keys [")
     assert 2 <= results["monotone_count"]["seconds"] < 10
     assert said["time_order"].startswith("time order: ended the interpreter with exit code 3 [keys [")
-    assert "keys = torch.tensor([[[[0.0, 0.0, 0.0, 0.0]]]], dtype=torch." in results["retained_count"]["snippet"]
+    assert "keys = torch.tensor([[[[" in results["retained_count"]["snippet"]
     assert "kept = compress(keys, values, 0.5)" in results["retained_count"]["snippet"]
 
 

@@ -196,6 +196,13 @@ def test_v_shows_the_traceback():
     assert plain.returncode == 2
 
 
+def test_a_bug_of_ones_own_is_not_taken_for_a_refutation():
+    broken = FAILING.replace("int('x')", "1 / 0")
+    result = in_a_new_process(broken, "verify")
+    assert result.returncode == 3
+    assert result.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_v_leaves_the_exit_code_as_it_is():
     assert in_a_new_process(FAILING, "-v", "verify").returncode == 2
 

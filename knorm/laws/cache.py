@@ -144,13 +144,13 @@ def check_crop(subject: Subject, text: Text) -> None:
     if min(stored) == text.prompt:
         raise Vacuous  # nothing was evicted
     try:
-        cache.crop(text.prompt - 1)
+        cache.crop(-1)  # newer releases of transformers take only how many tokens to remove
     except Exception:
         pass
     else:
         raise Refuted(
-            f"crop: crop({text.prompt - 1}) after a prompt of {text.prompt}, of which {min(stored)} are stored, "
-            "was not refused, but the tokens that it would bring back are gone"
+            f"crop: crop(-1) after a prompt of {text.prompt}, of which {min(stored)} are stored, was not refused, "
+            "but the tokens that it would bring back are gone"
         )
     model, ids = small_model(str(text.input_ids.device)), text.input_ids
     cache, resume = _prompted(subject, text)
@@ -161,7 +161,7 @@ def check_crop(subject: Subject, text: Text) -> None:
     if any(layer.keys.shape[2] != n + 1 for layer, n in zip(cache.layers, stored, strict=True)):
         return  # it compresses after every call: crop cannot go back
     try:
-        cache.crop(text.prompt)
+        cache.crop(-1)
     except Exception:
         return
-    _equal(resume(cache), expected, f"crop: one token fed and cropped to {text.prompt} again")
+    _equal(resume(cache), expected, "crop: one token fed and cropped again")
