@@ -201,6 +201,11 @@ def check(
             results.append(result)
             show_result(console, result, verbose)
     show_summary(console, results, supervisor.traits)
+    tried = {result["check"] for result in results if result["verdict"] != "does not apply"}
+    if not tried:
+        raise ValueError("none of the checks chosen applies to this target: drop --select, or promise more by --trait")
+    if idle := sorted({name for name, _ in expected} - tried):
+        raise ValueError(f"--expect-failure names {', '.join(idle)}, but that was not tried on this target")
     settings = {name: given[name] for name in ("profile", "seed", "device")}
     _write(json, {"target": given["target"], "traits": supervisor.traits, **settings, "results": results})
     wrong = {"refuted", "unexpectedly holds", "untested"}  # what was not tried was not found to hold
@@ -265,7 +270,7 @@ class _Setting:
     fields: dict[str, Any]
 
 
-def _setting(given: dict[str, Any], ratios: tuple[str, ...], plot: Path | None) -> _Setting:
+def _setting(given: dict[str, Any], ratios: tuple[str, ...], plot: Path | None, json: Path | None) -> _Setting:
     import torch
 
     from knorm.evaluation import cut_windows
@@ -287,6 +292,8 @@ def _setting(given: dict[str, Any], ratios: tuple[str, ...], plot: Path | None) 
     policies = [Policy(ratio, prune_after=prune_after, protocol=protocol, **options) for ratio in ratios]
     if given["batch"] < 1:
         raise ValueError(f"--batch {given['batch']}, but should be at least 1")
+    if json and plot and json.resolve() == plot.resolve():
+        raise ValueError(f"--json and --plot are both {json}, but should be two files")
     if plot:
         from knorm.report import check_plot
 
@@ -298,7 +305,8 @@ def _setting(given: dict[str, Any], ratios: tuple[str, ...], plot: Path | None) 
     for policy in policies:
         check_run(model, windows.input_ids, policy, prompt_length)
     count, length = windows.input_ids.shape
-    title = f"{given['model']} on {given['text']}: {count} windows of {length} tokens, {protocol}, "
+    many = "1 window" if count == 1 else f"{count} windows"
+    title = f"{given['model']} on {given['text']}: {many} of {length} tokens, {protocol}, "
     title += f"prune_after {prune_after}"
     if policies[0].skip_layers:
         skipped = policies[0].skip_layers
@@ -334,15 +342,17 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, reported: Path | None
     """Perplexity of a text at each ratio, exactly, from one forward pass each."""
     console = _console(quiet)
     if reported:
+        if plot or given["stream"]:
+            raise ValueError("--reported judges a table and measures nothing: drop --plot and --stream")
+        if json and json.resolve() == reported.resolve():
+            raise ValueError(f"--json {json} would overwrite the table that --reported reads: give another file")
         _judge(reported, json, console)
     from knorm.evaluation import evaluate
     from knorm.perplexity import NEAR_TIE
     from knorm.report import curve_table, plot_curve, show_suspicions
     from knorm.sanity import judge_measured, measure_empty, measure_with
 
-    if json and plot and json.resolve() == plot.resolve():
-        raise ValueError(f"--json and --plot are both {json}, but should be two files")
-    setting = _setting(given, given["keep_ratio"], plot)
+    setting = _setting(given, given["keep_ratio"], plot, json)
     on = (setting.model, setting.windows)
     rows = []
     with _progress(quiet) as progress:
@@ -404,6 +414,13 @@ def _judge(reported: Path, json: Path | None, console: Any) -> None:
 @click.option("--keep-ratio", default="0.9", show_default=True, help="The one to explain.")
 @_with(*_policy_options)
 @click.option("--newest", default=16, show_default=True, help="Newest tokens that one intervention protects.")
+@click.option(
+    "--positions",
+    type=click.Choice(["seen", "stored"]),
+    default="seen",
+    show_default=True,
+    help="Count from the tokens seen, or, as an unaware loop does, from those stored.",
+)
 @click.option("--worst", default=8, show_default=True, help="Tokens to show of those that got worse.")
 @_file("--plot", "Draw perplexity and recency against ratio (.png, .svg, .pdf).")
 @_with(*_common)
@@ -414,7 +431,7 @@ def explain(json: Path | None, plot: Path | None, quiet: bool, keep_ratio: str, 
 
     if given["newest"] < 1 or given["worst"] < 1:
         raise ValueError(f"--newest {given['newest']} and --worst {given['worst']}, but should be at least 1")
-    console, setting = _console(quiet), _setting(given, (keep_ratio,), plot)
+    console, setting = _console(quiet), _setting(given, (keep_ratio,), plot, json)
     on, policy = (setting.model, setting.windows), setting.policies[0]
     again = {"prompt_length": setting.prompt_length, "batch": given["batch"]}
     with _progress(quiet) as progress:
@@ -425,6 +442,7 @@ def explain(json: Path | None, plot: Path | None, quiet: bool, keep_ratio: str, 
 
         found = explain(
             setting.model, setting.tokenizer, setting.windows, policy, newest=given["newest"], worst=given["worst"],
+            stored=given["positions"] == "stored",
             on_step=step, **again,
         )  # fmt: skip
         curves = curves_around(*on, policy, _CURVE.split(","), on_step=step, **again) if plot else {}

@@ -101,6 +101,17 @@ def _mean(parts: list[tuple[Tensor, int]]) -> float:
     return sum(float(x.double().mean()) * n for x, n in parts) / sum(n for _, n in parts)
 
 
+def check_prompt(windows: Windows, prompt_length: int) -> None:
+    """Raise ValueError for a prompt that leaves nothing to score."""
+    if prompt_length == windows.input_ids.shape[1]:
+        raise ValueError(
+            f"a prompt of {prompt_length} tokens is the whole window, but only tokens after the prompt are scored: "
+            "give a shorter prompt, or longer windows"
+        )
+    if 1 <= prompt_length < windows.input_ids.shape[1] and not windows.scored_bytes(prompt_length):
+        raise ValueError("the text's tokens end within one character: there are no bytes to score, give a longer text")
+
+
 def evaluate(
     model: PreTrainedModel,
     windows: Windows,
@@ -118,13 +129,7 @@ def evaluate(
 
     Raises what perplexity.exact_nll raises, and ValueError for a prompt that leaves nothing to score.
     """
-    if prompt_length == windows.input_ids.shape[1]:
-        raise ValueError(
-            f"a prompt of {prompt_length} tokens is the whole window, but only tokens after the prompt are scored: "
-            "give a shorter prompt, or longer windows"
-        )
-    if 1 <= prompt_length < windows.input_ids.shape[1] and not windows.scored_bytes(prompt_length):
-        raise ValueError("the text's tokens end within one character: there are no bytes to score, give a longer text")
+    check_prompt(windows, prompt_length)
     runs: list[Run] = []
     loops: list[Agreement] = []
     for ids in windows.input_ids.split(batch):

@@ -18,13 +18,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.attention import attend_seen
-from knorm.evaluation import NEWEST, Row, Windows, evaluate
+from knorm.evaluation import NEWEST, Row, Windows, check_prompt, evaluate
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, Score
 from knorm.schedule import cache_lengths, evicted_at, recent_cached
 
 SINKS = 4  # tokens at the start that are protected
-NO_EFFECT = 1e-4  # nats of any token: what rounding may do
+NO_EFFECT = {torch.float16: 0.1, torch.bfloat16: 0.5}  # nats of any token: what rounding may do; else 1e-4
+NO_LOSS = 0.005  # nats a token: less is nothing to explain
+NO_REMEDY = ("slots shuffled", "positions collapsed")
+STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
 
 
 @dataclass(frozen=True)
@@ -126,9 +129,12 @@ class _Case:
             yield exact_run(model, ids, self.policy, prompt_length=self.prompt_length, **options)
 
 
-def _zeros_schedule(policy: Policy, length: int, prompt_length: int) -> Tensor:
-    """A schedule [T] whose counts are the policy's: they do not depend on scores."""
-    return evicted_at(torch.zeros(length), policy, prompt_length)
+def stored_positions(policy: Policy, length: int, prompt_length: int) -> Tensor:
+    """The position that each token gets where it is taken from the compressed cache's length: int64 [T].
+
+    Counts do not depend on scores, so these are known before the run.
+    """
+    return cache_lengths(evicted_at(torch.zeros(length), policy, prompt_length)) - 1
 
 
 def _newest_kept(policy: Policy, prompt_length: int) -> Schedule:
@@ -163,8 +169,12 @@ def interventions(
 ) -> Iterator[tuple[str, Policy, int, dict[str, Any]]]:
     """Name, policy, prompt length and options of exact_run, for each single change that applies to a policy."""
     yield "slots shuffled", policy, prompt_length, {"attend": attend_shuffled}
-    collapsed = cache_lengths(_zeros_schedule(policy, length, prompt_length)) - 1
-    yield "positions collapsed", policy, prompt_length, {"position_ids": collapsed}
+    yield (
+        "positions collapsed",
+        policy,
+        prompt_length,
+        {"position_ids": stored_positions(policy, length, prompt_length)},
+    )
     if count := newest_to_protect(policy, prompt_length, newest):
         yield f"newest {count} protected", replace(policy, protect_recent=count), prompt_length, {}
     smallest = policy.budget(policy.prune_after if policy.protocol == "streaming" else prompt_length)
@@ -181,19 +191,23 @@ def interventions(
     yield "as many tokens, the newest", policy, prompt_length, {"schedule": _newest_kept(policy, prompt_length)}
 
 
-def _proves(name: str, effect: Effect, policy: Policy) -> str:
-    """One sentence per intervention."""
-    gain = "no effect" if effect.largest < NO_EFFECT else f"{effect.change:+.3f} nats a token"
+def _proves(name: str, effect: Effect, policy: Policy, rounding: float) -> str:
+    """One sentence per intervention; `rounding` is what a token's NLL may change by without meaning anything."""
+    none = effect.largest <= rounding
+    gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
     share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
     if effect.change < 0 and effect.recovered is not None:
         share = f"recovers {effect.recovered:.0%} of the loss"
-    if effect.low is not None and effect.high is not None and effect.low < 0 < effect.high:
+    if none:
+        share = "has no effect"
+    elif effect.low is not None and effect.high is not None and effect.low < 0 < effect.high:
         share += " (the interval includes none)"
     if name == "slots shuffled":
-        seen = (
-            "attention does not see slot order" if effect.largest < NO_EFFECT else "attention must not see slot order"
-        )
-        return f"order: {gain}, at most {effect.largest:.0e} per token: {seen}"
+        seen = "attention does not see slot order" if none else "attention must not see slot order"
+        within = " (the rounding of half precision)" if none and effect.largest > 1e-4 else ""
+        return f"order: {gain}, at most {effect.largest:.0e} per token{within}: {seen}"
+    if name == "positions corrected":
+        return f"positions: {'none was wrong' if none else f'counting them from the tokens seen {share}'}"
     if name == "positions collapsed":
         who = (
             "an unaware loop is spared it here, because it reads layer 0's length and layer 0 is skipped"
@@ -214,30 +228,44 @@ def _proves(name: str, effect: Effect, policy: Policy) -> str:
     return f"amount: {name}, {share}"
 
 
-def _verdict(found: Explanation) -> tuple[str, ...]:
-    """Plain words: which single change takes back most of the loss, and what is acquitted."""
-    by_name = {effect.name: effect for effect in found.effects}
-    helping = [e for e in found.effects if e.change < 0 and e.name not in ("slots shuffled", "positions collapsed")]
-    best = min(helping, key=lambda e: e.change, default=None)
-    said = []
-    if found.loss <= 0.005:
-        said.append(f"Compression costs {found.loss:+.4f} nats a token here: there is no loss to explain.")
-    elif best is None or (best.recovered or 0.0) < 0.5:
-        most = f" The most is {best.recovered or 0.0:.0%}: {best.name}." if best else ""
-        said.append(f"No single change takes back half of the loss of {found.loss:.3f} nats a token.{most}")
+def _cause(found: Explanation) -> str:
+    """Which single change takes back most of the loss, if any is certain to; recency first, as the usual one."""
+    helping = [e for e in found.effects if e.change < 0 and e.recovered is not None]
+    certain = [e for e in helping if e.high is None or e.high < 0]
+    best = next(iter(certain or helping), None)
+    if best is None or not certain:
+        least = f"; the largest is uncertain: {best.name}" if best else ""
+        return f"No single change takes back any of the loss of {found.loss:.3f} nats a token for certain{least}."
+    if (best.recovered or 0.0) < 0.5:
+        return (
+            f"No single change takes back half of the loss of {found.loss:.3f} nats a token. "
+            f"The most is {best.recovered:.0%}: {best.name}."
+        )
+    recency = [e for e in certain if e.name.startswith(("newest", "as many")) and (e.recovered or 0.0) >= 0.5]
+    cause = next((e for e in recency if e.name.startswith("newest")), None) or (best if best in recency else None)
+    if cause and found.recent is not None and found.recent < STARVED:
+        cached = f"{found.recent:.1f} of the newest {NEWEST} are cached"
+        return f"The newest tokens were starved ({cached}): {cause.proves.partition(': ')[2]}."
+    said = f"{best.proves.partition(': ')[2]}."
+    return said[0].upper() + said[1:]
+
+
+def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
+    """Plain words: the cause, and what is acquitted."""
+    if found.loss > NO_LOSS:
+        said = [_cause(found)]
+    elif found.loss >= -NO_LOSS:
+        said = [f"Compression costs {found.loss:+.4f} nats a token here: there is no loss to explain."]
     else:
-        recent = next((e for e in helping if e.name.startswith("newest") and (e.recovered or 0.0) >= 0.5), None)
-        cause = recent or best
-        if cause is recent or cause.name.startswith("as many"):
-            cached = f" ({found.recent:.1f} of the newest {NEWEST} are cached)" if found.recent is not None else ""
-            said.append(f"The newest tokens were starved{cached}: {cause.proves.partition(': ')[2]}.")
-        else:
-            said.append(f"{cause.proves.partition(': ')[2]}.".capitalize())
-    shuffled = by_name["slots shuffled"]
-    if shuffled.largest < NO_EFFECT:
+        undoing = max(found.effects, key=lambda e: e.change)
+        said = [
+            f"Compression gains {-found.loss:.3f} nats a token here; what takes most of that away again is "
+            f"{undoing.name} ({undoing.change:+.3f})."
+        ]
+    if next(e for e in found.effects if e.name == "slots shuffled").largest <= rounding:
         said.append("The order of the cache plays no part in it.")
     chance = next((e for e in found.effects if e.name.startswith("random")), None)
-    if found.loss > 0.005 and chance and chance.high is not None and chance.high < 0:
+    if found.loss > NO_LOSS and chance and chance.high is not None and chance.high < 0:
         said.append("Norms choose worse than chance here.")
     if not min(found.nll_full, found.nll_empty) <= found.nll <= max(found.nll_full, found.nll_empty):
         side = "below the full cache's" if found.nll < found.nll_full else "above that of no cache at all"
@@ -245,6 +273,20 @@ def _verdict(found: Explanation) -> tuple[str, ...]:
     if found.windows == 1:
         said.append("One window only: there is no interval, and these numbers may be this text's alone.")
     return tuple(said)
+
+
+def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: int) -> str:
+    """Why not."""
+    if policy.keep_ratio == 1:
+        return "keep_ratio is 1"
+    if len(policy.skip_layers) == layers:
+        return "every layer is skipped"
+    longest = length - 1 if policy.protocol == "streaming" else prompt_length  # nobody sees what the last token leaves
+    if longest < policy.prune_after:
+        return f"prune_after {policy.prune_after} was never reached"
+    if policy.budget(longest) == longest:
+        return f"keep_ratio {policy.keep_ratio} of {longest} tokens rounds up to all of them"
+    return "the prompt is the whole text"
 
 
 def explain(
@@ -255,6 +297,7 @@ def explain(
     *,
     prompt_length: int = 1,
     newest: int = NEWEST,
+    stored: bool = False,
     worst: int = 8,
     batch: int = 8,
     on_step: Callable[[str], None] = lambda name: None,
@@ -264,6 +307,7 @@ def explain(
     windows         the text (evaluation.cut_windows)
     prompt_length   tokens of the first call; only those after it are scored
     newest          how many of the newest tokens one intervention protects (half the budget, if that is less)
+    stored          explain the run of a loop that takes positions from the stored length: what corrects them is tried
     worst           how many tokens to show of those that got worse
     batch           windows at a time
     on_step         told the name of each evaluation before it begins
@@ -271,17 +315,20 @@ def explain(
     Raises ValueError where no token is evicted, and what perplexity.exact_nll raises.
     """
     first, length = prompt_length - 1, windows.input_ids.shape[1]
+    check_prompt(windows, prompt_length)
+    rounding = NO_EFFECT.get(model.dtype, 1e-4)
 
     def nll(name: str, case: _Case) -> tuple[Tensor, list[Run]]:
         on_step(name)
         runs = list(case.runs(model, windows, batch))
         return torch.cat([run.nll[:, first:] for run in runs]).double().cpu(), runs
 
-    own, runs = nll("the run", _Case(policy, prompt_length, {}))
+    def placed(policy: Policy, prompt: int, options: dict[str, Any]) -> dict[str, Any]:
+        return {"position_ids": stored_positions(policy, length, prompt), **options} if stored else options
+
+    own, runs = nll("the run", _Case(policy, prompt_length, placed(policy, prompt_length, {})))
     if all(bool((lost == length).all()) for run in runs for lost in run.evicted_at):
-        reason = "keep_ratio is 1" if policy.keep_ratio == 1 else f"prune_after {policy.prune_after} was never reached"
-        if policy.keep_ratio != 1 and len(policy.skip_layers) == model.config.num_hidden_layers:
-            reason = "every layer is skipped"
+        reason = _nothing_evicted(policy, model.config.num_hidden_layers, length, prompt_length)
         raise ValueError(f"nothing to explain: no token was evicted; {reason}")
     full, _ = nll("full cache", _Case(Policy(), prompt_length, {}))
     empty, _ = nll("no cache", _Case(Policy(), prompt_length, {"schedule": sees_itself}))
@@ -289,14 +336,18 @@ def explain(
     effects = []
     layers = model.config.num_hidden_layers
     for name, changed, prompt, options in interventions(policy, layers, length, prompt_length, newest):
+        if stored and name == "positions collapsed":
+            name, options = "positions corrected", {}  # noqa: PLW2901
+        else:
+            options = placed(changed, prompt, options)  # noqa: PLW2901
         changes, _ = nll(name, _Case(changed, prompt, options))  # whatever its prompt, the same tokens are scored
         difference = changes - own
         change, (low, high) = float(difference.mean()), interval(difference.mean(1))
         effect = Effect(
             name, float(changes.mean()), change, low, high,
-            -change / loss if loss > 0 else None, float(difference.abs().max()), "",
+            -change / loss if loss > NO_LOSS and name not in NO_REMEDY else None, float(difference.abs().max()), "",
         )  # fmt: skip
-        effects.append(replace(effect, proves=_proves(name, effect, policy)))
+        effects.append(replace(effect, proves=_proves(name, effect, policy, rounding)))
     effects.sort(key=lambda effect: effect.change)
     on_step("tokens")
     found = Explanation(
@@ -304,17 +355,19 @@ def explain(
         _recency(runs, policy, first), tuple(effects),
         tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy)), (),
     )  # fmt: skip
-    return replace(found, verdict=_verdict(found))
+    return replace(found, verdict=_verdict(found, rounding))
 
 
 def _recency(runs: list[Run], policy: Policy, first: int) -> float | None:
+    if runs[0].evicted_at[0].shape[-1] < NEWEST:
+        return None
+    schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
     seen = [
         recent_cached(lost, NEWEST)[..., max(first, NEWEST - 1) :].double().mean()
-        for run in runs
-        for layer, lost in enumerate(run.evicted_at)
-        if layer not in policy.skip_layers and lost.shape[-1] >= NEWEST
+        for layer, lost in enumerate(schedules)
+        if layer not in policy.skip_layers
     ]
-    return float(torch.stack(seen).mean()) if seen else None
+    return float(torch.stack(seen).mean())
 
 
 def _worst(
@@ -333,6 +386,8 @@ def _worst(
     schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
     for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
         window, at = divmod(flat, rise.shape[1])
+        if rise[window, at] <= NO_EFFECT.get(model.dtype, 1e-4):
+            return
         query = at + prompt_length - 1
         weights = _attention_of(model, windows.input_ids[window : window + 1], query)
         lost = torch.zeros(query + 1, dtype=torch.float64)
@@ -341,6 +396,8 @@ def _worst(
                 gone = schedules[layer][window, :, : query + 1] <= query
                 lost += (weight * gone.repeat_interleave(len(weight) // len(gone), 0)).mean(0).double().cpu()
         source = int(lost.argmax())
+        if not lost[source]:  # nothing that it would have seen was evicted: it got worse by what others lost
+            continue
         ids = windows.input_ids[window]
         compressed = max(1, len(weights) - len(policy.skip_layers))
         yield TokenView(

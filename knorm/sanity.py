@@ -81,10 +81,19 @@ def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
 
 
 def _baseline(of: str, series: Series) -> list[Suspicion]:
-    ppl, found = series.ppl, []
+    ppl = series.ppl
+    found: list[Suspicion] = []
     full = next((r for r in ppl if exact_ratio(r) == 1), None)
     if full is None:
         return [Suspicion(f"{of}there is no row at ratio 1", "measure the uncompressed model on the same tokens")]
+    if below := [r for r in ppl if ppl[r] < ppl[full] * (1 - TOLERANCE)]:
+        found.append(
+            Suspicion(
+                f"{of}perplexity at {', '.join(below)} lies below the full cache's {ppl[full]:g}",
+                "that can be right, where what was evicted misled; check first that both scored the same tokens, as "
+                "`knorm ppl` does",
+            )
+        )
     next_one = max((r for r in ppl if r != full), key=exact_ratio, default=None)
     if next_one and ppl[next_one] > JUMP * ppl[full]:
         found.append(
@@ -129,7 +138,8 @@ def read_reported(file: Path) -> list[Series]:
     rows, series = _rows(file), []
     if not rows:
         raise ValueError(f"{file} has no rows, but should have keep_ratio and ppl in each")
-    names = [name for name in rows[0] if str(name).lower().startswith("ppl")]
+    aside = ("err", "error", "se", "std", "stderr", "ci", "low", "high")
+    names = [name for name in rows[0] if name.startswith("ppl") and not name.endswith(aside)]
     if "keep_ratio" not in rows[0] or not names:
         raise ValueError(
             f"{file} has the columns {', '.join(map(str, rows[0]))}, but should have keep_ratio and ppl "
@@ -159,17 +169,23 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from None
-    if file.suffix == ".json":
+    if file.suffix.lower() == ".json":
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
         rows = rows.get("rows") if isinstance(rows, dict) else rows
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{file} should be a list of objects with keep_ratio and ppl")
-        return rows
+        return [{str(name).strip().lower(): value for name, value in row.items()} for row in rows]
     reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    rows = list(reader)
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+    if twice := {name for name in reader.fieldnames if reader.fieldnames.count(name) > 1}:
+        raise ValueError(f"{file} has the column {', '.join(sorted(twice))} more than once")
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{file} is not CSV: {error}") from None
     if any(None in row or None in row.values() for row in rows):
         number = next(n for n, row in enumerate(rows, 1) if None in row or None in row.values())
         raise ValueError(
@@ -192,9 +208,9 @@ def _number(file: Path, number: int, name: object, value: Any) -> float | None:
         return None
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         result = math.nan
-    if not math.isfinite(result):
+    if not math.isfinite(result) or isinstance(value, bool):
         raise ValueError(f"{file}, row {number}: {name}={value!r}, but should be a number")
     return result
 
@@ -230,7 +246,7 @@ def judge_measured(
                 if None in cached
                 else f" ({cached[0]:.1f} of the newest {NEWEST} are cached at {a}, {cached[1]:.1f} at {b})"
             )
-            said += f": the newest tokens had been starved{there}, the more often compressed the worse"
+            said += f": the newest tokens had been starved{there}"
         else:
             said += f", so it falls still: run `knorm explain --keep-ratio {a}`"
         found.append(

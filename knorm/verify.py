@@ -10,11 +10,12 @@ import torch
 
 from knorm.core import compress
 from knorm.evaluation import Row, cut_windows, evaluate
+from knorm.explain import attend_shuffled
 from knorm.laws import KNORM, Subject, iter_results
 from knorm.models import EMBEDDED_TEXTS, load_embedded, load_text
-from knorm.perplexity import agreement, exact_nll
+from knorm.perplexity import agreement, exact_nll, exact_run
 from knorm.policy import Policy
-from knorm.sanity import Suspicion, judge_measured, measure_with
+from knorm.sanity import Suspicion, judge_measured, measure_empty, measure_with
 
 CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
@@ -56,6 +57,15 @@ def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128) -> It
     )
 
     streaming = Policy(0.7, prune_after=32, skip_layers=(0,), protocol="streaming")
+    begin = time.perf_counter()
+    shuffled = exact_run(model, ids, streaming, attend=attend_shuffled).nll
+    difference = float((shuffled - exact_nll(model, ids, streaming)).abs().max())
+    yield Verdict(
+        "Shuffled slots equal ordered slots: attention does not see the order of a cache.",
+        difference <= 1e-4,
+        f"largest difference of a token's NLL {difference:.1e}",
+        time.perf_counter() - begin,
+    )
     protected = Policy(0.5, prune_after=48, protect_first=2, protect_recent=16, protocol="streaming")
     for policy, prompt in ((streaming, 1), (protected, 64), (Policy(0.3, protect_recent=8), 128)):
         begin = time.perf_counter()
@@ -73,7 +83,7 @@ def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128) -> It
         text = cut_windows(tokenizer, load_text(name), length, windows)
         policies = [Policy(ratio, prune_after, protocol="streaming", skip_layers=(0,)) for ratio in CURVE]
         rows = tuple(evaluate(model, text, policy) for policy in policies)
-        doubts = tuple(judge_measured(rows, policies, measure_with(model, text)))
+        doubts = tuple(judge_measured(rows, policies, measure_with(model, text), nll_empty=measure_empty(model, text)))
         same = len({row.tokens for row in rows}) == 1
         yield Verdict(
             f"The same tokens of the {name} are scored at every ratio, at a finite perplexity.",

@@ -12,8 +12,17 @@ from knorm.attention import attend_seen
 from knorm.cache import KnormLayer
 from knorm.core import squared_norms
 from knorm.evaluation import Windows, cut_windows
-from knorm.explain import Effect, attend_shuffled, explain, interval, interventions, newest_to_protect
-from knorm.models import load_text
+from knorm.explain import (
+    Effect,
+    Explanation,
+    _verdict,
+    attend_shuffled,
+    explain,
+    interval,
+    interventions,
+    newest_to_protect,
+)
+from knorm.models import load_embedded, load_text
 from knorm.perplexity import exact_run, stream_nll
 from knorm.schedule import cache_lengths
 
@@ -93,6 +102,8 @@ def test_one_window_has_no_interval_and_says_so(embedded):
         (Policy("0.5", 512, protocol="streaming"), "prune_after 512 was never reached"),
         (Policy(1.0), "keep_ratio is 1"),
         (Policy("0.5", 32, range(7), protocol="streaming"), "every layer is skipped"),
+        (Policy("0.5", 64, protocol="streaming"), "prune_after 64 was never reached"),
+        (Policy("0.999", 40, protocol="streaming"), "keep_ratio 0.999 of 63 tokens rounds up to all of them"),
     ],
 )
 def test_a_policy_that_evicts_nothing_has_nothing_to_explain(embedded, policy, reason):
@@ -184,4 +195,66 @@ def test_the_interval_is_students():
 def test_a_window_longer_than_the_positions_is_refused(embedded):
     ids = torch.zeros(1, 1025, dtype=torch.int64)
     with pytest.raises(ValueError, match="1025 tokens, but"):
-        explain(*embedded, Windows(ids, ids), STARVING)
+        explain(*embedded, Windows(ids, ids + torch.arange(1025)), STARVING)
+
+
+def test_positions_of_an_unaware_loop_are_found_and_corrected(embedded):
+    model, tokenizer = embedded
+    windows = cut_windows(tokenizer, load_text("narrative"), 128, 4)
+    policy = replace(STARVING, skip_layers=())
+    found = explain(model, tokenizer, windows, policy, stored=True, worst=1)
+    right = explain(model, tokenizer, windows, policy, worst=1)
+    assert found.nll == pytest.approx(effect(right, "positions collapsed").nll, abs=1e-6)
+    assert effect(found, "positions corrected").nll == pytest.approx(right.nll, abs=1e-6)
+    assert effect(found, "positions corrected").proves.startswith("positions: counting them from the tokens seen")
+
+
+def test_what_is_cached_does_not_depend_on_the_batch(embedded):
+    windows = cut_windows(embedded[1], load_text("narrative"), 96, 3)
+    one, two = (explain(*embedded, windows, STARVING, worst=1, batch=batch).recent for batch in (3, 2))
+    assert one == pytest.approx(two, abs=1e-9)
+
+
+def found_with(*effects, loss=0.5, recent=5.0):
+    empty = {"nll_empty": 9.0, "windows": 3, "tokens": 9, "worst": (), "verdict": ()}
+    order = Effect("slots shuffled", 3.0, 0.0, 0.0, 0.0, None, 1e-6, "order: no effect")
+    return Explanation(nll=3.0 + loss, nll_full=3.0, recent=recent, effects=(*effects, order), **empty)
+
+
+def change(name, recovered, low, high, loss=0.5):
+    return Effect(name, 3.0, -recovered * loss, low, high, recovered, 1.0, f"x: {name} recovers {recovered:.0%}")
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            found_with(change("newest 14 protected", 0.8, -0.6, -0.2)),
+            "The newest tokens were starved (5.0 of the newest",
+        ),
+        (found_with(change("newest 14 protected", 0.8, -0.6, -0.2), recent=15.5), "Newest 14 protected recovers 80%."),
+        (
+            found_with(
+                change("random instead of low_norm", 1.4, -2.0, 0.5), change("compressed once", 1.3, -0.7, -0.6)
+            ),
+            "Compressed once recovers 130%.",
+        ),
+        (
+            found_with(change("random instead of low_norm", 1.4, -2.0, 0.5)),
+            "No single change takes back any of the loss",
+        ),
+        (found_with(change("layer 1 spared", 0.3, -0.2, -0.1)), "No single change takes back half of the loss"),
+        (found_with(loss=0.001), "Compression costs +0.0010 nats a token here: there is no loss to explain."),
+        (found_with(loss=-0.2), "Compression gains 0.200 nats a token here; what takes most of that away again is"),
+    ],
+)
+def test_the_verdict_names_only_what_is_certain(found, said):
+    assert _verdict(found, 1e-4)[0].startswith(said)
+
+
+def test_in_half_precision_rounding_is_no_effect_of_order(embedded):
+    windows = cut_windows(embedded[1], load_text("narrative"), 96, 2)
+    model, tokenizer = load_embedded(dtype=torch.bfloat16)
+    found = explain(model, tokenizer, windows, STARVING, worst=1)
+    assert "(the rounding of half precision): attention does not see slot order" in effect(found, "slots").proves
+    assert "The order of the cache plays no part in it." in found.verdict

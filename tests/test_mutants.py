@@ -10,8 +10,8 @@ from mutants.correct import CORRECT
 from mutants.order import argsort_then_slice
 from mutants.parts import keep, squares
 
-from knorm import retained_count
-from knorm.laws import CHECKS, Subject, Traits, iter_results, run_check
+from knorm import compress, retained_count
+from knorm.laws import CHECKS, KNORM, Subject, Traits, check_compressor, describe, iter_results, run_check
 from knorm.laws.runner import EFFORT, applies
 
 LAWS = (Path(__file__).parents[1] / "docs" / "laws.md").read_text(encoding="utf-8")
@@ -88,3 +88,31 @@ def sorted_back(keys, values, keep_ratio):
 
 def test_the_seed_documents_fix_holds():
     assert run_on_seed_document(sorted_back, 0).verdict == "holds"
+
+
+@pytest.mark.parametrize(
+    "promised",
+    [
+        {"protect_first": 4},
+        {"protect_first": 2, "protect_recent": 3},
+        {"prune_after": 32},
+        {"prune_after": 512},
+        {"skip_layers": (0,)},
+    ],
+    ids=str,
+)
+def test_knorms_own_core_holds_however_it_is_configured(promised):
+    results = check_compressor(compress, replace(KNORM, **promised), seed=1)
+    assert not [describe(result) for result in results if result.failed]
+
+
+def test_norms_in_float32_hold():
+    def float32(keys, values, keep_ratio):
+        if not keys.shape[2]:
+            raise ValueError("no tokens")
+        order = keys.float().square().sum(-1).argsort(dim=-1, stable=True)
+        index = order[..., : retained_count(keys.shape[2], keep_ratio)].sort(-1).values[..., None]
+        return tuple(x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+
+    results = check_compressor(float32, {"scores": "key_norm", "rounding": "ceil", "ties": "earlier"}, seed=2)
+    assert not [describe(result) for result in results if result.failed]

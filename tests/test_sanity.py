@@ -59,6 +59,16 @@ def test_other_tokens_at_other_ratios_and_a_missing_baseline_are_suspicious(tabl
     assert "there is no row at ratio 1" in judged(table, "keep_ratio,ppl\n0.9,9\n0.5,10\n")[0]
 
 
+@pytest.mark.parametrize("ppl", ["50\n0.9,10", "50\n0.9,30\n0.8,30.1\n0.7,30.2"])
+def test_a_fall_from_the_full_cache_is_suspicious_too(table, ppl):
+    assert "lies below the full cache's 50: that can be right" in judged(table, f"keep_ratio,ppl\n1.0,{ppl}\n")[0]
+
+
+def test_errors_of_a_perplexity_are_no_perplexities_and_names_may_be_written_otherwise(table):
+    (series,) = read_reported(table("Keep_Ratio , PPL,ppl_stderr\n1.0,9,0.4\n0.5,10,0.3\n", "T.CSV"))
+    assert (series.name, series.ppl) == ("ppl", {"1.0": 9.0, "0.5": 10.0})
+
+
 def test_what_knorm_ppl_writes_is_read_again(table):
     rows = {"rows": [{"keep_ratio": "1.0", "ppl": 30.0, "tokens": 9}, {"keep_ratio": "0.5", "ppl": 31.0, "tokens": 9}]}
     (series,) = read_reported(table(json.dumps(rows), "out.json"))
@@ -81,6 +91,11 @@ def test_what_knorm_ppl_writes_is_read_again(table):
         ("t.csv", "keep_ratio,ppl\n1.5,2\n", "should lie in"),
         ("t.csv", "keep_ratio,ppl\n0.5,2\n0.50,3\n", "keep_ratio 0.5, 0.50 more than once"),
         ("t.csv", "keep_ratio,ppl\n0.5,-\n", "the column ppl is empty"),
+        ("t.csv", "keep_ratio,ppl,ppl\n1.0,2,3\n", "has the column ppl more than once"),
+        ("t.csv", f"keep_ratio,ppl\n1.0,{'9' * 200_000}\n", "is not CSV"),
+        ("t.json", f'[{{"keep_ratio": 1, "ppl": {10**400}}}]', "should be a number"),
+        ("t.json", '[{"keep_ratio": 1, "ppl": true}]', "should be a number"),
+        ("t.json", "[" * 200_000, "is not JSON"),
         ("t.json", "{", "is not JSON"),
         ("t.json", "[1, 2]", "should be a list of objects"),
         ("t.json", "{}", "should be a list of objects"),
@@ -90,6 +105,7 @@ def test_a_malformed_table_is_refused(table, name, text, message):
     with pytest.raises(ValueError, match=r"t[.](csv|json)") as raised:
         read_reported(table(text, name))
     assert message in str(raised.value)
+    assert len(str(raised.value)) < 1000
     assert "\n" not in str(raised.value)
 
 

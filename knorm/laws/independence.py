@@ -38,7 +38,7 @@ def check_rows_alone(compressor: Subject, cache: Cache) -> None:
             )
 
 
-@check(needs="batch_independent, ragged=False", applies=lambda t: t.batch_independent and not t.ragged)
+@check(needs="heads_independent, ragged=False", applies=lambda t: t.heads_independent and not t.ragged)
 def check_heads_alone(compressor: Subject, cache: Cache) -> None:
     """A head compressed among others equals the head compressed alone."""
     together = compressor(cache.keys, cache.values, cache.keep_ratio)
@@ -46,9 +46,11 @@ def check_heads_alone(compressor: Subject, cache: Cache) -> None:
         one = (slice(None), slice(head, head + 1))
         alone, there = compressor(cache.keys[one], cache.values[one], cache.keep_ratio), _part(together, *one)
         if _differ(alone, there):
+            both = list(zip(_places(cache, alone), _places(cache, there), strict=True))
+            row = next((i for i, (one_way, other) in enumerate(both) if one_way != other), 0)
             raise Refuted(
-                f"heads alone: head {head} alone retains positions {_places(cache, alone)[0]}, "
-                f"but among others {_places(cache, there)[0]} (row 0)"
+                f"heads alone: head {head} alone retains positions {both[row][0]}, but among others {both[row][1]} "
+                f"(row {row})"
             )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -9,7 +11,7 @@ from transformers.cache_utils import Cache as TransformersCache
 
 from knorm.laws.model import feed, small_model, steps
 from knorm.laws.registry import Malformed, Refuted, check
-from knorm.laws.strategies import Text
+from knorm.laws.strategies import Text, distinct
 from knorm.laws.subjects import CompressingCache, Subject
 from knorm.laws.traits import Traits
 from knorm.perplexity import exact_nll
@@ -66,13 +68,14 @@ def _as_knorm(traits: Traits) -> bool:
 def check_one_pass(subject: Subject, text: Text) -> None:
     """The run's NLLs, token by token, are those of one pass under the schedule of its key norms."""
     traits, model = subject.traits, small_model(str(text.input_ids.device))
+    text = replace(text, input_ids=distinct(text.input_ids))  # alike tokens have one norm: either may go
     options = {name: getattr(traits, name) for name in ("protect_first", "protect_recent", "skip_layers")}
     exact = exact_nll(
         model, text.input_ids, Policy(text.keep_ratio, traits.prune_after, **options), prompt_length=text.prompt
     )
     _compare(_nll(subject, text, text.keep_ratio), exact, text.prompt, "one pass")
     if subject.compress is not None and subject.make_cache is None and not traits.skip_layers:
-        start = max(4, traits.prune_after)
+        start = max(4, traits.prune_after, traits.protected + 1)
         if not traits.affords(start, text.keep_ratio):
             return
         policy = Policy(text.keep_ratio, start, protocol="streaming", **options)

@@ -14,6 +14,11 @@ from knorm.laws.subjects import Call, Subject, takes_layer
 from knorm.laws.traits import Traits
 
 MOST_CALLS, MOST_NUMBERS = 3, 400
+SHOWS = {  # where the numbers retained are not what is wrong
+    "dtype": "print(kept[0].dtype, kept[0].device, kept[1].dtype, kept[1].device)",
+    "inputs_unwritten": "print(keys.tolist(), values.tolist(), sep='\\n')  # as they are afterwards",
+    "own_bytes": "print([(x.untyped_storage().nbytes(), x.numel() * x.element_size()) for x in kept[:2]])  # held, own",
+}
 
 
 def _literal(tensor: Tensor) -> str:
@@ -22,6 +27,15 @@ def _literal(tensor: Tensor) -> str:
         return f"torch.zeros({list(numbers.shape)}, dtype={tensor.dtype})"
     data = "float('nan')".join(str(numbers.double().tolist()).split("nan")).replace("inf", "float('inf')")
     return f"torch.tensor({data}, dtype={tensor.dtype})"
+
+
+def _layout(strides: tuple[int, ...], tensor: Tensor) -> str:
+    """What gives a literal the strides that the tensor had: transposed or expanded, where it was."""
+    if strides == tensor.contiguous().stride() or not tensor.numel():
+        return ""
+    if strides[0] == 0 and tensor.shape[0] > 1:
+        return f"[:1].expand({tensor.shape[0]}, -1, -1, -1)"
+    return ".transpose(1, 2).contiguous().transpose(1, 2)"
 
 
 def _same(one: Call, other: Call) -> bool:
@@ -47,21 +61,25 @@ def snippet(check: Check, subject: Subject, case: Cache | Text, calls: list[Call
                 f'reproduce("{check.name}", target, text{_promises(subject)})',
             ]
         )
-    distinct: list[Call] = []
+    again = check.family == "independence"  # what is called twice, and in which order, is the point
+    shown: list[Call] = []
     for call in calls:
-        if not any(_same(call, other) for other in distinct):
-            distinct.append(call)
-    lines = ["import torch", subject.code or f"compress = ...  # {subject.name}"]
-    for call in distinct[-MOST_CALLS:]:
+        if again or not any(_same(call, other) for other in shown):
+            shown.append(call)
+    most = len(shown) if again else MOST_CALLS
+    own = "\n".join(line for line in subject.code.splitlines() if line != "target = compress")
+    lines = ["import torch", own or f"compress = ...  # {subject.name}"]
+    for call in shown[-most:]:
         if call.keys.numel() > MOST_NUMBERS:
             lines.append(f"# a call with keys {list(call.keys.shape)} at ratio {call.keep_ratio} is too long to print")
             continue
         layer = f", layer={call.layer}" if call.layer is not None and takes_layer(subject.compress) else ""  # type: ignore[arg-type]
         lines += [
-            f"keys = {_literal(call.keys)}",
-            f"values = {_literal(call.values)}  # each (row, head, position // 256, position % 256)",
+            f"keys = {_literal(call.keys)}{_layout(call.strides[0], call.keys)}",
+            f"values = {_literal(call.values)}{_layout(call.strides[1], call.values)}  "
+            "# each (row, head, position // 256, position % 256)",
             f"kept = compress(keys, values, {call.keep_ratio}{layer})",
-            "print(kept[0].tolist(), kept[1].tolist(), sep='\\n')",
+            SHOWS.get(check.name, "print(kept[0].tolist(), kept[1].tolist(), sep='\\n')"),
         ]
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knorm.laws.provenance import first_place
-from knorm.laws.registry import Refuted, check
+from knorm.laws.registry import Refuted, Vacuous, check
 from knorm.laws.strategies import WIDTH, Cache, larger_ratio
 from knorm.laws.subjects import Subject
 from knorm.laws.traits import Traits
@@ -117,7 +117,9 @@ def check_rotation(compressor: Subject, cache: Cache) -> None:
 def check_permutation(compressor: Subject, cache: Cache) -> None:
     """Where norms are distinct, permuting the tokens permutes the retained set."""
     keys = torch.zeros(*cache.keys.shape[:3], WIDTH, dtype=cache.keys.dtype, device=cache.keys.device)
-    keys[..., 0] = torch.arange(cache.length, device=keys.device).roll(cache.length // 2)  # distinct in every dtype
+    if cache.length > 200:
+        raise Vacuous  # not so many whole numbers are distinct in every dtype
+    keys[..., 0] = torch.arange(cache.length, device=keys.device).roll(cache.length // 2)
     plain = cache.retained(compressor(keys, cache.values, cache.keep_ratio))
     turned = cache.retained(compressor(keys.flip(2), cache.values.flip(2), cache.keep_ratio))
     if not torch.equal(plain, turned):

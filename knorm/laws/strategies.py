@@ -20,7 +20,7 @@ WIDTH = 4  # of keys and values
 SHORT = (1, 2, 3, 4, 5, 6, 8, 10)
 BORDERS = (7, 9, 15, 16, 17, 31, 32, 33)  # of the chunks that people work in
 AWKWARD = (25, 50, 100)  # the only ones up to 100 with hundredths that ceil(ratio * length) gets wrong
-LONG = (63, 64, 65, 127, 128, 129)
+LONG = (63, 64, 65, 127, 128, 129, 257, 300)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,8 @@ def caches(
     pick = _Choices(draw).pick
     length, affordable = pick(_sizes(traits, long, small))
     ratio, dtype, style = pick(affordable), pick(DTYPES), pick(STYLES)
-    batch, heads = pick((1, 2) if small else (1, 2, 3)), pick((1, 2) if small else (1, 2, 3))
+    most = (1, 2) if small else (1, 2, 3, 4)
+    batch, heads = pick(most), pick(most)
     scale = 1.0 if exact else pick(scales(dtype))
     keys = torch.zeros(batch, heads, length, WIDTH)
     if style != "zeros" and small:
@@ -210,7 +211,9 @@ def texts(draw: Any, traits: Traits | None = None) -> Text:
     of the draws; only the laws on padding use it.
     """
     pick = _Choices(draw).pick
-    least = 3 if traits is None else max(3, traits.protected + 2, traits.prune_after)
+    # Where prune_after is beyond the small model's texts, nothing is evicted in any of them.
+    reached = traits.prune_after if traits and traits.prune_after <= 40 else 0
+    least = max(3, traits.protected + 2 if traits else 0, reached)
     prompt, later, batch = least + pick(range(10)), 1 + pick(range(8)), 1 + pick(range(3))
     ratio = pick([r for r in (0.5, 0.75, 0.3) if traits is None or traits.affords(prompt, r)] or [1.0])
     ids = (torch.arange(batch * (prompt + later)) % (VOCABULARY - 1) + 1).view(batch, -1)
@@ -218,3 +221,9 @@ def texts(draw: Any, traits: Traits | None = None) -> Text:
         ids = torch.randint(1, VOCABULARY, ids.shape, generator=torch.Generator().manual_seed(seed))
     pads = tuple(pick(range(prompt - 1)) for _ in range(batch))
     return Text(ids, prompt, pick((1, 2, 7, later)), ratio, (0, *pads[1:]))
+
+
+def distinct(ids: Tensor) -> Tensor:
+    """Tokens of which none stands twice in a row of up to 96: of two alike, with one norm, either may be evicted."""
+    places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    return places * 7 % (VOCABULARY - 1) + 1

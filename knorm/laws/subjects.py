@@ -36,6 +36,7 @@ class Call(NamedTuple):
     values: Tensor
     keep_ratio: float
     layer: int | None
+    strides: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Raised(Malformed):
@@ -77,9 +78,12 @@ class Subject:
     def raw(self, keys: Tensor, values: Tensor, keep_ratio: float, layer: int | None = None) -> Kept:
         """Compress the tensors given. Raises Raised for whatever it raises, Malformed for what is no cache."""
         assert self.compress is not None
-        self.calls.append(Call(keys.detach().clone(), values.detach().clone(), keep_ratio, layer))
+        strides = keys.stride(), values.stride()
+        self.calls.append(Call(keys.detach().clone(), values.detach().clone(), keep_ratio, layer, strides))
         given = f"keys {list(keys.shape)} {str(keys.dtype).removeprefix('torch.')} at ratio {keep_ratio}"
         self.announce(given)
+        if layer is None and self.traits.skip_layers:  # one that is compressed
+            layer = next(i for i in range(len(self.traits.skip_layers) + 1) if i not in self.traits.skip_layers)
         more = {} if layer is None or not takes_layer(self.compress) else {"layer": layer}
         try:
             result = self.compress(keys, values, keep_ratio, **more)

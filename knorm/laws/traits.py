@@ -30,7 +30,8 @@ class Traits:
     frees_memory       what is evicted is no longer held
     merges_values      values of several tokens may be merged into one
     ragged             heads may retain different counts, told by a boolean mask [batch, kv_heads, kept]
-    batch_independent  rows do not influence one another, nor do heads (unless ragged)
+    batch_independent  rows do not influence one another
+    heads_independent  nor do heads (unless ragged); False for one choice for all heads, or one that depends on the head
     deterministic      the same input gives the same answer
     protect_first      tokens at the start that are never evicted
     protect_recent     newest tokens that are never evicted
@@ -49,6 +50,7 @@ class Traits:
     merges_values: bool = False
     ragged: bool = False
     batch_independent: bool = True
+    heads_independent: bool = True
     deterministic: bool = True
     protect_first: int = 0
     protect_recent: int = 0
@@ -103,6 +105,8 @@ def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None) -
     Raises ValueError for names and values that there are not.
     """
     own = getattr(target, "__knorm_traits__", {})
+    if not isinstance(own, (Mapping, Traits)):
+        raise ValueError(f"__knorm_traits__={own!r}, but should be a dict, e.g. {{'rounding': 'ceil'}}")
     if isinstance(given, Traits):
         return given
     known = {field.name for field in fields(Traits)}
@@ -126,5 +130,5 @@ def parse_trait(text: str) -> tuple[str, Any]:
     if value.lower() in words:
         return name, words[value.lower()]
     if name == "skip_layers":
-        return name, tuple(int(x) if x.strip().isdigit() else x for x in value.split(",") if x)
-    return name, int(value) if value.isdigit() else value
+        return name, tuple(int(x) if x.strip().isdecimal() else x for x in value.split(",") if x)
+    return name, int(value) if value.isdecimal() else value

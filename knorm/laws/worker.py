@@ -119,7 +119,7 @@ def last_call(board: Any, check: str, what: str, code: str) -> dict[str, str | N
         tensors, keep_ratio, layer = pickle.loads(bytes(board.call[: board.size]))
         keys, values = (_unpacked(*tensor) for tensor in tensors)
         subject = Subject("", Traits(), compress=lambda keys, values, keep_ratio, layer=None: None, code=code)
-        call = Call(keys, values, keep_ratio, layer)
+        call = Call(keys, values, keep_ratio, layer, (keys.stride(), values.stride()))
         found["snippet"] = snippet(find(check), subject, Cache(keys, values, keep_ratio), [call])
     return found
 
