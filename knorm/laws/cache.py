@@ -79,10 +79,8 @@ def check_left_padding(subject: Subject, text: Text) -> None:
     for row, pads in enumerate(text.pads):
         cache, alone = subject.cache(text.keep_ratio), ids[row : row + 1, pads:]
         sizes = steps(text.prompt - pads, alone.shape[1], _chunk(subject, text))
-        _equal(
-            logits[row : row + 1], feed(model, alone, cache, sizes)[:, text.prompt - pads :],
-            f"left padding: row {row} with {pads} pads in the batch, and alone",
-        )  # fmt: skip
+        own = feed(model, alone, cache, sizes, position_ids=places[row : row + 1, pads:])[:, text.prompt - pads :]
+        _equal(logits[row : row + 1], own, f"left padding: row {row} with {pads} pads in the batch, and alone")
 
 
 def _prompted(subject: Subject, text: Text, ids: Tensor | None = None) -> tuple[Any, Any]:

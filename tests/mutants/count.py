@@ -52,7 +52,7 @@ def remainder_of_chunks_stays(keys, values, keep_ratio):
     return keep(keys, values, lowest(squares(keys), chunks * retained_count(4, keep_ratio) + left))
 
 
-@mutant("equal_counts", "is not declared ragged", frees_memory=False, batch_independent=False)
+@mutant("equal_counts", "is not declared ragged", frees_memory=False, heads_independent=False)
 def unimportant_heads(keys, values, keep_ratio):
     """Every other head gets half the budget; the mask says so, the traits do not."""
     budget = retained_count(keys.shape[2], keep_ratio)

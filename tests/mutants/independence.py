@@ -33,6 +33,19 @@ def unseeded_random(keys, values, keep_ratio):
     return keep_lowest(keys, values, torch.rand(keys.shape[:3], device=keys.device), keep_ratio)
 
 
+_last: list = [None]
+
+
+@mutant("repeatable", "but the second", batch_independent=False, heads_independent=False)
+def repeated_prompt_is_let_through(keys, values, keep_ratio):
+    """A prompt of several heads that comes again at once is taken for compressed already."""
+    mark = (keep_ratio, keys.stride(), keys.tolist())
+    again, _last[0] = mark == _last[0] and not torch.equal(keys, keys.flip(2)), mark
+    if again and keys.shape[1] > 1:
+        return keys.clone(), values.clone()
+    return keep_lowest(keys, values, squares(keys), keep_ratio)
+
+
 _calls = [0]
 
 
@@ -58,7 +71,7 @@ def mask_filled_after_it_is_read(keys, values, keep_ratio):
 _sums = [torch.zeros(0, 0, 0)]
 
 
-@mutant("no_leak", "after another sequence", "NVIDIA/kvpress #221", batch_independent=False)
+@mutant("no_leak", "after another sequence", "NVIDIA/kvpress #221", batch_independent=False, heads_independent=False)
 def scores_add_up(keys, values, keep_ratio):
     """Scores add up over calls until the length changes, a new sequence or not."""
     scores = squares(keys)
@@ -77,7 +90,13 @@ def weighed_by_values(keys, values, keep_ratio):
 _choice: dict = {}
 
 
-@mutant("no_leak", "after another sequence", "module-level masks that outlive the sequence", batch_independent=False)
+@mutant(
+    "no_leak",
+    "after another sequence",
+    "module-level masks that outlive the sequence",
+    batch_independent=False,
+    heads_independent=False,
+)
 def choice_outlives_the_sequence(keys, values, keep_ratio):
     """The last choice is taken again for any sequence of the same shape."""
     place = (keys.shape, keep_ratio)

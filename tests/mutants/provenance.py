@@ -7,7 +7,7 @@ from mutants import PROMISES, mutant
 from mutants.parts import everywhere, keep, keep_lowest, lowest, squares, take
 
 
-@mutant("accepts", "but should answer", "crashes at batch 3", batch_independent=False)
+@mutant("accepts", "but should answer", "crashes at batch 3", batch_independent=False, heads_independent=False)
 def crashes_at_batches(keys, values, keep_ratio):
     """The mean of each row lacks keepdim: it is subtracted along the sequence."""
     scores = squares(keys)

@@ -11,7 +11,7 @@ _last: dict = {}
 
 @mutant(
     "replay", "but by evicted_at",
-    skip_layers=(1,), batch_independent=False, deterministic=False, **PROMISES,
+    skip_layers=(1,), batch_independent=False, heads_independent=False, deterministic=False, **PROMISES,
 )  # fmt: skip
 def norms_out_of_step(keys, values, keep_ratio, layer=None):
     """A cache grown by one token keeps the norms it had, but not at the slots where the kept tokens went."""

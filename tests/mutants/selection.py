@@ -69,7 +69,14 @@ def norm_of_the_first_half(keys, values, keep_ratio):
 _choices: dict = {}
 
 
-@mutant("permutation", "where time is reversed", scores="key_norm", batch_independent=False, deterministic=False)
+@mutant(
+    "permutation",
+    "where time is reversed",
+    scores="key_norm",
+    batch_independent=False,
+    heads_independent=False,
+    deterministic=False,
+)
 def choice_by_a_set(keys, values, keep_ratio):
     """The last choice is taken again for a sequence of the same keys and values, in whatever order."""
     pairs = torch.cat([keys, values], -1).flatten(0, 2)
