@@ -101,6 +101,19 @@ def _mean(parts: list[tuple[Tensor, int]]) -> float:
     return sum(float(x.double().mean()) * n for x, n in parts) / sum(n for _, n in parts)
 
 
+def _compressed(runs: list[Run], policy: Policy) -> list[tuple[Tensor, int]]:
+    """The schedules of the compressed layers (of all, where none is), each with its number of rows."""
+    layers = set(range(len(runs[0].evicted_at)))
+    return [(run.evicted_at[layer], len(run.nll)) for run in runs for layer in layers - {*policy.skip_layers} or layers]
+
+
+def mean_recent(runs: list[Run], policy: Policy, prompt_length: int) -> float | None:
+    """How many of the newest 16 tokens a scored query sees in a compressed layer; None in windows shorter than that."""
+    first = max(prompt_length, NEWEST) - 1
+    seen = [(recent_cached(evicted, NEWEST)[..., first:], n) for evicted, n in _compressed(runs, policy)]
+    return _mean(seen) if seen[0][0].shape[-1] else None
+
+
 def check_prompt(windows: Windows, prompt_length: int) -> None:
     """Raise ValueError for a prompt that leaves nothing to score."""
     if prompt_length == windows.input_ids.shape[1]:
@@ -139,12 +152,8 @@ def evaluate(
         else:
             runs.append(exact_run(model, ids, policy, prompt_length=prompt_length))
         on_batch()
-    layers = set(range(len(runs[0].evicted_at)))
-    compressed = layers - set(policy.skip_layers) or layers
     first = prompt_length - 1  # the query that predicts the first scored token
-    schedules = [(run.evicted_at[layer], len(run.nll)) for run in runs for layer in compressed]
-    lengths = [(cache_lengths(evicted)[..., first:], n) for evicted, n in schedules]
-    recent = [(recent_cached(evicted, NEWEST)[..., max(first, NEWEST - 1) :], n) for evicted, n in schedules]
+    lengths = [(cache_lengths(evicted)[..., first:], n) for evicted, n in _compressed(runs, policy)]
 
     nll = torch.cat([run.nll[:, first:] for run in runs]).double()
     means = nll.mean(1)
@@ -166,12 +175,14 @@ def evaluate(
         accuracy=_mean([(run.correct[:, first:], len(run.nll)) for run in runs]),
         mean_cache=_mean(lengths),
         final_cache=_mean([(x[..., -1:], n) for x, n in lengths]),
-        recent=_mean(recent) if recent[0][0].shape[-1] else None,
+        recent=mean_recent(runs, policy, prompt_length),
         seconds=sum(run.seconds for run in runs),
         scheduling=sum(run.scheduling for run in runs),
     )
-    if not stream:
-        return row
+    return _beside_loop(row, loops, first) if stream else row
+
+
+def _beside_loop(row: Row, loops: list[Agreement], first: int) -> Row:
     stream_nll = torch.cat([loop.stream.nll[:, first:] for loop in loops]).double()
     return replace(
         row,

@@ -18,10 +18,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.attention import attend_seen
-from knorm.evaluation import NEWEST, Row, Windows, check_prompt, evaluate
+from knorm.evaluation import NEWEST, Row, Windows, check_prompt, evaluate, mean_recent
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, Score
-from knorm.schedule import cache_lengths, evicted_at, recent_cached
+from knorm.schedule import cache_lengths, evicted_at
 
 SINKS = 4  # tokens at the start that are protected
 NO_EFFECT = {torch.float16: 0.1, torch.bfloat16: 0.5}  # nats of any token: what rounding may do; else 1e-4
@@ -154,12 +154,17 @@ def sees_itself(_: int, keys: Tensor) -> Tensor:
     return torch.arange(1, keys.shape[2] + 1, device=keys.device).expand(keys.shape[:3]).contiguous()
 
 
+def _smallest_budget(policy: Policy, prompt_length: int) -> int:
+    """Tokens that the first compression leaves: no later one leaves fewer."""
+    return policy.budget(policy.prune_after if policy.protocol == "streaming" else prompt_length)
+
+
 def newest_to_protect(policy: Policy, prompt_length: int, newest: int) -> int:
     """How many of the newest tokens an intervention protects: `newest`, or half of the smallest budget if that is less.
 
     0 where the policy already protects as many.
     """
-    smallest = policy.budget(policy.prune_after if policy.protocol == "streaming" else prompt_length)
+    smallest = _smallest_budget(policy, prompt_length)
     count = min(newest, max(1, (smallest - policy.protect_first) // 2))
     return count if count > policy.protect_recent else 0
 
@@ -177,7 +182,7 @@ def interventions(
     )
     if count := newest_to_protect(policy, prompt_length, newest):
         yield f"newest {count} protected", replace(policy, protect_recent=count), prompt_length, {}
-    smallest = policy.budget(policy.prune_after if policy.protocol == "streaming" else prompt_length)
+    smallest = _smallest_budget(policy, prompt_length)
     if policy.protect_first < SINKS <= smallest - policy.protect_recent:
         yield f"first {SINKS} protected", replace(policy, protect_first=SINKS), prompt_length, {}
     other: Score = "random" if policy.score != "random" else "low_norm"
@@ -352,22 +357,10 @@ def explain(
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        _recency(runs, policy, first), tuple(effects),
+        mean_recent(runs, policy, prompt_length), tuple(effects),
         tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy)), (),
     )  # fmt: skip
     return replace(found, verdict=_verdict(found, rounding))
-
-
-def _recency(runs: list[Run], policy: Policy, first: int) -> float | None:
-    if runs[0].evicted_at[0].shape[-1] < NEWEST:
-        return None
-    schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
-    seen = [
-        recent_cached(lost, NEWEST)[..., max(first, NEWEST - 1) :].double().mean()
-        for layer, lost in enumerate(schedules)
-        if layer not in policy.skip_layers
-    ]
-    return float(torch.stack(seen).mean())
 
 
 def _worst(

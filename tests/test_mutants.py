@@ -98,6 +98,7 @@ def test_the_seed_documents_fix_holds():
         {"prune_after": 32},
         {"prune_after": 512},
         {"skip_layers": (0,)},
+        {"skip_layers": (7,)},
     ],
     ids=str,
 )
@@ -116,3 +117,10 @@ def test_norms_in_float32_hold():
 
     results = check_compressor(float32, {"scores": "key_norm", "rounding": "ceil", "ties": "earlier"}, seed=2)
     assert not [describe(result) for result in results if result.failed]
+
+
+@pytest.mark.parametrize("seed", [8, 9])
+def test_binary_rounding_is_refuted_whatever_is_drawn(seed):
+    for mutant in MUTANTS:
+        if mutant.name in ("binary_ceiling", "binary_compression_ratio"):
+            assert run_check(CHECKS[mutant.check], mutant.subject, seed=seed).verdict == "refuted"

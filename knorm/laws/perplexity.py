@@ -69,7 +69,8 @@ def check_one_pass(subject: Subject, text: Text) -> None:
     """The run's NLLs, token by token, are those of one pass under the schedule of its key norms."""
     traits, model = subject.traits, small_model(str(text.input_ids.device))
     text = replace(text, input_ids=distinct(text.input_ids))  # alike tokens have one norm: either may go
-    options = {name: getattr(traits, name) for name in ("protect_first", "protect_recent", "skip_layers")}
+    options = {name: getattr(traits, name) for name in ("protect_first", "protect_recent")}
+    options["skip_layers"] = [layer for layer in traits.skip_layers if layer < model.config.num_hidden_layers]
     exact = exact_nll(
         model, text.input_ids, Policy(text.keep_ratio, traits.prune_after, **options), prompt_length=text.prompt
     )

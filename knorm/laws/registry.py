@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ class Check:
     needs      the traits it needs, in words; empty: it applies to every compressor
     applies    whether a subject's traits are those
     exact      draws only keys whose norms are exact in every dtype
+    first      of a subject's traits: cases that are tried before any is drawn
     """
 
     name: str
@@ -44,6 +45,7 @@ class Check:
     needs: str
     applies: Callable[[Traits], bool]
     exact: bool
+    first: Callable[[Traits], Iterable[Any]]
 
     @property
     def law(self) -> str:
@@ -60,6 +62,7 @@ def check(
     needs: str = "",
     applies: Callable[[Traits], bool] = lambda traits: True,
     exact: bool = False,
+    first: Callable[[Traits], Iterable[Any]] = lambda traits: (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Enter a check_<law>(subject, case) into the catalogue. Raises ValueError for a name that is taken."""
 
@@ -68,7 +71,7 @@ def check(
         if name in CHECKS:
             raise ValueError(f"check {name!r} is in the catalogue already")
         family = function.__module__.rpartition(".")[2]
-        CHECKS[name] = Check(name, function, family, surface, needs, applies, exact)
+        CHECKS[name] = Check(name, function, family, surface, needs, applies, exact, first)
         return function
 
     return enter

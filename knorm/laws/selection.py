@@ -97,7 +97,7 @@ def check_scaling(compressor: Subject, cache: Cache) -> None:
 
 @check(needs="scores=key_norm", applies=_by_norm, exact=True)
 def check_rotation(compressor: Subject, cache: Cache) -> None:
-    """Rotating each key, as rotary positions do, changes nothing where the gap at the cut is wide."""
+    """Rotating each key, by quarter turns that leave its norm exact, changes nothing."""
     half = cache.keys.shape[3] // 2
     quarter = torch.arange(cache.length, device=cache.keys.device) % 4  # quarter turns are exact in every dtype
     one, two = cache.keys[..., :half], cache.keys[..., half:]

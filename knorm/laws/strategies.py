@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import lru_cache
@@ -167,6 +167,18 @@ def caches(
 def larger_ratio(keep_ratio: float) -> float:
     """The ratio half-way from the given one to 1, exactly."""
     return float((Decimal(str(keep_ratio)) + 1) / 2)
+
+
+AWKWARD_COUNTS = ((5, 0.2), (10, 0.1), (25, 0.28), (100, 0.55), (100, 0.07), (100, 0.29), (100, 0.57))
+
+
+def awkward_counts(traits: Traits) -> Iterator[Cache]:
+    """Lengths and ratios whose product binary arithmetic rounds to another count, up, down or by the complement."""
+    for length, ratio in AWKWARD_COUNTS:
+        if traits.affords(length, ratio):
+            keys = torch.zeros(1, 1, length, WIDTH)
+            keys[..., 0] = torch.arange(length) * 7 % 11
+            yield Cache(keys, tagged_values(1, 1, length, keys.dtype), ratio)
 
 
 @dataclass(frozen=True)
