@@ -1,8 +1,8 @@
-"""Law by mutant, and how fast: python tools/bench_laws.py matrix | speed. Writes its part of docs/laws.md.
+"""Law by mutant, and how fast: python tools/bench_laws.py matrix | speed | cuda. Writes its part of docs/laws.md.
 
 `matrix` runs every check that applies on every mutant of tests/mutants, at seed 0, and fails where a check has no
 mutant that it alone refutes. `speed` runs each mutant against its check with 20 seeds, and the correct subjects
-against the whole catalogue, knorm's own core and the slow one with 200.
+against the whole catalogue, knorm's own core and the slow one with 200. `cuda` runs them with 20 on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -43,20 +44,23 @@ def refutations(index: int) -> list[Result]:
     return [run_check(CHECKS[mutant.check], mutant.subject, seed=seed) for seed in range(SEEDS)]
 
 
-def alarms(job: tuple[int, int]) -> list[Result]:
+def alarms(job: tuple[int, int, str]) -> list[Result]:
     """What refutes a correct subject, or was expected to and does not."""
-    index, seed = job
-    return [r for r in iter_results(CORRECT[index].subject, expected_failures=CORRECT[index].expected, seed=seed)
-            if r.failed or r.verdict == "untested"]  # fmt: skip
+    index, seed, device = job
+    correct = CORRECT[index]
+    results = iter_results(correct.subject, expected_failures=correct.expected, seed=seed, device=device)
+    return [r for r in results if r.failed or r.verdict == "untested"]
 
 
-def _one_thread() -> None:
+def _settle() -> None:
     torch.set_num_threads(1)
+    if torch.cuda.is_available() and not torch.cuda.is_initialized():
+        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
 
 
-def in_parallel(function, jobs):
+def in_parallel(function, jobs, start="fork"):
     """Results in the order of the jobs, from a process per core."""
-    with get_context("fork").Pool(os.cpu_count(), _one_thread) as pool:
+    with get_context(start).Pool(os.cpu_count(), _settle) as pool:
         yield from pool.imap(function, jobs)
 
 
@@ -89,6 +93,29 @@ def matrix() -> str:
     )
 
 
+def versions() -> str:
+    modules = ", ".join(f"{x.__name__} {x.__version__.split('+')[0]}" for x in (torch, hypothesis))
+    return f"Python {platform.python_version()}, {modules}"
+
+
+def false_alarms(device: str) -> str:
+    """A table of the correct subjects and of the checks that refute them with any seed."""
+    seeds = {index: SEEDS if device == "cuda" else each.seeds for index, each in enumerate(CORRECT)}
+    jobs = [(index, seed, device) for index in seeds for seed in range(seeds[index])]
+    false: dict[int, set[str]] = {index: set() for index in seeds}
+    start = "spawn" if device == "cuda" else "fork"
+    for (index, seed, _), found in zip(jobs, in_parallel(alarms, jobs, start), strict=True):
+        false[index] |= {r.check for r in found}
+        for r in found:
+            print(f"{CORRECT[index].name}, seed {seed}: {r.check} {r.verdict}: {r.counterexample}", file=sys.stderr)
+    rows = [
+        (f"`{each.name}`", seeds[index], code(sorted(false[index])) or "none",
+         "; ".join(f"`{name}`: {reason}" for name, reason in each.expected.items()) or "-")
+        for index, each in enumerate(CORRECT)
+    ]  # fmt: skip
+    return table(("subject", "seeds", "false alarms", "expected failures"), rows)
+
+
 def speed() -> str:
     rows, seconds, missed = [], [], []
     for mutant, results in zip(MUTANTS, in_parallel(refutations, range(len(MUTANTS))), strict=True):
@@ -102,28 +129,28 @@ def speed() -> str:
              f"{statistics.median(r.examples for r in results):g}", f"{statistics.median(times):.2f}",
              f"{max(times):.2f}")
         )  # fmt: skip
-    jobs = [(index, seed) for index, each in enumerate(CORRECT) for seed in range(each.seeds)]
-    false: dict[int, set[str]] = {index: set() for index in range(len(CORRECT))}
-    for (index, seed), found in zip(jobs, in_parallel(alarms, jobs), strict=True):
-        false[index] |= {r.check for r in found}
-        for r in found:
-            print(f"{CORRECT[index].name}, seed {seed}: {r.check} {r.verdict}: {r.counterexample}", file=sys.stderr)
-    correct = [
-        (f"`{each.name}`", each.seeds, code(sorted(false[index])) or "none",
-         "; ".join(f"`{name}`: {reason}" for name, reason in each.expected.items()) or "-")
-        for index, each in enumerate(CORRECT)
-    ]  # fmt: skip
+    correct = false_alarms("cpu")
     print(f"not in every seed: {missed}", file=sys.stderr)
-    versions = ", ".join(f"{x.__name__} {x.__version__.split('+')[0]}" for x in (torch, hypothesis))
     return (
         "## Seconds to refutation\n\n`python tools/bench_laws.py speed`: each mutant against its check, quick profile, "
         f"seeds 0 to {SEEDS - 1}, shrinking included, imports not. A process for each of {os.cpu_count()} CPU cores "
-        f"({platform.machine()}), one thread each; Python {platform.python_version()}, {versions}.\n\n"
+        f"({platform.machine()}), one thread each; {versions()}.\n\n"
         f"{len(MUTANTS) - len(missed)} of {len(MUTANTS)} mutants refuted with every seed; median "
         f"{statistics.median(seconds):.2f} s, worst {max(seconds):.2f} s.\n\n"
         + table(("mutant", "check", "refuted", "in the words asked", "examples, median", "median s", "worst s"), rows)
         + "\n## Correct subjects\n\nThe whole catalogue, quick profile.\n\n"
-        + table(("subject", "seeds", "false alarms", "expected failures"), correct)
+        + correct
+    )
+
+
+def cuda() -> str:
+    begin, gpus = time.perf_counter(), torch.cuda.device_count()
+    correct = false_alarms("cuda")
+    seconds = time.perf_counter() - begin
+    return (
+        "## Correct subjects on CUDA tensors\n\n`python tools/bench_laws.py cuda`: the whole catalogue, quick profile, "
+        f"on {gpus} {torch.cuda.get_device_name()} shared by {os.cpu_count()} processes, in {seconds:.0f} s; "
+        f"{versions()}.\n\n" + correct
     )
 
 
@@ -133,23 +160,23 @@ def write(part: str) -> bool:
     head, *parts = before.split("\n## ")
     sections = {section.split("\n", 1)[0]: section for section in parts}
     new = part.strip().removeprefix("## ").split("\n## ")
-    places = [("laws", "mutants"), ("Seconds to refutation", "Correct subjects")]
-    mine = next(place for place in places if new[0].split("\n", 1)[0].endswith(place[0]))
-    others = [s for title, s in sections.items() if not title.endswith(mine)]
-    ordered = [*new, *others] if mine is places[0] else [*others, *new]
+    order = ("laws", "mutants", "Seconds to refutation", "Correct subjects", "Correct subjects on CUDA tensors")
+    sections |= {section.split("\n", 1)[0]: section for section in new}
+    kept = {next(name for name in order if title.endswith(name)): section for title, section in sections.items()}
+    ordered = [kept[name] for name in order if name in kept]
     after = "\n\n## ".join([head.strip(), *(s.strip() for s in ordered)]) + "\n"
     DOCUMENT.write_text(after, encoding="utf-8")
     return after != before
 
 
 def main() -> int:
-    commands = {"matrix": matrix, "speed": speed}
+    commands = {"matrix": matrix, "speed": speed, "cuda": cuda}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         print(f"usage: python tools/bench_laws.py {'|'.join(commands)}", file=sys.stderr)
         return 2
     part = commands[sys.argv[1]]()
     changed = write(part)
-    if sys.argv[1] == "speed":
+    if sys.argv[1] != "matrix":
         return 0
     bare = [line for line in part.splitlines() if "**" in line]
     print("\n".join([f"{DOCUMENT.name} {'changed' if changed else 'is as it was'}", *bare]))

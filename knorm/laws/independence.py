@@ -79,6 +79,25 @@ def check_no_leak(compressor: Subject, cache: Cache) -> None:
         )
 
 
+@check()
+def check_generator_left_alone(compressor: Subject, cache: Cache) -> None:
+    """The global generator is not reset: what is drawn afterwards still depends on the caller's seed."""
+    devices = [cache.keys.device] if cache.keys.is_cuda else []
+    with torch.random.fork_rng(devices):
+        one, two = (_drawn_after(seed, compressor, cache) for seed in (1, 2))
+    if torch.equal(one, two):
+        raise Refuted(
+            f"generator left alone: torch.rand gives {one.tolist()} after a compression, whether torch.manual_seed(1) "
+            "or (2) came before it, but should differ: seed a torch.Generator of your own"
+        )
+
+
+def _drawn_after(seed: int, compressor: Subject, cache: Cache) -> torch.Tensor:
+    torch.manual_seed(seed)
+    compressor(cache.keys, cache.values, cache.keep_ratio)
+    return torch.rand(2, device=cache.keys.device)
+
+
 @check(needs="scores=key_norm or keys", applies=lambda t: t.scores in ("key_norm", "keys") and not t.merges_values)
 def check_values_ignored(compressor: Subject, cache: Cache) -> None:
     """Values do not influence the selection of a method that scores keys."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from knorm.laws.registry import Malformed, Refuted, check
-from knorm.laws.strategies import Cache
+from knorm.laws.strategies import Cache, beyond_a_byte
 from knorm.laws.subjects import Kept, Raised, Subject
 
 
@@ -61,7 +61,7 @@ def check_pairing(compressor: Subject, cache: Cache) -> None:
         )
 
 
-@check(needs="merges_values=False", applies=lambda t: not t.merges_values)
+@check(needs="merges_values=False", applies=lambda t: not t.merges_values, first=beyond_a_byte)
 def check_no_duplicates(compressor: Subject, cache: Cache) -> None:
     """No token is retained twice."""
     kept = compressor(cache.keys, cache.values, cache.keep_ratio)

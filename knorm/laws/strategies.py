@@ -181,6 +181,15 @@ def awkward_counts(traits: Traits) -> Iterator[Cache]:
             yield Cache(keys, tagged_values(1, 1, length, keys.dtype), ratio)
 
 
+def beyond_a_byte(traits: Traits) -> Iterator[Cache]:
+    """More positions than uint8, or the integers that bfloat16 holds without gaps, can tell apart; nearly all stay."""
+    length, ratio = max(300, traits.prune_after), 0.95
+    if traits.affords(length, ratio):
+        keys = torch.zeros(1, 1, length, WIDTH, dtype=torch.bfloat16)
+        keys[..., 0] = torch.arange(length) % 7
+        yield Cache(keys, tagged_values(1, 1, length, keys.dtype), ratio)
+
+
 @dataclass(frozen=True)
 class Text:
     """Tokens for a tiny model, and how they are fed to it.

@@ -81,6 +81,13 @@ def scores_add_up(keys, values, keep_ratio):
     return keep_lowest(keys, values, scores, keep_ratio)
 
 
+@mutant("generator_left_alone", "torch.rand gives", heads_independent=False, batch_independent=False)
+def seeds_the_global_generator(keys, values, keep_ratio):
+    """Random scores that are to be repeatable seed the global generator."""
+    torch.manual_seed(0)
+    return keep_lowest(keys, values, torch.rand(keys.shape[:3], device=keys.device), keep_ratio)
+
+
 @mutant("values_ignored", "with other values", scores="keys")
 def weighed_by_values(keys, values, keep_ratio):
     """A method said to score keys weighs them by the norms of the values."""

@@ -99,3 +99,17 @@ def recent_zero(keys, values, keep_ratio):
     older = lowest(squares(keys)[..., : length - recent], count - recent)
     newest = everywhere(torch.arange(length, device=keys.device)[-recent:], keys)
     return keep(keys, values, torch.cat([older, newest], -1).sort(-1).values)
+
+
+@mutant("no_duplicates", "but should be distinct")
+def indices_in_bytes(keys, values, keep_ratio):
+    """Positions are held in uint8: the 257th is the first again."""
+    index = lowest(squares(keys), retained_count(keys.shape[2], keep_ratio))
+    return keep(keys, values, index.to(torch.uint8).long())
+
+
+@mutant("no_duplicates", "but should be distinct")
+def indices_in_the_dtype_of_the_keys(keys, values, keep_ratio):
+    """Positions are held in the keys' dtype: bfloat16 has no odd numbers beyond 256."""
+    index = lowest(squares(keys), retained_count(keys.shape[2], keep_ratio))
+    return keep(keys, values, index.to(keys.dtype).long().clamp(max=keys.shape[2] - 1))
