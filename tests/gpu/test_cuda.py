@@ -21,7 +21,7 @@ STREAMING = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0,))
 def test_the_catalogue_holds_on_cuda(correct):
     results = list(iter_results(correct.subject, expected_failures=correct.expected, device="cuda"))
     assert not [describe(result) for result in results if result.failed]
-    assert sum(result.verdict == "holds" for result in results) > 3
+    assert sum(result.verdict == "holds" for result in results) >= 3  # an evaluator has three laws
 
 
 @pytest.mark.parametrize("mutant", MUTANTS[::4], ids=lambda mutant: mutant.name)
