@@ -120,7 +120,7 @@ def cli(context: click.Context, verbose: bool) -> None:
 @cli.command()
 @_with(*_common)
 def verify(json: Path | None, quiet: bool) -> None:
-    """Check knorm itself on the embedded model: laws, one pass against the loop, the perplexity curve."""
+    """Check knorm itself on the embedded model: laws, one pass against the loop, perplexity curves, goldens."""
     from rich.text import Text
 
     from knorm.models import hush
@@ -132,7 +132,11 @@ def verify(json: Path | None, quiet: bool) -> None:
     for verdict in run():
         verdicts.append(verdict)
         line = Text.assemble(
-            ("holds    ", "green") if verdict.holds else ("REFUTED  ", "bold red"),
+            ("holds    ", "green")
+            if verdict.holds and verdict.compared
+            else ("n/a      ", "yellow")
+            if verdict.holds
+            else ("REFUTED  ", "bold red"),
             f"{verdict.claim} ",
             (f"[{verdict.evidence}; {verdict.seconds:.1f} s]", "dim"),
         )
@@ -143,7 +147,8 @@ def verify(json: Path | None, quiet: bool) -> None:
             console.print("")
     refuted = sum(not verdict.holds for verdict in verdicts)
     console.print(
-        f"{len(verdicts) - refuted} hold, {refuted} refuted, in {sum(v.seconds for v in verdicts):.0f} s",
+        f"{sum(v.holds and v.compared for v in verdicts)} hold, {refuted} refuted, "
+        f"in {sum(v.seconds for v in verdicts):.0f} s",
         style="bold red" if refuted else "bold green",
     )
     _write(json, {"verdicts": [asdict(verdict) for verdict in verdicts]})
@@ -451,6 +456,233 @@ def explain(json: Path | None, plot: Path | None, quiet: bool, keep_ratio: str, 
         plot_curves(curves, setting.title, plot)
     _write(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(found)})
     sys.exit(HOLDS)
+
+
+@cli.group()
+def golden() -> None:
+    """Golden results: did anything move since a person accepted them?"""
+
+
+_golden_dir = click.option(
+    "--golden-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where they are.  [those of this checkout, else those installed with knorm]",
+)
+_some_cases = click.argument("cases", nargs=-1, metavar="[CASE]...")
+_golden_device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+
+
+@golden.command("list")
+@_golden_dir
+@_with(*_common)
+def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None:
+    """Which cases there are, and which goldens, candidates and leftovers."""
+    from knorm.cases import CASES
+    from knorm.golden import Damaged, Store
+    from knorm.report import goldens_table
+
+    console, store = _console(quiet), Store(golden_dir)
+    rows: list[tuple[str, ...]] = []
+    damaged = 0
+    for case in CASES.values():
+        found = sorted(device for name, device in store.files if name == case.id)
+        for device in found:
+            try:
+                made = store.read(case.id, device)[0].provenance
+                rows.append((case.id, device, made.date[:10], made.commit[:12], made.reason, case.what))
+            except Damaged as error:
+                damaged += 1
+                rows.append((case.id, device, "DAMAGED", "-", str(error), case.what))
+        if not found:
+            rows.append((case.id, "-", "-", "-", "no golden yet: knorm golden record", case.what))
+    orphans = store.orphans([*CASES])
+    rows += [(name, "-", "ORPHAN", "-", "belongs to no case", "-") for name in orphans]
+    console.print(goldens_table(rows))
+    for file in store.candidates():
+        console.print(f"candidate: {file.relative_to(store.folder.parent)}", soft_wrap=True)
+    for file in store.leftovers():
+        console.print(f"left by an interrupted accept, the next one removes it: {file.name}", soft_wrap=True)
+    fields = ("case", "device_class", "accepted", "commit", "reason", "pins")
+    _write(json, {"goldens": [dict(zip(fields, row, strict=True)) for row in rows]})
+    sys.exit(REFUTED if damaged or orphans else HOLDS)
+
+
+@golden.command("verify")
+@_some_cases
+@_golden_device
+@click.option("--require-goldens", is_flag=True, help="Fail where no golden of this device class is there (CI).")
+@_golden_dir
+@_with(*_common)
+def golden_verify(
+    json: Path | None,
+    quiet: bool,
+    cases: tuple[str, ...],
+    device: str,
+    require_goldens: bool,
+    golden_dir: Path | None,
+) -> None:
+    """Measure each CASE, by default all, and compare it with its golden of exactly this device class."""
+    from knorm.cases import verify_goldens
+    from knorm.golden import Store
+    from knorm.models import hush
+    from knorm.report import show_outcome
+
+    hush()
+    console, outcomes = _console(quiet), []
+    for outcome in verify_goldens(Store(golden_dir), list(cases) or None, _device(device)):
+        outcomes.append(outcome)
+        show_outcome(console, outcome)
+    failed = sum(outcome.failed for outcome in outcomes)
+    idle = sum(not outcome.compared for outcome in outcomes)
+    said = [f"{len(outcomes) - failed - idle} hold, {failed} failed"] + ([f"{idle} NOT COMPARED"] if idle else [])
+    style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
+    console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
+    if failed:
+        console.print(
+            "If the change is intended: knorm golden record, look at it, then knorm golden accept --reason ..."
+        )
+    _write(json, {"device": device, "outcomes": [asdict(outcome) for outcome in outcomes]})
+    sys.exit(REFUTED if failed or (idle and require_goldens) else HOLDS)
+
+
+@golden.command("record")
+@_some_cases
+@click.option("--all", "everything", is_flag=True, help="All cases that this device measures, but for optional ones.")
+@_golden_device
+@click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
+@_golden_dir
+@_with(*_common)
+def golden_record(
+    json: Path | None,
+    quiet: bool,
+    cases: tuple[str, ...],
+    everything: bool,
+    device: str,
+    runs: int,
+    golden_dir: Path | None,
+) -> None:
+    """Measure each CASE several times and write a candidate beside its golden, which stays as it is."""
+    import torch
+
+    from knorm.cases import CASES, find_case, record
+    from knorm.golden import Store, checkout
+    from knorm.models import hush
+
+    if bool(cases) == everything:
+        raise ValueError("name the cases to record, or give --all")
+    kind = torch.device(_device(device)).type
+    chosen = (
+        [c for c in CASES.values() if kind in c.devices and not c.optional] if everything else [*map(find_case, cases)]
+    )
+    hush()
+    console, store = _console(quiet), Store(golden_dir)
+    now, written = checkout(store.folder), []
+    if not now.clean:
+        console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
+    for case in chosen:
+        made, measured = record(case, device, now, runs)
+        file = store.write_candidate(made, measured.tensors)
+        written.append(str(file))
+        _show_changes(console, store, made, measured.tensors)
+        console.print(f"wrote {file}\n", soft_wrap=True)
+    console.print(
+        "To accept: knorm golden accept " + " ".join(c.id for c in chosen) + ' --reason "..."', soft_wrap=True
+    )
+    _write(json, {"device": device, "candidates": written})
+
+
+def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any]:
+    """Print what a candidate would change; the changes."""
+    from knorm.cases import changes
+    from knorm.golden import differing
+    from knorm.report import changes_table
+
+    there = (made.case, made.device_class) in store.files
+    old = store.read(made.case, made.device_class) if there else None
+    found = changes(old, (made, tensors))
+    title = f"{made.case} ({made.device_class})" + ("" if old else ", new")
+    console.print(changes_table(found, title) if old else f"{title}: {len(found)} metrics")
+    if old:
+        was, now = old[0].configuration, made.configuration
+        for name in differing(was, now):
+            console.print(f"configuration: {name} was {was.get(name)}, is {now.get(name)}")
+    return found
+
+
+def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Any, Any]]:
+    """Candidates by case, or by file; refuses what there is not."""
+    from knorm.cases import CASES, find_case
+    from knorm.golden import differing, read_candidate
+
+    files: list[Path] = []
+    for name in names:
+        if name.endswith(".candidate"):
+            files.append(Path(name))
+            continue
+        case = find_case(name).id
+        waiting = [file for file in store.candidates() if file.parent.name == case]
+        if not waiting:
+            raise ValueError(f"{name} has no candidate in {store.folder}: knorm golden record {name}")
+        files += waiting
+    found = [read_candidate(file) for file in files]
+    for file, (made, _) in zip(files, found, strict=True):
+        if made.case not in CASES:
+            raise ValueError(
+                f"{file} is of case {made.case!r}, which there is not; there are {', '.join(sorted(CASES))}"
+            )
+        if changed := differing(made.configuration, CASES[made.case].configuration()):
+            raise ValueError(f"{file}: field 'configuration' ({changed[0]}) is not that of the case: record it again")
+    return found
+
+
+@golden.command("diff")
+@click.argument("candidates", nargs=-1, metavar="[CASE|FILE]...")
+@_golden_dir
+@_with(*_common)
+def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], golden_dir: Path | None) -> None:
+    """What each candidate would change: old, new, difference with its interval. Exit code 1 where anything moved."""
+    from knorm.golden import Store
+
+    console, store = _console(quiet), Store(golden_dir)
+    names = candidates or tuple(str(file) for file in store.candidates())
+    if not names:
+        raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
+    found = {}
+    for made, tensors in _chosen_candidates(store, names):
+        found[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
+    _write(json, {"changes": {name: [asdict(change) for change in each] for name, each in found.items()}})
+    sys.exit(REFUTED if any(change.significant for each in found.values() for change in each) else HOLDS)
+
+
+@golden.command("accept")
+@click.argument("candidates", nargs=-1, metavar="CASE|FILE...")
+@click.option("--reason", default="", help="Why the change is intended; kept with the golden.")
+@click.option("--allow-worse", multiple=True, metavar="METRIC=PERCENT", help="E.g. 'nll/*=2': may be 2 % worse.")
+@_golden_dir
+@_with(*_common)
+def golden_accept(
+    json: Path | None,
+    quiet: bool,
+    candidates: tuple[str, ...],
+    reason: str,
+    allow_worse: tuple[str, ...],
+    golden_dir: Path | None,
+) -> None:
+    """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded."""
+    from knorm.golden import Store, checkout, parse_allowance
+
+    if not candidates:
+        raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")
+    console, store = _console(quiet), Store(golden_dir)
+    allowed = dict(map(parse_allowance, allow_worse))
+    chosen, now = _chosen_candidates(store, candidates), checkout(store.folder)
+    approved = [store.approve(made, x, reason, now=now, allow_worse=allowed) for made, x in chosen]  # all, or none
+    written = [str(store.accept(made, x)) for made, (_, x) in zip(approved, chosen, strict=True)]
+    for file in written:
+        console.print(f"accepted {file}", soft_wrap=True)
+    console.print("Commit them with the change that they belong to.")
+    _write(json, {"accepted": written, "reason": reason})
 
 
 def _write(file: Path | None, result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -53,6 +54,31 @@ def load_embedded(
                 f"the embedded {name} is damaged: sha256 {found[:12]}, but should be {expected[:12]}. Reinstall knorm"
             )
     return load_model(str(ASSETS), dtype=dtype, device=device)
+
+
+def random_gpt_neox() -> PreTrainedModel:
+    """A GPT-NeoX of Pythia-70M's exact shape, 70,426,624 parameters, in eval mode: float32, random, never trained.
+
+    Its weights are integers of NumPy's PCG64 scaled by powers of two, the same bits on every machine (torch's own
+    generators differ between CPUs).
+    """
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
+        max_position_embeddings=2048, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25},
+    )  # fmt: skip
+    with torch.device("meta"):  # weights that are overwritten anyway need no initialisation, which takes seconds
+        model = GPTNeoXForCausalLM(config)
+    model = model.to_empty(device="cpu")
+    model.gpt_neox.rotary_emb = type(model.gpt_neox.rotary_emb)(config)  # what is no weight is computed, not stored
+    generator = np.random.Generator(np.random.PCG64(70_426_624))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():  # by place: their names differ between versions
+            numbers = torch.from_numpy(generator.integers(-127, 128, weight.shape, dtype=np.int16)).float()
+            weight.copy_(numbers * 2.0**-12 + float("layer" in name and "norm" in name and name.endswith("weight")))
+    return model.eval()
 
 
 def load_model(
@@ -129,7 +155,7 @@ def load_text(source: str, column: str = "text") -> str:
     if source in EMBEDDED_TEXTS:
         return (ASSETS / f"{source}.txt").read_text(encoding="utf-8")
     if source.startswith("hub:"):
-        text = "".join(_rows(_hub_files(source), "parquet", column))
+        text = "".join(read_rows(hub_files(source), "parquet", column))
     else:
         file = Path(source)
         if not file.is_file():
@@ -138,7 +164,7 @@ def load_text(source: str, column: str = "text") -> str:
                 "a data set is written hub:organisation/name@commit:files"
             )
         if file.suffix in (".parquet", ".jsonl"):
-            text = "\n".join(_rows([str(file)], "parquet" if file.suffix == ".parquet" else "json", column))
+            text = "\n".join(read_rows([str(file)], "parquet" if file.suffix == ".parquet" else "json", column))
         else:
             try:
                 text = file.read_text(encoding="utf-8-sig")
@@ -148,7 +174,8 @@ def load_text(source: str, column: str = "text") -> str:
     return detokenize_wikitext(text) if " @-@ " in text else text
 
 
-def _hub_files(source: str) -> list[str]:
+def hub_files(source: str) -> list[str]:
+    """The parquet files of "hub:organisation/name@commit:files", fetched. Raises ValueError as load_text does."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -177,7 +204,8 @@ def _hub_files(source: str) -> list[str]:
     return found
 
 
-def _rows(files: list[str], kind: str, column: str) -> Iterable[str]:
+def read_rows(files: list[str], kind: str, column: str) -> Iterable[str]:
+    """A column of "parquet" or "json" files, row by row. Raises ValueError as load_text does."""
     try:
         import datasets
     except ImportError:

@@ -1,12 +1,16 @@
-"""The pytest plugin: how hard law tests try, and their marker. Imports only the standard library and pytest."""
+"""The pytest plugin: options, the marker of laws, comparison with goldens. Imports only stdlib and pytest."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --knorm-profile and --knorm-seed."""
+    """Add the options of law tests and of golden comparisons."""
     group = parser.getgroup("knorm", "laws of a compressed KV cache")
     group.addoption(
         "--knorm-profile",
@@ -15,6 +19,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="How hard the tests of knorm.laws.parametrize_with_checks try. [quick]",
     )
     group.addoption("--knorm-seed", type=int, default=0, metavar="N", help="The same seed draws the same cases. [0]")
+    group.addoption("--golden-dir", metavar="DIR", help="Goldens to compare with. [the checkout's, else the installed]")
+    group.addoption(
+        "--require-goldens", action="store_true", help="Fail, not skip, where a device class has no goldens (CI)."
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,3 +41,32 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from knorm.laws.runner import OPTIONS
 
         OPTIONS.update(profile=item.config.getoption("knorm_profile"), seed=item.config.getoption("knorm_seed"))
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Read-only comparison: golden("streaming-32", device="cuda") measures a case and fails where anything moved.
+
+    Skips where there is no golden of this device class at all; with --require-goldens that fails.
+    """
+
+    def compare(case: str, *, device: str = "cpu") -> Any:
+        __tracebackhide__ = True
+        from rich.console import Console
+
+        from knorm.cases import verify_goldens
+        from knorm.golden import Store
+        from knorm.report import show_outcome
+
+        folder = request.config.getoption("golden_dir")
+        (outcome,) = verify_goldens(Store(Path(folder) if folder else None), [case], device)
+        console = Console(width=120)
+        with console.capture() as capture:
+            show_outcome(console, outcome)
+        if outcome.failed or (not outcome.compared and request.config.getoption("require_goldens")):
+            pytest.fail(capture.get(), pytrace=False)
+        if not outcome.compared:
+            pytest.skip(f"NOT COMPARED: {outcome.evidence}")
+        return outcome
+
+    return compare

@@ -15,8 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from knorm.cases import Change, Outcome
     from knorm.evaluation import Row
     from knorm.explain import Explanation
+    from knorm.golden import Finding
     from knorm.sanity import Suspicion
 
 
@@ -230,3 +232,73 @@ def show_explanation(console: Console, found: Explanation, title: str) -> None:
         )  # fmt: skip
     console.print(worst)
     _print(console, Text("\n" + "\n".join(found.verdict), "bold"))
+
+
+_OUTCOMES = {
+    "holds": ("holds         ", "green"),
+    "moved": ("MOVED         ", "bold red"),
+    "missing": ("MISSING       ", "bold red"),
+    "damaged": ("DAMAGED       ", "bold red"),
+    "orphan": ("ORPHAN        ", "bold red"),
+    "not compared": ("not compared  ", "yellow"),
+}
+_ROWS = 12  # of a table at most
+
+
+def show_outcome(console: Console, outcome: Outcome) -> None:
+    """A line for what became of a golden; below it the metrics that moved."""
+    where = f" ({outcome.device_class})" if outcome.device_class else ""
+    spent = f"; {outcome.seconds:.1f} s" if outcome.seconds else ""
+    line = Text.assemble(_OUTCOMES[outcome.verdict], f"{outcome.case}{where} ", (f"[{outcome.evidence}{spent}]", "dim"))
+    _print(console, line)
+    if outcome.verdict == "moved" and outcome.findings:
+        console.print(findings_table(outcome.findings))
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """The metrics that moved: golden, measured, first accepted, and why."""
+    moved = [finding for finding in findings if finding.verdict == "moved"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("    metric", "golden", "measured", "first accepted"):
+        table.add_column(column, justify="left" if "metric" in column else "right", overflow="fold")
+    table.add_column("moved", ratio=1)
+    for f in moved[:_ROWS]:
+        table.add_row(f"    {f.metric}", *map(_value, (f.golden, f.measured, f.anchor)), Text(f.evidence))
+    if moved[_ROWS:]:
+        table.add_row(f"    ... {len(moved) - _ROWS} more")
+    return table
+
+
+def _value(value: int | float | str | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.7g}" if isinstance(value, float) else str(value)[:26] + ("..." if len(str(value)) > 26 else "")
+
+
+def changes_table(changes: Sequence[Change], title: str) -> Table:
+    """What a candidate would change: old, new, difference with its interval; what did not change is counted."""
+    changed = [change for change in changes if change.before != change.after]
+    same = len(changes) - len(changed)
+    table = Table(title=f"{title}: {len(changed)} of {len(changes)} metrics differ", box=None, pad_edge=False)
+    table.title_justify = "left"
+    for column in ("metric", "golden", "candidate", "difference", "interval over windows"):
+        table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
+    table.add_column("")
+    for c in changed:
+        between = "-" if c.low is None or c.high is None else f"{c.low:+.2e} to {c.high:+.2e}"
+        difference = "-" if c.difference is None else f"{c.difference:+.3g}"
+        table.add_row(
+            c.metric, _value(c.before), _value(c.after), difference, between, "moved" if c.significant else "noise"
+        )
+    table.caption = f"{same} are the same" if same and changed else None
+    return table
+
+
+def goldens_table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """The goldens there are: case, device class, since when, commit, why, and what it pins."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("case", "device class", "accepted", "commit", "reason", "pins"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table

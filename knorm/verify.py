@@ -1,4 +1,4 @@
-"""The main job: is knorm itself right, here, on a real model and real text? A verdict per line."""
+"""The main job: is knorm itself right, here, on a real model and real text? Did anything move? A verdict a line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from knorm.cases import CASES, verify_goldens
 from knorm.core import compress
 from knorm.evaluation import Row, cut_windows, evaluate
 from knorm.explain import attend_shuffled
+from knorm.golden import Store
 from knorm.laws import KNORM, Subject, iter_results
 from knorm.models import EMBEDDED_TEXTS, load_embedded, load_text
 from knorm.perplexity import agreement, exact_nll, exact_run
@@ -22,7 +24,7 @@ CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the main job: what was claimed, whether it holds, and the evidence."""
+    """One line of the main job: a claim, whether it holds, and the evidence; compared=False: there was no golden."""
 
     claim: str
     holds: bool
@@ -30,10 +32,11 @@ class Verdict:
     seconds: float
     rows: tuple[Row, ...] = ()
     doubts: tuple[Suspicion, ...] = ()
+    compared: bool = True
 
 
 def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128) -> Iterator[Verdict]:
-    """The core's laws; full ratio against the plain model; one pass against the loop; the perplexity curves.
+    """The core's laws; full ratio against the plain model; one pass against the loop; perplexity curves; the goldens.
 
     Works offline, on the embedded model and texts. Raises ValueError where they are damaged.
     """
@@ -93,3 +96,9 @@ def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128) -> It
             rows,
             doubts,
         )
+
+    for outcome in verify_goldens(Store()):
+        claim = (
+            f"Nothing moved in {outcome.case}: {CASES[outcome.case].what}." if outcome.case in CASES else outcome.case
+        )
+        yield Verdict(claim, not outcome.failed, outcome.evidence, outcome.seconds, compared=outcome.compared)

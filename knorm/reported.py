@@ -1,0 +1,573 @@
+"""Published numbers beside measured ones: which claims of a report hold, which do not, and which cannot be tested.
+
+A report is data, golden/reported/<name>.json: its tables, the protocol behind them, and claims with a tolerance each.
+The protocol is run on a model, every claim's number is measured, and a person reads the table of verdicts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from knorm.cache import KnormCache, KnormLayer, attention_through, cache_keyword
+from knorm.explain import attend_shuffled
+from knorm.models import HUB_TEXTS, hub_files, load_model, read_rows
+from knorm.perplexity import Run, Schedule, exact_run
+from knorm.policy import Policy, exact_ratio, retained_count
+
+PYTHIA = "EleutherAI/pythia-70m-deduped@e93a9faa9c77e5d09219f6c868bfc7a1bd65593c"
+ROUNDS = 7  # of timing, after one for warm-up
+FULL = "1.0"
+
+Verdict = Literal["holds", "does not hold", "cannot be tested"]
+Unit = Literal["PPL", "nats", "share", "ratio", "s", "tokens/s"]
+_FORMATS = {"PPL": ".2f", "nats": ".0e", "share": "+.1%", "ratio": ".3f", "s": ".4f", "tokens/s": ".2f"}
+_SUFFIXES = {"nats": " nats", "ratio": "x", "s": " s", "tokens/s": " /s"}
+
+
+# The report as data
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def _written_ratio(ratio: str) -> str:
+    exact_ratio(ratio)
+    return ratio
+
+
+Ratios = tuple[Annotated[str, AfterValidator(_written_ratio)], ...]
+
+
+class Source(_Strict):
+    """The model of a report: a Hub id, and the commit that stands for it."""
+
+    name: str
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+    note: str
+
+
+class Excerpt(_Strict):
+    """How one text is cut: the first row of a data set that has `least` characters, its first `characters`.
+
+    prompt_characters, new_tokens   of the timed generation
+    """
+
+    name: Literal["wikitext", "pg19"]
+    what: str
+    least: int = Field(ge=1)
+    characters: int = Field(ge=1)
+    prompt_characters: int = Field(ge=1)
+    new_tokens: int = Field(ge=2)
+
+
+class Protocol(_Strict):
+    """How the numbers came about; what is measured follows it.
+
+    plain_tokens   at most so many in the plain pass at ratio 1; streamed_tokens: in compressed runs
+    ratios         at which perplexity is measured, 0.9 among them
+    before         of these, at which it is by the loop as it was before the fix too; timed: at which TTFT and TPOT are
+    """
+
+    what: str
+    prune_after: int
+    skip_layers: tuple[int, ...]
+    streamed_tokens: int = Field(ge=2)
+    plain_tokens: int = Field(ge=2)
+    ratios: Ratios
+    before: Ratios
+    timed: Ratios
+    texts: tuple[Excerpt, ...]
+    timing: str
+
+    @model_validator(mode="after")
+    def _complete(self) -> Protocol:
+        if "0.9" not in self.ratios or {*self.before, *self.timed} - {*self.ratios}:
+            raise ValueError("ratios should hold 0.9, and all of before and timed")
+        if sorted(text.name for text in self.texts) != ["pg19", "wikitext"]:
+            raise ValueError("texts should be wikitext and pg19, once each")
+        return self
+
+    def policy(self, ratio: str) -> Policy:
+        """The streaming policy at a ratio."""
+        return Policy(ratio, self.prune_after, self.skip_layers, protocol="streaming")
+
+
+class Figures(_Strict):
+    """One table as it was published; null where a cell is empty."""
+
+    id: str
+    what: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[float | str | None, ...], ...]
+
+    @model_validator(mode="after")
+    def _rectangular(self) -> Figures:
+        for number, row in enumerate(self.rows, 1):
+            if len(row) != len(self.columns):
+                raise ValueError(f"row {number} has {len(row)} cells, but there are {len(self.columns)} columns")
+        return self
+
+
+class Claim(_Strict):
+    """One number that was reported, and how near a measured one has to come.
+
+    kind         "baseline", "compressed": within `tolerance`, relative. "change": within it, absolute. "difference": at
+                 most it. "gain": at least what was reported, less it. "trend": on the same side of 1, by more than it.
+                 "time": seconds, or per second
+    quantity     what measure_claims calls it
+    expected     the verdict that is right, where theory or the report's other numbers say so; null: only shown
+    untestable   why no measurement here can decide
+    """
+
+    id: str
+    statement: str
+    kind: Literal["baseline", "compressed", "difference", "change", "gain", "trend", "time"]
+    quantity: str
+    reported: float
+    tolerance: float = Field(ge=0)
+    unit: Unit
+    expected: Verdict | None
+    untestable: str | None = None
+
+    @model_validator(mode="after")
+    def _time_stays(self) -> Claim:
+        if self.kind == "time" and self.untestable is None:
+            raise ValueError("untestable is missing: a time of another machine cannot be tested, say why")
+        return self
+
+
+class Reported(_Strict):
+    """A report: where it comes from, how it was made, what it says, and what is known to be inconsistent in it."""
+
+    schema_version: Literal[1]
+    source: str
+    model: Source
+    protocol: Protocol
+    tables: tuple[Figures, ...]
+    claims: tuple[Claim, ...]
+    inconsistencies: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _once(self) -> Reported:
+        names = [claim.id for claim in self.claims]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"claim {', '.join(sorted(twice))} stands there twice")
+        return self
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"field {', '.join(sorted(twice))} stands there twice")
+    return dict(pairs)
+
+
+def read_claims(file: Path) -> Reported:
+    """A report from its .json. Raises ValueError, in one line that names the field, for anything but a Reported."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        json.loads(text, object_pairs_hook=_unique)
+        return Reported.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the report"
+        raise ValueError(f"{file.name}: field {where}: {first['msg'].removeprefix('Value error, ').lower()}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} cannot be read: {error}") from None
+
+
+# Texts
+
+
+def load_seed_texts(protocol: Protocol, sources: Mapping[str, str]) -> dict[str, str]:
+    """The texts as the protocol cuts them: name -> text.
+
+    sources   name -> "wikitext2" or "pg19" from the Hub, a .parquet with a column text, or a .txt: its lines for
+              WikiText, one book for PG-19
+
+    WikiText stays in its tokenised form, unlike in models.load_text: the report read it so. Raises ValueError for a
+    source that is missing or cannot be read, and where no row is long enough.
+    """
+    found: dict[str, str] = {}
+    for text in protocol.texts:
+        if text.name not in sources:
+            raise ValueError(f"no source of {text.name}: give {text.what}")
+        rows = _text_rows(str(sources[text.name]), whole=text.name != "wikitext")
+        row = next((row for row in rows if len(row.strip()) >= text.least), None)
+        if row is None:
+            raise ValueError(f"{sources[text.name]} has no row of {text.least} characters, but should be {text.what}")
+        found[text.name] = row[: text.characters]
+    return found
+
+
+def _text_rows(source: str, whole: bool) -> Iterable[str]:
+    source = HUB_TEXTS.get(source, source)
+    if source.startswith("hub:"):
+        return read_rows(hub_files(source), "parquet", "text")
+    file = Path(source)
+    if not file.is_file():
+        raise ValueError(f"text {source!r} is no file here: give a .txt, a .parquet, or {' or '.join(HUB_TEXTS)}")
+    if file.suffix == ".parquet":
+        return read_rows([source], "parquet", "text")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text {source!r} is not UTF-8: {error}") from None
+    return [text] if whole else io.StringIO(text).readlines()
+
+
+def seed_ids(tokenizer: PreTrainedTokenizerFast, text: str, most: int) -> Tensor:
+    """The first tokens of a text: int64 [1, at most `most`]. Raises ValueError for fewer than two."""
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :most]
+    if ids.shape[1] < 2:
+        raise ValueError(f"the text has {ids.shape[1]} tokens, but needs at least two: {text[:40]!r}")
+    return ids
+
+
+# Measuring
+
+
+class _NormOrderedLayer(KnormLayer):
+    """One layer as the report's project kept it before its fix: sorted by norm, cut off, never sorted back."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        keys, values = DynamicLayer.update(self, key_states, value_states)
+        self.seen += key_states.shape[2]
+        length = keys.shape[2]
+        if self.index not in self.policy.skip_layers and length >= self.policy.prune_after:
+            index = keys.norm(dim=-1).argsort(dim=-1)[..., : retained_count(length, self.policy.keep_ratio), None]
+            self.keys, self.values = (x.gather(2, index.expand(*index.shape[:3], x.shape[3])) for x in (keys, values))
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        queries = query_length if isinstance(query_length, int) else query_length.shape[0]
+        stored = self.keys.shape[2] if self.seen and self.keys is not None else 0
+        return stored + queries, self.seen - stored
+
+
+class _NormOrderedCache(KnormCache):
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_NormOrderedLayer(self.policy, len(self.layers)))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+@torch.no_grad()
+def norm_ordered_nll(model: PreTrainedModel, input_ids: Tensor, policy: Policy) -> Tensor:
+    """Token NLLs by the report's loop before its fix, whose slots stand in the order of norms.
+
+    input_ids int64 [batch, T] -> float32 [batch, T-1], nats. Only prune_after, skip_layers and the ratio count.
+    """
+    ids = input_ids.to(model.device)
+    cache, keyword = _NormOrderedCache(policy), cache_keyword(model)
+    with attention_through(model, None):
+        logits = [model(step, use_cache=True, **{keyword: cache}).logits for step in ids[:, :-1].split(1, dim=1)]
+    return functional.cross_entropy(torch.cat(logits, 1).transpose(1, 2).float(), ids[:, 1:], reduction="none")
+
+
+def _ppl(nll: Tensor) -> float:
+    return float(nll.double().mean().exp())  # infinite, not an error, where a model is damaged
+
+
+def _largest(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Largest difference of any token; nan, not the rest, where one is nan."""
+    return float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
+
+
+def _as_in(run: Run) -> Schedule:
+    """The same evictions as in a run, so that near-ties cannot fall differently in another."""
+    return lambda layer, _: run.evicted_at[layer]
+
+
+def _perplexities(model: PreTrainedModel, ids: Mapping[str, Tensor], protocol: Protocol) -> dict[str, float]:
+    found: dict[str, float] = {}
+    shuffled: list[tuple[Tensor, Tensor]] = []
+    loops: list[tuple[Tensor, Tensor]] = []
+    for name, tokens in ids.items():
+        found[f"ppl/{name}/{FULL}"] = _ppl(exact_run(model, tokens, Policy()).nll)
+        streamed = tokens[:, : protocol.streamed_tokens]
+        for ratio in protocol.ratios:
+            policy = protocol.policy(ratio)
+            run = exact_run(model, streamed, policy)
+            found[f"ppl/{name}/{ratio}"] = _ppl(run.nll)
+            other = exact_run(model, streamed, policy, schedule=_as_in(run), attend=attend_shuffled)
+            shuffled.append((run.nll, other.nll))
+            if ratio in protocol.before:
+                before = norm_ordered_nll(model, streamed, policy)
+                found[f"ppl_before/{name}/{ratio}"] = _ppl(before)
+                loops.append((run.nll, before))
+    found["order"] = _largest(shuffled)
+    if loops:
+        found["order_loop"] = _largest(loops)
+    for kind, ratios in (("ppl", (FULL, *protocol.ratios)), ("ppl_before", protocol.before)):
+        for ratio in ratios:
+            found[f"{kind}/mean/{ratio}"] = statistics.fmean(found[f"{kind}/{name}/{ratio}"] for name in ids)
+    return found
+
+
+def _conclusions(found: Mapping[str, float], protocol: Protocol) -> dict[str, float]:
+    """What the report concludes from its perplexities."""
+    more = {
+        f"fix/{ratio}": found[f"ppl/mean/{ratio}"] / found[f"ppl_before/mean/{ratio}"] - 1 for ratio in protocol.before
+    }
+    means = {ratio: found[f"ppl/mean/{ratio}"] for ratio in sorted(protocol.ratios, key=Fraction, reverse=True)}
+    down = [ppl for ratio, ppl in means.items() if Fraction(ratio) >= Fraction("0.5")]
+    more["monotone"] = max(b / a for a, b in pairwise(down))
+    more["paradox"] = means[min(means, key=Fraction)] / means["0.9"]
+    rise = [found[f"ppl/{name}/0.9"] / found[f"ppl/{name}/{FULL}"] for name in ("pg19", "wikitext")]
+    more["long_text"] = rise[0] / rise[1]
+    return more
+
+
+def _untouched(model: PreTrainedModel, ids: Mapping[str, Tensor], protocol: Protocol) -> float:
+    """Largest change of a token where prune_after is as long as the longest plain pass."""
+    policy = Policy("0.5", protocol.plain_tokens, protocol.skip_layers, protocol="streaming")
+    return _largest(
+        [(exact_run(model, tokens, policy).nll, exact_run(model, tokens, Policy()).nll) for tokens in ids.values()]
+    )
+
+
+class _Generation(NamedTuple):
+    """Seconds to the first token, seconds of all, and the number of new tokens."""
+
+    first: float
+    total: float
+    tokens: int
+
+    @property
+    def per_token(self) -> float:
+        return (self.total - self.first) / (self.tokens - 1)
+
+
+def _now(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def _generate(model: PreTrainedModel, prompt: Tensor, cache: Cache, tokens: int) -> _Generation:
+    """Greedy decoding; the clock stops when the first token is there and its cache compressed."""
+    keyword, begin = cache_keyword(model), _now(model)
+    token = model(prompt, use_cache=True, logits_to_keep=1, **{keyword: cache}).logits.argmax(-1)
+    first = _now(model) - begin
+    for _ in range(tokens - 1):
+        token = model(token, use_cache=True, **{keyword: cache}).logits.argmax(-1)
+    return _Generation(first, _now(model) - begin, tokens)
+
+
+def _times(model: PreTrainedModel, prompts: Mapping[str, Tensor], protocol: Protocol, rounds: int) -> dict[str, float]:
+    """Medians over rounds. Each round times every ratio in turn, forwards and backwards; the first is warm-up."""
+    arms = (FULL, *protocol.timed)
+    runs: dict[tuple[str, str], list[_Generation]] = {(name, ratio): [] for name in prompts for ratio in arms}
+    new: dict[str, int] = {text.name: text.new_tokens for text in protocol.texts}
+    with attention_through(model, None):
+        for number in range(rounds + 1):
+            for name, prompt in prompts.items():
+                for ratio in arms if number % 2 else arms[::-1]:
+                    cache = DynamicCache() if ratio == FULL else KnormCache(protocol.policy(ratio))
+                    timed = _generate(model, prompt, cache, new[name])
+                    runs[name, ratio] += [timed] if number else []
+    found = {}
+    for ratio in arms:
+        each = [runs[name, ratio] for name in prompts]
+        found[f"ttft_s/{ratio}"] = statistics.fmean(statistics.median(g.first for g in text) for text in each)
+        found[f"tpot_s/{ratio}"] = statistics.fmean(statistics.median(g.per_token for g in text) for text in each)
+        found[f"tokens_per_s/{ratio}"] = statistics.fmean(
+            statistics.median(g.tokens / g.total for g in text) for text in each
+        )
+    tenth = statistics.fmean(statistics.median(0.1 * g.total for g in runs[name, FULL]) for name in prompts)
+    for ratio in protocol.timed:
+        pairs = [(a, b) for name in prompts for a, b in zip(runs[name, FULL], runs[name, ratio], strict=True)]
+        found[f"ttft_gain/{ratio}"] = 1 - statistics.median(b.first / a.first for a, b in pairs)
+        found[f"ttft_by_a_tenth/{ratio}"] = 1 - found[f"ttft_s/{ratio}"] / tenth
+    return found
+
+
+def measure_claims(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Mapping[str, str],
+    protocol: Protocol,
+    *,
+    rounds: int = ROUNDS,
+) -> dict[str, float]:
+    """Run the protocol on a model, on its device.
+
+    texts    name -> text, as load_seed_texts cuts them
+    rounds   of timing, at least 5; one more is run first and discarded
+
+    Returns by name
+    ppl/TEXT/RATIO, ppl_before/TEXT/RATIO   perplexity after and before the fix; TEXT is a name or "mean"
+    order, order_loop    largest change of a token's NLL, nats: slots shuffled, same evictions; the loop before the fix
+    fix/RATIO            perplexity after the fix over before, less 1
+    monotone, paradox    largest ratio of perplexities from one ratio to the next, 0.9 to 0.5; of the least ratio to 0.9
+    long_text            PG-19's rise at 0.9 over WikiText's
+    untouched            largest change of a token where prune_after is as long as the text, nats
+    ttft_s, tpot_s, tokens_per_s/RATIO      mean over texts of the median
+    ttft_gain/RATIO                         1 - the median over pairs of TTFT at RATIO / at 1.0
+    ttft_by_a_tenth/RATIO                   the same as the report has it, against a tenth of the baseline's total time
+
+    Raises ValueError for fewer than 5 rounds, and what perplexity.exact_nll raises.
+    """
+    if rounds < 5:
+        raise ValueError(f"rounds={rounds}, but should be at least 5: a median of fewer is noise")
+    ids = {name: seed_ids(tokenizer, text, protocol.plain_tokens) for name, text in texts.items()}
+    prompts = {
+        text.name: seed_ids(tokenizer, texts[text.name][: text.prompt_characters], protocol.plain_tokens)
+        for text in protocol.texts
+    }
+    found = _perplexities(model, ids, protocol)
+    found |= _conclusions(found, protocol)
+    found["untouched"] = _untouched(model, ids, protocol)
+    return found | _times(model, {name: prompt.to(model.device) for name, prompt in prompts.items()}, protocol, rounds)
+
+
+# Judging
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of a claim: the reported number, the measured one (None where none is), and why, in a few words."""
+
+    claim: Claim
+    verdict: Verdict
+    reported: float
+    measured: float | None
+    tolerance: float
+    why: str
+
+    @property
+    def unexpected(self) -> bool:
+        """Whether the verdict is another than the one that is right."""
+        return self.claim.expected is not None and self.verdict != self.claim.expected
+
+
+class UnexpectedVerdict(AssertionError):
+    """A claim came out otherwise than it should; the message is the table."""
+
+
+def _judge(claim: Claim, measured: float) -> tuple[bool, str]:
+    reported, tolerance = claim.reported, claim.tolerance
+    if claim.kind in ("baseline", "compressed"):
+        off = measured / reported - 1
+        return abs(off) <= tolerance, f"{off:+.1%}"
+    if claim.kind == "difference":
+        return measured <= tolerance, ""
+    if claim.kind == "gain":
+        return measured >= reported - tolerance, ""
+    if claim.kind == "trend":
+        return measured < 1 - tolerance if reported < 1 else measured > 1 + tolerance, ""
+    return abs(measured - reported) <= tolerance, ""
+
+
+def judge_claims(claims: Iterable[Claim], measured: Mapping[str, float]) -> list[Judged]:
+    """A verdict per claim. What was not measured, is not finite, or is said to be untestable cannot be tested."""
+    judged = []
+    for claim in claims:
+        value = measured.get(claim.quantity)
+        verdict: Verdict = "cannot be tested"
+        if claim.untestable is not None:
+            why = claim.untestable
+        elif value is None or not math.isfinite(value):
+            why = f"{claim.quantity} was not measured" if value is None else f"{claim.quantity} is not finite"
+        else:
+            holds, why = _judge(claim, value)
+            verdict = "holds" if holds else "does not hold"
+            tenth = measured.get(claim.quantity.replace("ttft_gain/", "ttft_by_a_tenth/"))
+            if claim.kind == "gain" and tenth is not None:
+                why = f"the report's way, against a tenth of the total: {tenth:+.0%}"
+        judged.append(Judged(claim, verdict, claim.reported, value, claim.tolerance, why))
+    return judged
+
+
+def _show(value: float | None, unit: Unit) -> str:
+    return "-" if value is None else f"{value:{_FORMATS[unit]}}{_SUFFIXES.get(unit, '')}"
+
+
+def _tolerance(claim: Claim) -> str:
+    if claim.untestable is not None:
+        return "-"
+    if claim.kind in ("baseline", "compressed", "trend"):
+        return f"{claim.tolerance:.0%}"
+    return f"{claim.tolerance * 100:.0f} points" if claim.unit == "share" else _show(claim.tolerance, claim.unit)
+
+
+def claims_table(judged: Sequence[Judged], title: str | None = None) -> Table:
+    """A line per claim. What came out otherwise than expected is marked and comes first."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("verdict", "claim", "what is claimed", "reported", "measured", "tolerance", "why"):
+        number = name in ("reported", "measured", "tolerance")
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for each in sorted(judged, key=lambda each: not each.unexpected):
+        claim = each.claim
+        table.add_row(
+            f"{each.verdict.upper()}, should be: {claim.expected}" if each.unexpected else each.verdict,
+            claim.id,
+            claim.statement,
+            _show(each.reported, claim.unit),
+            _show(each.measured, claim.unit),
+            _tolerance(claim),
+            each.why,
+            style="bold red" if each.unexpected else "",
+        )
+    return table
+
+
+def claims_text(judged: Sequence[Judged], width: int = 250) -> str:
+    """claims_table as plain text, for logs and errors."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(claims_table(judged))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def require_expected(judged: Sequence[Judged]) -> None:
+    """The gate. Raises UnexpectedVerdict, with the table, where a claim came out otherwise than expected."""
+    wrong = [each.claim.id for each in judged if each.unexpected]
+    gated = sum(each.claim.expected is not None for each in judged)
+    if not gated:
+        raise UnexpectedVerdict("no claim says which verdict is expected: the gate would test nothing")
+    if wrong:
+        said = f"{len(wrong)} of {gated} claims came out otherwise than expected: {', '.join(wrong)}"
+        raise UnexpectedVerdict(f"{said}\n\n{claims_text(judged)}")
+
+
+def judge_model(
+    reported: Reported,
+    model: str,
+    sources: Mapping[str, str],
+    *,
+    device: str | torch.device = "cpu",
+    rounds: int = ROUNDS,
+) -> list[Judged]:
+    """A report's protocol on a model in float32, and a verdict per claim.
+
+    model     as models.load_model takes it: a folder, or PYTHIA
+    sources   as load_seed_texts takes them
+    device    of the model; times are this device's
+
+    Raises ValueError for a model or text that is missing, in one line.
+    """
+    texts = load_seed_texts(reported.protocol, sources)
+    loaded, tokenizer = load_model(model, device=device)
+    return judge_claims(reported.claims, measure_claims(loaded, tokenizer, texts, reported.protocol, rounds=rounds))

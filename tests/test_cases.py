@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny, tokens
+
+from knorm import Policy, cases, golden, retained_count
+from knorm.cases import CASES, RANDOM_SHA256, Case, How, curve, device_class, environment, record, verify_goldens
+from knorm.cli import main
+from knorm.golden import Checkout, Store, hash_of_code
+from knorm.models import ASSETS
+from knorm.perplexity import exact_run, stream_nll
+
+POLICIES = tuple(Policy(ratio, 8, (0,), protocol="streaming") for ratio in ("1.0", "0.5"))
+CPU = f"cpu-{platform.machine().lower()}"
+HERE = Checkout("a" * 40, True, hash_of_code())
+pytest_plugins = ["pytester"]
+
+
+def measure_tiny(_device, how):
+    return curve(how.model(tiny("gpt_neox")), tokens(4, 40), POLICIES, 1, how)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Two real cases that take no time: fixed tensors, and a small model's tokens."""
+    small = Case("tiny", "a small model", lambda: {"model": "tiny", "windows": 4}, measure_tiny)
+    chosen = {"selections": CASES["selections"], "tiny": small}
+    monkeypatch.setattr(cases, "CASES", chosen)
+    return chosen
+
+
+@pytest.fixture
+def knorm(monkeypatch, capsys, tmp_path, few):
+    """Run a command where golden/ is a folder of the goldens of two cases."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KNORM_COMMIT", "a" * 40)
+    monkeypatch.setenv("COLUMNS", "160")
+    Path("golden").mkdir()
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["knorm", "golden", *arguments, "--golden-dir", "golden"])
+        try:
+            main()
+        except SystemExit as ended:
+            return ended.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
+
+
+def files():
+    return {file: file.read_bytes() for file in sorted(Path("golden").glob("*/*.[js]*"))}
+
+
+@pytest.fixture
+def accepted(knorm):
+    """The same, with both accepted."""
+    assert knorm("record", "--all")[0] == 0
+    assert knorm("accept", "tiny", "selections", "--reason", "the first")[0] == 0
+    return knorm
+
+
+def slower_attention(monkeypatch):
+    """An intended change of the code: attention's scale."""
+    real = cases.exact_run
+
+    def run(model, *arguments, attend=None, **options):
+        return real(
+            model, *arguments, attend=lambda q, k, v, lost, scale: attend_seen(q, k, v, lost, scale * 1.3), **options
+        )
+
+    from knorm.attention import attend_seen
+
+    monkeypatch.setattr(cases, "exact_run", run)
+
+
+# What is measured
+
+
+def test_a_curve_says_what_the_loop_says():
+    model, ids = tiny("gpt_neox"), tokens(4, 40)
+    found = curve(model, ids, POLICIES, 1, How(batch=3))
+    by_name = {metric.name: metric.value for metric in found.metrics}
+    for policy in POLICIES:
+        nll = stream_nll(model, ids, policy)
+        assert np.allclose(found.tensors[f"nll/{policy.keep_ratio}"], nll, atol=1e-4)
+        assert by_name[f"nll/{policy.keep_ratio}"] == pytest.approx(float(nll.double().mean()), abs=1e-5)
+    assert by_name["ppl_ratio/0.5"] == pytest.approx(np.exp(by_name["nll/0.5"] - by_name["nll/1.0"]))
+
+
+def test_counts_follow_from_retained_count_alone():
+    by_name = {metric.name: metric.value for metric in measure_tiny("cpu", How()).metrics}
+    sizes, cached = [], 0
+    for _ in range(40):
+        cached += 1
+        sizes.append(cached)  # what the query sees, itself included
+        cached = retained_count(cached, 0.5) if cached >= 8 else cached
+    rows, heads, width = 4, 4, 16
+    assert by_name["seen/0.5"] == rows * heads * (2 * sum(sizes) + sum(range(1, 41)))
+    assert by_name["cache_bytes/0.5"] == rows * heads * (2 * sizes[-1] + 40) * width * 2 * 4
+    assert by_name["cache_bytes/1.0"] == rows * heads * 3 * 40 * width * 2 * 4
+
+
+def test_the_schedules_hash_is_of_every_layer():
+    run = exact_run(tiny("gpt_neox"), tokens(4, 40), POLICIES[1])
+    (value,) = (m.value for m in measure_tiny("cpu", How()).metrics if m.name == "evicted_at/0.5")
+    assert value.split() == [golden.digest(layer.numpy().tobytes())[:12] for layer in run.evicted_at]
+
+
+def test_batches_and_order_of_windows_do_not_matter():
+    one, other = measure_tiny("cpu", How()), measure_tiny("cpu", How(batch=1, order=lambda n: [2, 0, 3, 1]))
+    assert [m for m in one.metrics if m.kind == "count"] == [m for m in other.metrics if m.kind == "count"]
+    for name in one.tensors:
+        assert np.allclose(one.tensors[name], other.tensors[name], atol=1e-5)
+
+
+def test_positions_of_fixed_tensors_are_those_of_a_slow_selection():
+    found = CASES["selections"].measure("cpu", How()).tensors["positions/float32, 0.5"]
+    norms = (cases._fixed_keys().astype(np.int64) ** 2).sum(-1)
+    for row, head in np.ndindex(2, 3):
+        ranked = sorted(range(100), key=lambda s: (norms[row, head, s], s))
+        assert found[row, head].tolist() == sorted(ranked[:50])
+
+
+def test_the_random_model_is_of_pythias_shape_and_the_same_bits_everywhere():
+    state = torch.get_rng_state()
+    model = cases._random("cpu")  # its sha256 is checked
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sum(weight.numel() for weight in model.parameters()) == 70_426_624
+    for name, weight in model.named_parameters():
+        scaled = weight * 2.0**12 - 2**12 * ("norm" in name and name.endswith("weight"))
+        assert torch.equal(scaled, scaled.round())
+        assert scaled.abs().max() <= 127
+
+
+def test_another_generator_is_noticed(monkeypatch):
+    monkeypatch.setattr(cases, "random_gpt_neox", partial(tiny, "gpt_neox"))
+    with pytest.raises(ValueError, match=rf"the random GPT-NeoX has sha256 \w+, but should have {RANDOM_SHA256[:12]}"):
+        cases._random.__wrapped__("cpu")
+
+
+def test_every_case_is_configured_by_what_its_numbers_depend_on():
+    for case in CASES.values():
+        fields = case.configuration()
+        assert json.loads(json.dumps(fields)) == fields, "as it is stored"
+        assert "policies" in fields
+        if case.id not in ("selections", "pythia-70m"):
+            assert {"model_sha256", "dtype", "windows", "window"} <= {*fields}
+
+
+def test_the_device_class_is_exact(monkeypatch):
+    assert device_class("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert device_class("cuda") == "nvidia-h100-80gb-hbm3"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert device_class("cuda:1") == "nvidia-h200"
+
+
+# Recording
+
+
+def test_runs_have_to_agree(few):
+    calls = []
+
+    def unsteady(device, how):
+        calls.append(device)
+        return curve(tiny("gpt_neox", seed=len(calls)), tokens(4, 40), POLICIES, 1, how)
+
+    with pytest.raises(ValueError, match=r"tiny: runs disagree, nothing was recorded: nll/1.0 tokens moved by"):
+        record(replace(few["tiny"], measure=unsteady), "cpu", HERE)
+    with pytest.raises(ValueError, match="--runs 2, but should be at least 3"):
+        record(few["tiny"], "cpu", HERE, runs=2)
+    with pytest.raises(ValueError, match="is measured on cuda only, not on cpu"):
+        record(replace(few["tiny"], devices=("cuda",)), "cpu", HERE)
+
+
+def test_a_run_that_raises_records_nothing(knorm, few, monkeypatch):
+    def broken(device, how):
+        raise ValueError("the key at layer 2 has no norm")
+
+    monkeypatch.setitem(few, "tiny", replace(few["tiny"], measure=broken))
+    code, _, err = knorm("record", "tiny")
+    assert (code, err) == (2, "knorm: the key at layer 2 has no norm\n")
+    assert not [*Path("golden").rglob("*.candidate")]
+
+
+# Life of a golden
+
+
+def test_the_life_of_a_golden(knorm, monkeypatch):
+    code, out, _ = knorm("verify")
+    assert code == 0
+    assert out.count("not compared") == 2
+    assert f"no golden of device class {CPU} (there are: none)" in out
+    assert knorm("verify", "--require-goldens")[0] == 1
+
+    code, out, _ = knorm("record", "tiny")
+    assert code == 0
+    assert "tiny (" in out
+    assert 'To accept: knorm golden accept tiny --reason "..."' in out
+    assert not files(), "a candidate is no golden"
+    code, out, _ = knorm("accept", "tiny", "--reason", "the first")
+    assert (code, len(files())) == (0, 2)
+    assert "accepted golden/tiny" in out
+
+    code, out, _ = knorm("verify")
+    assert code == 1, "selections is missing now"
+    assert "MISSING       selections" in out
+    assert "knorm golden record selections" in out
+    assert knorm("verify", "tiny", "--json", "out.json")[0] == 0
+    (outcome,) = json.loads(Path("out.json").read_text())["outcomes"]
+    assert (outcome["verdict"], outcome["evidence"]) == ("holds", "9 metrics hold in the same environment")
+
+    before = files()
+    slower_attention(monkeypatch)
+    code, out, _ = knorm("verify", "tiny")
+    assert code == 1
+    assert "MOVED         tiny" in out
+    assert "nll/0.5" in out
+    assert "first accepted" in out
+    assert "If the change is intended: knorm golden record" in out
+    assert files() == before
+
+    assert knorm("record", "tiny", "-q") == (0, "", "")
+    code, out, _ = knorm("diff")
+    assert code == 1
+    assert "moved" in out
+    code, _, err = knorm("accept", "tiny", "--reason", "attention is sharper")
+    assert code == 2
+    assert "% worse" in err
+    assert "--allow-worse 'nll/1.0=" in err
+    assert files() == before
+    allow = ("--allow-worse", "nll/*=100", "--allow-worse", "ppl_ratio/*=100")
+    assert knorm("accept", "tiny", "--reason", "attention is sharper", *allow)[0] == 0
+    assert knorm("verify", "tiny")[0] == 0
+    code, out, _ = knorm("list")
+    assert code == 0
+    assert "attention is sharper" in out
+
+
+def test_verify_in_another_environment_says_so(accepted):
+    torch.set_num_threads(2)
+    try:
+        code, out, _ = accepted("verify")
+    finally:
+        torch.set_num_threads(1)
+    assert code == 0
+    assert "in another environment (threads)" in out
+
+
+def test_a_golden_of_another_device_class_is_not_compared(accepted, monkeypatch):
+    monkeypatch.setattr(cases, "device_class", lambda device: "cpu-riscv")
+    code, out, _ = accepted("verify", "tiny")
+    assert code == 0
+    assert f"no golden of device class cpu-riscv (there are: {CPU})" in out
+    assert "0 hold, 0 failed, 1 NOT COMPARED" in out
+    assert accepted("verify", "tiny", "--require-goldens")[0] == 1
+
+
+def test_a_case_whose_configuration_changed_has_moved(accepted, few, monkeypatch):
+    changed = replace(few["tiny"], configuration=lambda: {"model": "tiny", "windows": 5})
+    monkeypatch.setitem(few, "tiny", changed)
+    code, out, _ = accepted("verify", "tiny")
+    assert code == 1
+    assert "its configuration changed: windows was 4, is 5: record it again" in out
+
+
+def test_orphans_and_damage_fail(accepted):
+    Path("golden/retired").mkdir()
+    file = Path(f"golden/tiny/{CPU}.json")
+    file.write_text(file.read_text()[:-40])
+    code, out, _ = accepted("verify")
+    assert code == 1
+    assert "DAMAGED       tiny" in out
+    assert "ORPHAN        retired" in out
+    assert "holds         selections" in out, "the others are still compared"
+    code, out, _ = accepted("list")
+    assert code == 1
+    assert "ORPHAN" in out
+    assert "DAMAGED" in out
+
+
+def test_reported_numbers_are_no_orphan(accepted):
+    Path("golden/reported").mkdir()
+    Path("golden/reported/a.json").write_text("{}")
+    assert accepted("verify")[0] == 0
+
+
+def test_nothing_is_accepted_where_one_of_several_is_refused(knorm, monkeypatch):
+    assert knorm("record", "--all")[0] == 0
+    real = golden.hash_of_code
+    monkeypatch.setattr(golden, "hash_of_code", lambda: "0" * 64)
+    assert knorm("record", "tiny")[0] == 0
+    monkeypatch.setattr(golden, "hash_of_code", real)
+    code, _, err = knorm("accept", "selections", "tiny", "--reason", "both")
+    assert (code, files()) == (2, {})
+    assert "was made by other code than this" in err
+
+
+def test_an_artifact_is_accepted(knorm):
+    assert knorm("record", "tiny")[0] == 0
+    (file,) = Path("golden/tiny").glob("*.candidate")
+    file.rename("artifact.candidate")
+    assert knorm("diff", "artifact.candidate")[0] == 1
+    assert knorm("accept", "artifact.candidate", "--reason", "from the runner")[0] == 0
+    assert knorm("verify", "tiny")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("verify nothing", "no case is named 'nothing'; there are selections, tiny"),
+        ("record", "name the cases to record, or give --all"),
+        ("record tiny --all", "name the cases to record, or give --all"),
+        ("record tiny --runs 1", "--runs 1, but should be at least 3"),
+        ("record tiny --device cuda", "PyTorch sees no CUDA device"),
+        ("accept --reason x", "name the cases, or the candidate files, to accept"),
+        ("accept tiny --reason x", "tiny has no candidate in golden: knorm golden record tiny"),
+        ("accept none.candidate --reason x", "there is no candidate none.candidate"),
+        ("accept tiny --reason x --allow-worse nll", "should be METRIC=PERCENT"),
+        ("accept nothing --reason x", "no case is named 'nothing'; there are selections, tiny"),
+        ("diff", "there are no candidates in golden"),
+    ],
+)
+def test_wrong_usage_is_one_line(knorm, arguments, words):
+    code, _, err = knorm(*arguments.split())
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_candidate_of_an_unrelated_case_is_refused(knorm, few, monkeypatch):
+    assert knorm("record", "tiny")[0] == 0
+    monkeypatch.setattr(cases, "CASES", {"selections": few["selections"]})
+    code, _, err = knorm("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
+    assert code == 2
+    assert "is of case 'tiny', which there is not; there are selections" in err
+
+
+def test_verifying_writes_nothing(accepted, tmp_path):
+    def everything():
+        return {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+
+    before = everything()
+    for command in ("verify", "list"):
+        assert accepted(command)[0] == 0
+    assert everything() == before
+
+
+def test_a_case_that_needs_cuda_is_not_compared_when_it_is_named(few, tmp_path):
+    few["tiny"] = replace(few["tiny"], devices=("cuda",))
+    (outcome,) = verify_goldens(Store(tmp_path), ["tiny"])
+    assert (outcome.verdict, outcome.evidence) == ("not compared", "is measured on cuda only")
+
+
+def test_the_environment_names_no_host():
+    here = environment("cpu")
+    assert (here.torch, here.threads) == (torch.__version__, 1)
+    assert platform.node() not in here.model_dump_json()
+
+
+def test_nothing_moved_in_what_was_accepted(golden):
+    assert golden("selections").verdict == "holds"
+
+
+def test_pythias_case_is_measured_from_a_folder_and_two_files(monkeypatch):
+    case = CASES["pythia-70m"]
+    monkeypatch.setenv("KNORM_PYTHIA70M", str(ASSETS))  # not its weights, but the same path
+    monkeypatch.setenv("KNORM_WIKITEXT", str(ASSETS / "encyclopedia.txt"))
+    monkeypatch.setenv("KNORM_PG19", str(ASSETS / "narrative.txt"))
+    monkeypatch.setattr(cases, "_pythia_policies", lambda: POLICIES)
+    golden, measured = record(replace(case, devices=("cpu",)), "cpu", HERE)
+    names = {metric.name for metric in golden.metrics}
+    assert {"weights", "wikitext/text", "pg19/text", "wikitext/nll/0.5", "pg19/ppl_ratio/0.5"} <= names
+    assert measured.tensors["pg19/nll/0.5"].shape == (1, 255)
+    assert {"window", "model", "policies"} <= {*case.configuration()}
+
+
+def test_an_optional_case_without_golden_or_weights_is_not_compared_and_says_what_to_do(few, tmp_path):
+    def fetch(device, how):
+        raise ValueError("model 'a/b' cannot be loaded: no weights here")
+
+    few["extra"] = replace(few["tiny"], id="extra", optional=True)
+    store = Store(tmp_path)
+    (outcome,) = verify_goldens(store, ["extra"])
+    assert (outcome.verdict, outcome.failed) == ("not compared", False)
+    assert "knorm golden record extra --device cpu" in outcome.evidence
+    made, measured = record(few["extra"], "cpu", HERE)
+    store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
+    assert next(verify_goldens(store, ["extra"])).verdict == "holds"
+    few["extra"] = replace(few["extra"], measure=fetch)
+    (outcome,) = verify_goldens(store, ["extra"])
+    assert (outcome.verdict, outcome.evidence) == ("not compared", "model 'a/b' cannot be loaded: no weights here")
+
+
+# The fixture
+
+TEST = """
+def test_it(golden):
+    golden("tiny")
+"""
+
+
+def test_the_fixture_compares_and_never_writes(accepted, pytester, monkeypatch, tmp_path):
+    folder = tmp_path / "golden"
+    monkeypatch.chdir(pytester.path)
+    pytester.makepyfile(TEST)
+    run = partial(pytester.runpytest_inprocess, "-p", "no:cacheprovider", f"--golden-dir={folder}")
+    before = {file: file.read_bytes() for file in folder.rglob("*.json")}
+    run().assert_outcomes(passed=1)
+    with monkeypatch.context() as patch:
+        slower_attention(patch)
+        result = run()
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines(["*MOVED*tiny*", "*nll/1.0*"])
+    with monkeypatch.context() as patch:
+        patch.setattr(cases, "device_class", lambda device: "cpu-riscv")
+        run("-rs").assert_outcomes(skipped=1)
+        run("--require-goldens").assert_outcomes(failed=1)
+    assert {file: file.read_bytes() for file in folder.rglob("*.json")} == before
+    next(folder.glob("tiny/*.json")).unlink()
+    result = run()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*MISSING*tiny*knorm golden record tiny*"])

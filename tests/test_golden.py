@@ -1,0 +1,613 @@
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from knorm import golden as module
+from knorm.golden import (
+    MEAN_ABSOLUTE,
+    Checkout,
+    Damaged,
+    Environment,
+    Gate,
+    Measured,
+    Metric,
+    Noise,
+    Provenance,
+    Store,
+    checkout,
+    compare,
+    hash_of_code,
+    judge_tokens,
+    make,
+    parse_allowance,
+    read_candidate,
+    shift_of,
+    worse_by,
+)
+
+NOISE = Noise(runs=200, sigma=1e-7, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0)
+TOKENS = Gate(rule="tokens", threshold=2e-6, noise=NOISE)
+HERE = Environment(
+    device="x86_64", driver=None, cuda=None, capability="AVX2", threads=1, numerics="usual", torch="2.13.0",
+    transformers="5.24.0", numpy="2.4.6", python="3.11.7",
+)  # fmt: skip
+ELSEWHERE = HERE.model_copy(update={"torch": "2.14.1"})
+CLEAN = Checkout("a" * 40, True, "c" * 64)
+NLL = np.random.default_rng(0).gamma(2, 2, (8, 40)).astype(np.float32)
+
+
+def metric(name, value, kind="count", gate=None, direction="same", unit="tokens"):
+    gate = gate or Gate(rule="exact")
+    return Metric(name=name, unit=unit, direction=direction, kind=kind, value=value, anchor=value, gate=gate)
+
+
+def measured(nll=NLL, seen=100, schedule="ab12", ratio=1.5):
+    return Measured(
+        (
+            metric("nll/0.5", float(nll.mean()), "nll", TOKENS, "lower", "nats/token"),
+            metric("seen/0.5", seen),
+            metric("evicted_at/0.5", schedule, "schedule", Gate(rule="same_environment")),
+            metric("ppl_ratio/0.5", ratio, "ratio", Gate(rule="at_most", threshold=1e-4), "lower"),
+        ),
+        {"nll/0.5": nll},
+    )
+
+
+def candidate(found=None, now=CLEAN, environment=HERE, case="streaming", device="cpu-x86_64"):
+    found = found or measured()
+    made = Provenance(
+        knorm="0.1.0", commit=now.commit, clean=now.clean, code=now.code, date="2026-01-02T03:04:05Z", runs=3, reason=""
+    )
+    return make(case, device, {"windows": 8, "policies": [{"keep_ratio": 0.5}]}, found, environment, made)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A folder with one accepted golden."""
+    folder = tmp_path / "golden"
+    folder.mkdir()
+    store = Store(folder)
+    accept(store, candidate(), reason="the first")
+    return store
+
+
+def accept(store, made, tensors=None, reason="why", allow=None, now=CLEAN):
+    tensors = {"nll/0.5": NLL} if tensors is None else tensors
+    return store.accept(store.approve(made, tensors, reason, now=now, allow_worse=allow or {}), tensors)
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def goldens(folder):
+    """The accepted files alone: not the lock, temporary files, or candidates."""
+    kept = {file: data for file, data in contents(folder).items() if file.suffix in (".json", ".safetensors")}
+    return {file: data for file, data in kept.items() if not file.name.startswith(".")}
+
+
+# Format
+
+
+def test_a_golden_reads_back_as_it_was_accepted(store):
+    golden, tensors = store.read("streaming", "cpu-x86_64")
+    assert golden.provenance.reason == "the first"
+    assert golden.metrics == candidate().metrics
+    assert np.array_equal(tensors["nll/0.5"], NLL)
+    text = store.file("streaming", "cpu-x86_64").read_text()
+    assert "\n" in text, "readable, a line a field"
+    assert not any(word in text for word in ("/home", "/tmp", os.uname().nodename)), "no paths, no hostnames"
+
+
+def edited(text, change):
+    fields = json.loads(text)
+    change(fields)
+    return json.dumps(fields)
+
+
+BROKEN = {
+    "truncated": (lambda text: text[: len(text) // 2], "is truncated or no JSON"),
+    "empty": (lambda text: "", "is truncated or no JSON"),
+    "a list": (lambda text: "[]", "field 'schema_version' is None, but this knorm reads 1"),
+    "unknown version": (
+        lambda text: edited(text, lambda f: f.update(schema_version=9)),
+        "is 9, but this knorm reads 1",
+    ),
+    "an edited value": (
+        lambda text: edited(text, lambda f: f["metrics"][1].update(value=99)),
+        "field 'metrics' was edited",
+    ),
+    "an edited gate": (
+        lambda text: edited(text, lambda f: f["metrics"][3]["gate"].update(threshold=9.0)),
+        "field 'metrics' was edited",
+    ),
+    "an edited reason": (
+        lambda text: edited(text, lambda f: f["provenance"].update(reason="x")),
+        "'provenance' was edited",
+    ),
+    "an unknown field": (
+        lambda text: edited(text, lambda f: f.update(more=1)),
+        "field 'more': extra inputs are not permitted",
+    ),
+    "an unknown field inside": (
+        lambda text: edited(text, lambda f: f["metrics"][0]["gate"].update(slack=1)),
+        "field 'metrics.0.gate.slack': extra inputs",
+    ),
+    "a missing field": (
+        lambda text: edited(text, lambda f: f.pop("environment")),
+        "field 'environment': field required",
+    ),
+    "a number as text": (
+        lambda text: edited(text, lambda f: f["environment"].update(threads="1")),
+        "field 'environment.threads': input should be a valid integer",
+    ),
+    "not a number": (lambda text: text.replace('"value": 100', '"value": NaN'), "a value is NaN, but should be finite"),
+    "infinite": (lambda text: text.replace('"value": 1.5', '"value": -Infinity'), "a value is -Infinity"),
+    "a field twice": (
+        lambda text: text.replace('"case"', '"tensors": null, "case"', 1),
+        "field 'tensors' stands there twice",
+    ),
+    "a metric twice": (
+        lambda text: edited(text, lambda f: f["metrics"].append(f["metrics"][0])),
+        "field 'metrics' has 'nll/0.5' twice",
+    ),
+    "no text": (lambda text: "\udcff", "is no text"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), BROKEN.values(), ids=BROKEN)
+def test_a_damaged_golden_is_refused_and_the_field_named(store, change, words):
+    file = store.file("streaming", "cpu-x86_64")
+    file.write_text(change(file.read_text()), encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(Damaged) as damaged:
+        store.read("streaming", "cpu-x86_64")
+    assert words in str(damaged.value)
+    assert "streaming/cpu-x86_64.json" in str(damaged.value)
+    assert "git checkout -- golden/streaming" in str(damaged.value)
+    assert "\n" not in str(damaged.value)
+
+
+def test_damaged_tensors_are_refused(store):
+    (file,) = store.folder.glob("*/*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + b"\x01")
+    with pytest.raises(Damaged, match="is damaged: its sha256 is not that of field 'tensors'"):
+        store.read("streaming", "cpu-x86_64")
+    file.unlink()
+    with pytest.raises(Damaged, match=r"is missing, which field 'tensors' names"):
+        store.read("streaming", "cpu-x86_64")
+
+
+def test_a_golden_copied_to_another_case_or_class_is_refused(store):
+    text = store.file("streaming", "cpu-x86_64").read_text()
+    store.file("streaming", "nvidia-h200").write_text(text)
+    with pytest.raises(Damaged, match=r"field 'device_class' is 'cpu-x86_64': a copy of another golden; remove it"):
+        store.read("streaming", "nvidia-h200")
+    (store.folder / "prefill").mkdir()
+    store.file("prefill", "cpu-x86_64").write_text(text)
+    with pytest.raises(Damaged, match="field 'case' is 'streaming': a copy"):
+        store.read("prefill", "cpu-x86_64")
+    assert store.orphans(["streaming"]) == ["prefill"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_recorded(bad):
+    with pytest.raises(ValueError, match=r"streaming: metric ppl_ratio/0.5 is \w+, but should be finite"):
+        candidate(measured(ratio=bad))
+    with pytest.raises(ValueError, match=r"a token of nll/0.5 is not finite"):
+        candidate(Measured(measured().metrics, {"nll/0.5": np.where(NLL > 5, np.float32(bad), NLL)}))
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="give --golden-dir the folder"):
+        Store(tmp_path / "nowhere")
+
+
+# Gates
+
+
+def verdicts(found, environment=HERE):
+    golden = candidate()
+    return {f.metric: f.verdict for f in compare(golden, {"nll/0.5": NLL}, found, environment)}
+
+
+def test_the_same_holds():
+    assert set(verdicts(measured()).values()) == {"holds"}
+    assert set(verdicts(measured(), ELSEWHERE).values()) == {"holds"}
+
+
+@pytest.mark.parametrize("environment", [HERE, ELSEWHERE])
+def test_counts_are_exact_everywhere(environment):
+    assert verdicts(measured(seen=101), environment)["seen/0.5"] == "moved"
+
+
+def test_schedules_are_exact_in_the_same_environment_and_shown_elsewhere():
+    assert verdicts(measured(schedule="cd34"))["evicted_at/0.5"] == "moved"
+    assert verdicts(measured(schedule="cd34"), ELSEWHERE)["evicted_at/0.5"] == "shown"
+
+
+def test_a_ratio_may_fall_but_not_rise():
+    assert verdicts(measured(ratio=1.5002))["ppl_ratio/0.5"] == "moved"
+    assert verdicts(measured(ratio=1.5001))["ppl_ratio/0.5"] == "holds"
+    assert verdicts(measured(ratio=1.2))["ppl_ratio/0.5"] == "holds"
+
+
+def test_metrics_that_come_and_go_are_moved():
+    less = Measured(measured().metrics[:3], {"nll/0.5": NLL})
+    more = Measured((*measured().metrics, metric("new", 1)), {"nll/0.5": NLL})
+    assert verdicts(less)["ppl_ratio/0.5"] == "moved"
+    assert verdicts(more)["new"] == "moved"
+
+
+def moved(nll, same):
+    return judge_tokens(TOKENS, nll.astype(np.float64), NLL.astype(np.float64), same)
+
+
+def test_one_token_beyond_the_tolerance_moves_the_same_environment_only():
+    one = NLL.copy()
+    one[3, 7] += 1e-3
+    assert moved(one, same=True) == "window 3, token 7 moved by 1.0e-03 nats, at most 5e-05 in the same environment"
+    assert moved(one, same=False) is None, "a near-tie of one window may flip"
+
+
+def test_the_mean_absolute_difference_is_bounded_where_the_mean_stands_still():
+    swung = NLL + np.where(np.arange(40) % 2, 1, -1) * 1.5 * MEAN_ABSOLUTE
+    assert "on average" in moved(swung, same=True)
+    assert "the typical window's tokens moved by 1.5e-04" in moved(swung, same=False)
+
+
+def test_a_shift_of_all_windows_moves_and_one_within_the_noise_does_not():
+    generator = np.random.default_rng(1)
+    noise = generator.normal(0, 1e-6, NLL.shape)
+    noise -= noise.mean(1, keepdims=True)
+    assert "the mean moved by +5.0e-06 nats" in moved(NLL.astype(np.float64) + 5e-6 + noise, same=False)
+    assert moved(NLL.astype(np.float64) + 1.5e-6 + noise, same=False) is None
+    per_window = 3e-6 + 8e-6 * np.array([[1], [-1]] * 4)
+    assert moved(NLL.astype(np.float64) + per_window, same=False) is None, "the interval over windows holds 0"
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_is_not_a_number_or_of_another_shape_moves(same):
+    broken = NLL.copy()
+    broken[2, 5] = np.nan
+    assert moved(broken, same) == "the NLL of window [2, 5] is not finite"
+    assert "[7, 40] windows and tokens, but the golden has [8, 40]" in moved(NLL[:7], same)
+
+
+@given(st.integers(2, 12), st.integers(0, 2**32 - 1))
+def test_the_interval_is_students_over_windows(windows, seed):
+    difference = np.random.default_rng(seed).normal(0.1, 1, (windows, 5))
+    shift = shift_of(difference, np.zeros_like(difference), alpha=0.025)
+    low, high = stats.ttest_1samp(difference.mean(1), 0).confidence_interval(0.95)
+    assert (shift.low, shift.high) == pytest.approx((low, high))
+    assert shift.mean == pytest.approx(difference.mean())
+    assert shift.largest == np.abs(difference).max() == abs(difference[shift.where])
+
+
+def test_one_window_has_no_interval_but_its_tokens_are_still_bounded():
+    assert judge_tokens(TOKENS, NLL[:1] + np.float32(0.1), NLL[:1], False).startswith("the typical window's")
+
+
+# Candidates and acceptance
+
+
+def test_a_candidate_is_one_file_and_leaves_the_golden_alone(store, tmp_path):
+    before = goldens(store.folder)
+    file = store.write_candidate(candidate(measured(seen=7)), {"nll/0.5": NLL})
+    assert goldens(store.folder) == before
+    elsewhere = tmp_path / "from-a-runner.candidate"
+    elsewhere.write_bytes(file.read_bytes())
+    golden, tensors = read_candidate(elsewhere)
+    assert golden.metric("seen/0.5").value == 7
+    assert np.array_equal(tensors["nll/0.5"], NLL)
+
+
+def test_a_damaged_candidate_is_refused(store, tmp_path):
+    file = store.write_candidate(candidate(), {"nll/0.5": NLL})
+    data = file.read_bytes()
+    for broken in (data[:-7], data[:100], b"", data.replace(b'\\"value\\": 100', b'\\"value\\": 101')):
+        file.write_bytes(broken)
+        with pytest.raises(Damaged, match=r"cpu-x86_64.candidate"):
+            read_candidate(file)
+    file.write_bytes(data[:-4] + b"\0\0\0\1")
+    with pytest.raises(Damaged, match="its tensors are not those of field 'tensors'"):
+        read_candidate(file)
+    with pytest.raises(ValueError, match="there is no candidate"):
+        read_candidate(tmp_path / "none.candidate")
+
+
+def test_acceptance_keeps_the_anchor_and_removes_the_candidate_and_old_tensors(store):
+    better = measured(NLL - np.float32(0.5), ratio=1.4)
+    store.write_candidate(candidate(better), better.tensors)
+    accept(store, candidate(better), better.tensors, "attends better")
+    golden, tensors = store.read("streaming", "cpu-x86_64")
+    assert golden.metric("ppl_ratio/0.5").value == 1.4
+    assert golden.metric("ppl_ratio/0.5").anchor == 1.5, "the first accepted value"
+    assert golden.provenance.reason == "attends better"
+    assert np.array_equal(tensors["nll/0.5"], NLL - np.float32(0.5))
+    assert not store.candidates()
+    assert len([*store.folder.glob("*/*.safetensors")]) == 1
+
+
+REFUSED = {
+    "no reason": ({"reason": "  "}, "--reason is empty"),
+    "a dirty tree": ({"now": Checkout("a" * 40, False, "c" * 64)}, r"the tree has changes outside golden/"),
+    "other code": ({"now": Checkout("a" * 40, True, "d" * 64)}, "made by other code than this"),
+    "another commit": (
+        {"now": Checkout("b" * 40, True, "c" * 64)},
+        "made at another commit, aaaaaaaaaaaa, but this is bbbb",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
+def test_acceptance_is_refused(store, options, words):
+    before = contents(store.folder)
+    with pytest.raises(ValueError, match=words):
+        accept(store, candidate(measured(seen=7)), **options)
+    assert contents(store.folder) == before
+
+
+def test_a_candidate_of_a_dirty_tree_is_refused(store):
+    with pytest.raises(ValueError, match=r"the candidate is of a tree with changes outside golden/"):
+        accept(store, candidate(now=Checkout("a" * 40, False, "c" * 64)))
+
+
+def test_a_worse_metric_needs_to_be_allowed_by_name_and_per_cent(store):
+    worse = measured(NLL * np.float32(1.01), ratio=1.503)
+    made, before = candidate(worse), contents(store.folder)
+    for allow, words in (
+        ({}, r"nll/0.5 is 1% worse .*--allow-worse 'nll/0.5=1"),
+        ({"nll/0.5": 0.5}, "nll/0.5 is 1% worse"),
+        ({"nll/*": 1.1}, "ppl_ratio/0.5 is 0.2% worse"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            accept(store, made, worse.tensors, allow=allow)
+        assert contents(store.folder) == before
+    accept(store, made, worse.tensors, allow={"nll/*": 1.1, "ppl_ratio/0.5": 0.3})
+    assert store.read("streaming", "cpu-x86_64")[0].metric("ppl_ratio/0.5").value == 1.503
+
+
+def test_what_is_within_the_noise_is_not_worse():
+    old, new = (metric("nll", value, "nll", TOKENS, "lower") for value in (3.0, 3.000001))
+    assert worse_by(old, new) == 0
+    assert worse_by(metric("seen", 1), metric("seen", 2)) == 0, "neither way is better"
+    higher = [metric("rate", value, "memory", Gate(rule="shown"), "higher") for value in (10.0, 9.0)]
+    assert worse_by(*higher) == pytest.approx(10)
+
+
+@pytest.mark.parametrize("text", ["nll", "nll=", "=2", "nll=-1", "nll=much"])
+def test_an_allowance_is_a_metric_and_a_per_cent(text):
+    assert parse_allowance("nll/0.5=2.5") == ("nll/0.5", 2.5)
+    with pytest.raises(ValueError, match="should be METRIC=PERCENT"):
+        parse_allowance(text)
+
+
+# Checkouts
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.delenv("KNORM_COMMIT", raising=False)
+    folder = tmp_path / "project" / "golden"
+    folder.mkdir(parents=True)
+    (folder / "note").write_text("here")
+    (folder.parent / "code.py").write_text("x = 1\n")
+    git(folder.parent, "init", "-q")
+    git(folder.parent, "add", "-A")
+    git(folder.parent, "commit", "-qm", "one")
+    return folder
+
+
+def test_a_checkout_is_clean_until_something_outside_the_goldens_changes(repository):
+    first = checkout(repository)
+    assert len(first.commit) == 40
+    assert first.clean
+    assert first.code == hash_of_code()
+    (repository / "new.json").write_text("{}")
+    assert checkout(repository).clean
+    (repository.parent / "code.py").write_text("x = 2\n")
+    assert not checkout(repository).clean
+
+
+def test_a_commit_that_changes_goldens_alone_is_no_other_commit(repository):
+    then = checkout(repository)
+    (repository / "new.json").write_text("{}")
+    git(repository.parent, "add", "-A")
+    git(repository.parent, "commit", "-qm", "goldens")
+    store, now = Store(repository), checkout(repository)
+    assert now.commit != then.commit
+    accept(store, candidate(now=then), now=now)
+    (repository.parent / "code.py").write_text("x = 2\n")
+    git(repository.parent, "commit", "-qam", "code")
+    with pytest.raises(ValueError, match=r"made at another commit.*code\.py"):
+        accept(store, candidate(now=then), now=checkout(repository))
+
+
+def test_outside_of_git_a_commit_has_to_be_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("KNORM_COMMIT", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    with pytest.raises(ValueError, match="is in no git checkout, whose commit a golden names"):
+        checkout(tmp_path)
+    monkeypatch.setenv("KNORM_COMMIT", "e" * 40)
+    assert checkout(tmp_path) == Checkout("e" * 40, True, hash_of_code())
+
+
+# Faults
+
+
+def killed(line, action):
+    """Run in a forked child that kills itself at the given line, of all it runs; how many those are if it lived."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        count = 0
+
+        def trace(frame, event, _):
+            nonlocal count
+            if not any(
+                name in frame.f_code.co_filename for name in ("golden.py", "filelock", "pathlib", "safetensors")
+            ):
+                return None
+            if event == "line":
+                count += 1
+                if count == line:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+        try:
+            sys.settrace(trace)
+            action()
+        finally:
+            sys.settrace(None)
+            os.write(write, str(count).encode())
+            os._exit(0)
+    os.close(write)
+    killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with os.fdopen(read) as said:
+        return None if killed else int(said.read())
+
+
+def test_record_and_accept_killed_at_200_points_leave_the_old_golden_or_the_new(store):
+    better = measured(NLL - np.float32(0.5), ratio=1.4)
+    made = candidate(better)
+    approved = store.approve(made, better.tensors, "better", now=CLEAN, allow_worse={})
+    old, kills, new = goldens(store.folder), 0, 0
+
+    def restored():
+        for path in store.folder.rglob("*"):
+            if path.is_file():
+                path.unlink()
+        for name, data in old.items():
+            (store.folder / name).write_bytes(data)
+
+    for action in (
+        lambda: store.write_candidate(made, better.tensors),
+        lambda: store.accept(store.approve(made, better.tensors, "better", now=CLEAN, allow_worse={}), better.tensors),
+    ):
+        lines = killed(-1, action)
+        restored()
+        for line in np.linspace(1, lines, 104).astype(int).tolist():
+            kills += killed(line, action) is None  # a run or two may be shorter than the first by a line or two
+            golden, tensors = Store(store.folder).read("streaming", "cpu-x86_64")  # whole, whichever it is
+            if golden.provenance.reason == "better":
+                new += 1
+                assert golden == approved
+                assert np.array_equal(tensors["nll/0.5"], NLL - np.float32(0.5))
+            else:
+                assert old.items() <= contents(store.folder).items(), "byte-identical"
+            restored()
+    assert kills >= 200
+    assert new >= 1, "some kills came after the golden changed"
+
+
+def test_the_next_acceptance_removes_what_an_interrupted_one_left(store):
+    (store.folder / "streaming" / ".cpu-x86_64.json.77.tmp").write_text("half")
+    (store.folder / "streaming" / "cpu-x86_64-0123456789ab.safetensors").write_bytes(b"of nobody")
+    assert len(store.leftovers()) == 2
+    store.read("streaming", "cpu-x86_64")
+    accept(store, candidate(measured(seen=7)))
+    assert not store.leftovers()
+
+
+def _accept_many(folder, letter):
+    store = Store(folder)
+    for _ in range(15):
+        accept(store, candidate(measured(seen=ord(letter))), reason=letter)
+
+
+def test_two_processes_at_once_write_one_after_the_other(store):
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_accept_many, args=(store.folder, letter)) for letter in "ab"]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    golden, _ = Store(store.folder).read("streaming", "cpu-x86_64")
+    assert golden.metric("seen/0.5").value == ord(golden.provenance.reason)
+
+
+def test_a_lock_that_is_held_is_named(store, monkeypatch):
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.05)
+    before = goldens(store.folder)
+    with (
+        FileLock(store.folder / ".lock"),
+        pytest.raises(ValueError, match=r"another `knorm golden` has been writing to"),
+    ):
+        store.write_candidate(candidate(), {"nll/0.5": NLL})
+    assert goldens(store.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "No space left on device"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EACCES, "Permission denied"),
+    ],
+)
+def test_a_full_disk_or_a_read_only_folder_is_one_line_and_changes_nothing(store, monkeypatch, number, words):
+    before = contents(store.folder)
+    real = Path.open
+
+    def failing(path, mode="r", *rest, **options):
+        if "w" in mode:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, mode, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    better = measured(NLL - np.float32(0.5), ratio=1.4)
+    for write in (
+        lambda: store.write_candidate(candidate(better), better.tensors),
+        lambda: accept(store, candidate(better), better.tensors),
+    ):
+        with pytest.raises(ValueError, match=rf"cannot write .*{words}; nothing was changed"):
+            write()
+        assert contents(store.folder) == before
+
+
+def test_a_disk_that_fills_up_while_the_golden_is_written_leaves_the_old_one(store, monkeypatch):
+    before = goldens(store.folder)
+    calls = []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:  # after the tensors and their folder: at the golden itself
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    better = measured(NLL - np.float32(0.5), ratio=1.4)
+    with pytest.raises(ValueError, match="No space left on device"):
+        accept(store, candidate(better), better.tensors)
+    assert before.items() <= goldens(store.folder).items()
+    assert store.read("streaming", "cpu-x86_64")[0].provenance.reason == "the first"
+    assert len(store.leftovers()) == 1
+
+
+def test_a_folder_in_which_no_lock_can_be_made_is_one_line(store, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(ValueError, match=r"cannot write to .*Permission denied; nothing was changed"):
+        store.write_candidate(candidate(), {"nll/0.5": NLL})
