@@ -7,12 +7,12 @@ import math
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ from knorm.golden import (
     default_folder,
     differing,
     digest,
+    environment_changes,
     make,
     shift_limit,
     shift_of,
@@ -55,7 +56,7 @@ RUNS = 3  # that agree, at least, before anything is recorded
 
 # What runs showed that differed in nothing that matters: docs/golden-power.md.
 NOISE = {
-    "cpu": Noise(runs=200, sigma=2e-7, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0),
+    "cpu": Noise(runs=200, sigma=5e-7, largest=5e-5, typical=1e-4, alpha=0.01, power=1.0),
     "cuda": Noise(runs=200, sigma=2e-6, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0),
 }
 _MEAN_SHIFT = 2e-6  # nats a token: smaller shifts are nobody's concern
@@ -418,11 +419,13 @@ def environment(device: str, how: How | None = None) -> Environment:
 
 
 def _driver() -> str | None:
+    """The driver's version, where nvidia-smi is there to tell it."""
     try:
-        found = re.search(r"Module\s+(\d[\d.]*)", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
-    except OSError:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
-    return found[1] if found else None
+    return said.splitlines()[0].strip() if said.strip() else None
 
 
 @dataclass(frozen=True)
@@ -514,7 +517,7 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
         evidence = f"{moved[0].metric}: {moved[0].evidence}"
         more = f" ({len(moved)} of {len(findings)} metrics)"
         return Outcome(case.id, mine, "moved", evidence + more, findings, seconds)
-    elsewhere = differing(golden.environment.model_dump(), here.model_dump())
+    elsewhere = environment_changes(golden, here)
     where = f"in another environment ({', '.join(elsewhere)})" if elsewhere else "in the same environment"
     return Outcome(case.id, mine, "holds", f"{len(findings)} metrics hold {where}", findings, seconds)
 

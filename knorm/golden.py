@@ -324,14 +324,18 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [name for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
-def same_environment(golden: Golden, environment: Environment) -> bool:
-    """Whether numbers have to agree as runs on one machine do."""
-    return golden.environment == environment
+def environment_changes(golden: Golden, environment: Environment) -> list[str]:
+    """In which fields an environment is not the golden's. Where there are none, numbers have to agree as in one run.
+
+    What a golden does not know (None) does not count.
+    """
+    known = {name: value for name, value in golden.environment if value is not None}
+    return differing(known, {name: value for name, value in environment if name in known})
 
 
 def compare(golden: Golden, tensors: Tensors, measured: Measured, environment: Environment) -> list[Finding]:
     """Judge each metric by the gate that was accepted with it."""
-    same = same_environment(golden, environment)
+    same = not environment_changes(golden, environment)
     found = []
     for metric in measured.metrics:
         before = golden.metric(metric.name)

@@ -30,6 +30,7 @@ from knorm.golden import (
     Store,
     checkout,
     compare,
+    environment_changes,
     hash_of_code,
     judge_tokens,
     make,
@@ -244,6 +245,13 @@ def test_a_ratio_may_fall_but_not_rise():
     assert verdicts(measured(ratio=1.5002))["ppl_ratio/0.5"] == "moved"
     assert verdicts(measured(ratio=1.5001))["ppl_ratio/0.5"] == "holds"
     assert verdicts(measured(ratio=1.2))["ppl_ratio/0.5"] == "holds"
+
+
+def test_what_a_golden_does_not_know_of_its_environment_does_not_count():
+    golden, driven = candidate(), HERE.model_copy(update={"driver": "580.65"})
+    assert environment_changes(golden, driven) == []
+    assert environment_changes(golden, driven.model_copy(update={"threads": 2})) == ["threads"]
+    assert environment_changes(candidate(environment=driven), HERE) == ["driver"]
 
 
 def test_metrics_that_come_and_go_are_moved():

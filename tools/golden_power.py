@@ -37,7 +37,7 @@ from knorm import schedule  # noqa: E402
 from knorm.attention import attend_seen  # noqa: E402
 from knorm.cases import CASES, NOISE, How, device_class, environment, record  # noqa: E402
 from knorm.explain import attend_shuffled  # noqa: E402
-from knorm.golden import Checkout, Store, compare, hash_of_code, read_candidate, shift_of  # noqa: E402
+from knorm.golden import Checkout, Store, compare, environment_changes, hash_of_code, read_candidate, shift_of  # noqa: E402
 from knorm.models import hush  # noqa: E402
 from knorm.policy import Policy, exact_ratio  # noqa: E402
 
@@ -60,6 +60,7 @@ ATTENTION = {"blocks": attend_seen, "eager": attend_eager, "shuffled slots": att
 
 
 def scaled(attend):
+    attend = attend or attend_seen
     return lambda query, key, value, evicted, scale: attend(query, key, value, evicted, scale * 1.01)
 
 
@@ -151,7 +152,7 @@ def one_run(job: tuple[Path, str, str | None, int]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     adjust, around = CHANGES[change] if change else (lambda how, seed: how, nothing)
     here = environment(device, how)
-    same = here == next(iter(goldens.values()))[0].environment
+    same = not environment_changes(next(iter(goldens.values()))[0], here)
     row: dict[str, Any] = {"device": kind, "torch": here.torch.split("+")[0], "transformers": here.transformers}
     row |= {"change": change, "seed": seed, "same": same, "threads": threads, "numerics": [how.batch, attention]}
     row |= {"fired": [], "mean": 0.0, "typical": 0.0, "largest": 0.0, "schedules": 0}
