@@ -547,9 +547,14 @@ def record(case: Case, device: str, now: Checkout, runs: int = RUNS, how: How | 
 
 @dataclass(frozen=True)
 class Change:
-    """A metric before and after: difference, and the interval of a mean clustered by window where there are tokens."""
+    """A metric before and after, and as first accepted.
+
+    low, high     interval of the difference, clustered by window, where there are tokens
+    significant   more than noise
+    """
 
     metric: str
+    anchor: int | float | str | None
     before: int | float | str | None
     after: int | float | str | None
     difference: float | None
@@ -574,5 +579,5 @@ def changes(old: tuple[Golden, Any] | None, new: tuple[Golden, Any]) -> list[Cha
                 shift = shift_of(new[1][name], old[1][name])
                 low, high = shift.low, shift.high
                 significant = abs(shift.mean) > shift_limit(before.gate) and not low <= 0 <= high
-        found.append(Change(name, a, b, difference, low, high, significant))
+        found.append(Change(name, before.anchor if before else None, a, b, difference, low, high, significant))
     return found

@@ -281,14 +281,20 @@ def changes_table(changes: Sequence[Change], title: str) -> Table:
     same = len(changes) - len(changed)
     table = Table(title=f"{title}: {len(changed)} of {len(changes)} metrics differ", box=None, pad_edge=False)
     table.title_justify = "left"
-    for column in ("metric", "golden", "candidate", "difference", "interval over windows"):
+    for column in ("metric", "first accepted", "golden", "candidate", "difference", "interval over windows"):
         table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
     table.add_column("")
     for c in changed:
         between = "-" if c.low is None or c.high is None else f"{c.low:+.2e} to {c.high:+.2e}"
         difference = "-" if c.difference is None else f"{c.difference:+.3g}"
         table.add_row(
-            c.metric, _value(c.before), _value(c.after), difference, between, "moved" if c.significant else "noise"
+            c.metric,
+            _value(c.anchor),
+            _value(c.before),
+            _value(c.after),
+            difference,
+            between,
+            "moved" if c.significant else "noise",
         )
     table.caption = f"{same} are the same" if same and changed else None
     return table
