@@ -9,10 +9,11 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ from knorm.golden import (
     digest,
     environment_changes,
     make,
-    shift_limit,
     shift_of,
+    why_moved,
 )
 from knorm.models import ASSETS, load_embedded, load_model, load_text, random_gpt_neox
 from knorm.perplexity import exact_run
@@ -56,7 +57,7 @@ RUNS = 3  # that agree, at least, before anything is recorded
 
 # What runs showed that differed in nothing that matters: docs/golden-power.md.
 NOISE = {
-    "cpu": Noise(runs=200, sigma=5e-7, largest=5e-5, typical=1e-4, alpha=0.01, power=1.0),
+    "cpu": Noise(runs=244, sigma=5e-7, largest=5e-5, typical=1e-4, alpha=0.01, power=1.0),
     "cuda": Noise(runs=200, sigma=2e-6, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0),
 }
 _MEAN_SHIFT = 2e-6  # nats a token: smaller shifts are nobody's concern
@@ -99,6 +100,11 @@ class Case:
 
 
 CASES: dict[str, Case] = {}
+
+
+def as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
+    """Policies as a golden stores them."""
+    return [asdict(policy) | {"skip_layers": [*policy.skip_layers]} for policy in policies]
 
 
 def find_case(name: str) -> Case:
@@ -162,9 +168,8 @@ class _Tokens:
                 "text_sha256": sums["narrative.txt"],
             }
         )
-        policies = [asdict(policy) | {"skip_layers": [*policy.skip_layers]} for policy in self.policies]
         shape = {"windows": self.windows, "window": self.window, "prompt_length": self.prompt_length}
-        return {**where, **shape, "dtype": "float32", "attention": "one pass", "policies": policies}
+        return {**where, **shape, "dtype": "float32", "attention": "one pass", "policies": as_json(self.policies)}
 
     def measure(self, device: str, how: How) -> Measured:
         if self.random:
@@ -317,9 +322,9 @@ def _pythia_policies() -> tuple[Policy, ...]:
 
 
 def _pythia_configuration() -> dict[str, Any]:
-    policies = [asdict(policy) | {"skip_layers": [*policy.skip_layers]} for policy in _pythia_policies()]
     tokens = _report().protocol.streamed_tokens
-    return {"model": PYTHIA, "window": tokens, "dtype": "float32", "attention": "one pass", "policies": policies}
+    fixed = {"model": PYTHIA, "window": tokens, "dtype": "float32", "attention": "one pass"}
+    return fixed | {"policies": as_json(_pythia_policies())}
 
 
 def _pythia(device: str, how: How) -> Measured:
@@ -380,8 +385,8 @@ def _selections(device: str, how: How) -> Measured:
 
 
 def _selections_configuration() -> dict[str, Any]:
-    policies = [asdict(policy) | {"skip_layers": []} for policy in _SELECTIONS.values()]
-    return {"keys_sha256": digest(_fixed_keys().astype(np.int32).tobytes()), "dtypes": [*_DTYPES], "policies": policies}
+    keys = digest(_fixed_keys().astype(np.int32).tobytes())
+    return {"keys_sha256": keys, "dtypes": [*_DTYPES], "policies": as_json(_SELECTIONS.values())}
 
 
 CASES["selections"] = Case(
@@ -403,7 +408,7 @@ def environment(device: str, how: How | None = None) -> Environment:
     """What this process' numbers may depend on besides the code."""
     cuda = torch.device(device).type == "cuda"
     return Environment(
-        device=torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        device=torch.cuda.get_device_name(device) if cuda else _processor(),
         driver=_driver() if cuda else None,
         cuda=torch.version.cuda if cuda else None,
         capability=".".join(map(str, torch.cuda.get_device_capability(device)))
@@ -416,6 +421,15 @@ def environment(device: str, how: How | None = None) -> Environment:
         numpy=np.__version__,
         python=platform.python_version(),
     )
+
+
+def _processor() -> str:
+    """The CPU's model, as Linux names it: kernels are chosen by it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:
@@ -493,7 +507,8 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
         if mine not in store.device_classes:
             there = ", ".join(sorted(store.device_classes)) or "none"
             return Outcome(case.id, mine, "not compared", f"no golden of device class {mine} (there are: {there})")
-        return Outcome(case.id, mine, "missing", f"no golden, but {mine} has others: knorm golden record {case.id}")
+        said = f"no golden, but {mine} has others: knorm golden record {case.id} --device {device}"
+        return Outcome(case.id, mine, "missing", said)
     except ValueError as damaged:
         return Outcome(case.id, mine, "damaged", str(damaged))
     configuration = case.configuration()
@@ -519,7 +534,10 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
         return Outcome(case.id, mine, "moved", evidence + more, findings, seconds)
     elsewhere = environment_changes(golden, here)
     where = f"in another environment ({', '.join(elsewhere)})" if elsewhere else "in the same environment"
-    return Outcome(case.id, mine, "holds", f"{len(findings)} metrics hold {where}", findings, seconds)
+    shown = [finding.metric for finding in findings if finding.verdict == "shown"]
+    differ = f"; {len(shown)} differ, which is not gated there: {', '.join(shown)}" if shown else ""
+    said = f"{len(findings) - len(shown)} metrics hold {where}{differ}"
+    return Outcome(case.id, mine, "holds", said, findings, seconds)
 
 
 def record(case: Case, device: str, now: Checkout, runs: int = RUNS, how: How | None = None) -> tuple[Golden, Measured]:
@@ -550,7 +568,7 @@ class Change:
     """A metric before and after, and as first accepted.
 
     low, high     interval of the difference, clustered by window, where there are tokens
-    significant   more than noise
+    significant   the golden's own gate would not let it pass
     """
 
     metric: str
@@ -574,10 +592,11 @@ def changes(old: tuple[Golden, Any] | None, new: tuple[Golden, Any]) -> list[Cha
         significant = a != b
         if not isinstance(a, str | None) and not isinstance(b, str | None):
             difference = b - a
-            tokens = old is not None and name in old[1] and name in new[1] and old[1][name].shape == new[1][name].shape
-            if tokens and old and before:
+            if old and name in old[1] and name in new[1] and old[1][name].shape == new[1][name].shape:
                 shift = shift_of(new[1][name], old[1][name])
                 low, high = shift.low, shift.high
-                significant = abs(shift.mean) > shift_limit(before.gate) and not low <= 0 <= high
+        if old and before and after:
+            same = not environment_changes(old[0], new[0].environment)
+            significant = why_moved(before, after, old[1], new[1], same) is not None
         found.append(Change(name, before.anchor if before else None, a, b, difference, low, high, significant))
     return found

@@ -469,6 +469,18 @@ _golden_dir = click.option(
     metavar="DIR",
     help="Where they are.  [those of this checkout, else those installed with knorm]",
 )
+
+
+def _store(folder: Path | None, json: Path | None) -> Any:
+    """The goldens; a result must not be written among them."""
+    from knorm.golden import Store
+
+    store = Store(folder)
+    if json and store.folder.resolve() in json.resolve().parents:
+        raise ValueError(f"--json {json} lies among the goldens, which only `knorm golden accept` writes")
+    return store
+
+
 _some_cases = click.argument("cases", nargs=-1, metavar="[CASE]...")
 _golden_device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
 
@@ -479,10 +491,10 @@ _golden_device = click.option("--device", default="cpu", show_default=True, help
 def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None:
     """Which cases there are, and which goldens, candidates and leftovers."""
     from knorm.cases import CASES
-    from knorm.golden import Damaged, Store
+    from knorm.golden import Damaged
     from knorm.report import goldens_table
 
-    console, store = _console(quiet), Store(golden_dir)
+    console, store = _console(quiet), _store(golden_dir, json)
     rows: list[tuple[str, ...]] = []
     damaged = 0
     for case in CASES.values():
@@ -500,9 +512,9 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
     rows += [(name, "-", "ORPHAN", "-", "belongs to no case", "-") for name in orphans]
     console.print(goldens_table(rows))
     for file in store.candidates():
-        console.print(f"candidate: {file.relative_to(store.folder.parent)}", soft_wrap=True)
+        console.print(f"candidate: {file}", soft_wrap=True, markup=False)
     for file in store.leftovers():
-        console.print(f"left by an interrupted accept, the next one removes it: {file.name}", soft_wrap=True)
+        console.print(f"left by an interrupted accept, the next one removes it: {file}", soft_wrap=True, markup=False)
     fields = ("case", "device_class", "accepted", "commit", "reason", "pins")
     _write(json, {"goldens": [dict(zip(fields, row, strict=True)) for row in rows]})
     sys.exit(REFUTED if damaged or orphans else HOLDS)
@@ -524,13 +536,12 @@ def golden_verify(
 ) -> None:
     """Measure each CASE, by default all, and compare it with its golden of exactly this device class."""
     from knorm.cases import verify_goldens
-    from knorm.golden import Store
     from knorm.models import hush
     from knorm.report import show_outcome
 
     hush()
     console, outcomes = _console(quiet), []
-    for outcome in verify_goldens(Store(golden_dir), list(cases) or None, _device(device)):
+    for outcome in verify_goldens(_store(golden_dir, json), list(cases) or None, _device(device)):
         outcomes.append(outcome)
         show_outcome(console, outcome)
     failed = sum(outcome.failed for outcome in outcomes)
@@ -538,7 +549,7 @@ def golden_verify(
     said = [f"{len(outcomes) - failed - idle} hold, {failed} failed"] + ([f"{idle} NOT COMPARED"] if idle else [])
     style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
     console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
-    if failed:
+    if any(outcome.verdict == "moved" for outcome in outcomes):
         console.print(
             "If the change is intended: knorm golden record, look at it, then knorm golden accept --reason ..."
         )
@@ -566,7 +577,7 @@ def golden_record(
     import torch
 
     from knorm.cases import CASES, find_case, record
-    from knorm.golden import Store, checkout
+    from knorm.golden import checkout
     from knorm.models import hush
 
     if bool(cases) == everything:
@@ -576,7 +587,7 @@ def golden_record(
         [c for c in CASES.values() if kind in c.devices and not c.optional] if everything else [*map(find_case, cases)]
     )
     hush()
-    console, store = _console(quiet), Store(golden_dir)
+    console, store = _console(quiet), _store(golden_dir, json)
     now, written = checkout(store.folder), []
     if not now.clean:
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
@@ -585,33 +596,39 @@ def golden_record(
         file = store.write_candidate(made, measured.tensors)
         written.append(str(file))
         _show_changes(console, store, made, measured.tensors)
-        console.print(f"wrote {file}\n", soft_wrap=True)
-    console.print(
-        "To accept: knorm golden accept " + " ".join(c.id for c in chosen) + ' --reason "..."', soft_wrap=True
-    )
+        console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
+    if now.clean:
+        names = " ".join(case.id for case in chosen)
+        console.print(f'To accept: knorm golden accept {names} --reason "..."', soft_wrap=True, markup=False)
     _write(json, {"device": device, "candidates": written})
 
 
 def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any]:
     """Print what a candidate would change; the changes."""
     from knorm.cases import changes
-    from knorm.golden import differing
+    from knorm.golden import Damaged, differing, gate_changes
     from knorm.report import changes_table
 
-    there = (made.case, made.device_class) in store.files
-    old = store.read(made.case, made.device_class) if there else None
+    old = None
+    if (made.case, made.device_class) in store.files:
+        try:
+            old = store.read(made.case, made.device_class)
+        except Damaged as damaged:
+            console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
     found = changes(old, (made, tensors))
     title = f"{made.case} ({made.device_class})" + ("" if old else ", new")
     console.print(changes_table(found, title) if old else f"{title}: {len(found)} metrics")
     if old:
         was, now = old[0].configuration, made.configuration
         for name in differing(was, now):
-            console.print(f"configuration: {name} was {was.get(name)}, is {now.get(name)}")
+            console.print(f"configuration: {name} was {was.get(name)}, is {now.get(name)}", markup=False)
+        for change in gate_changes(old[0], made):
+            console.print(f"GATE  {change}", soft_wrap=True, markup=False)
     return found
 
 
-def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Any, Any]]:
-    """Candidates by case, or by file; refuses what there is not."""
+def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, Any, Any]]:
+    """Candidates by case, or by file, with their files; refuses what there is not, and two for one golden."""
     from knorm.cases import CASES, find_case
     from knorm.golden import differing, read_candidate
 
@@ -625,8 +642,11 @@ def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Any, An
         if not waiting:
             raise ValueError(f"{name} has no candidate in {store.folder}: knorm golden record {name}")
         files += waiting
-    found = [read_candidate(file) for file in files]
-    for file, (made, _) in zip(files, found, strict=True):
+    found = [(file, *read_candidate(file)) for file in dict.fromkeys(files)]
+    places = [(made.case, made.device_class) for _, made, _ in found]
+    for file, made, _ in found:
+        if places.count((made.case, made.device_class)) > 1:
+            raise ValueError(f"{file} is one of two candidates for {made.case}/{made.device_class}: give one of them")
         if made.case not in CASES:
             raise ValueError(
                 f"{file} is of case {made.case!r}, which there is not; there are {', '.join(sorted(CASES))}"
@@ -642,14 +662,12 @@ def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Any, An
 @_with(*_common)
 def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], golden_dir: Path | None) -> None:
     """What each candidate would change: old, new, difference with its interval. Exit code 1 where anything moved."""
-    from knorm.golden import Store
-
-    console, store = _console(quiet), Store(golden_dir)
+    console, store = _console(quiet), _store(golden_dir, json)
     names = candidates or tuple(str(file) for file in store.candidates())
     if not names:
         raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
     found = {}
-    for made, tensors in _chosen_candidates(store, names):
+    for _, made, tensors in _chosen_candidates(store, names):
         found[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
     _write(json, {"changes": {name: [asdict(change) for change in each] for name, each in found.items()}})
     sys.exit(REFUTED if any(change.significant for each in found.values() for change in each) else HOLDS)
@@ -670,17 +688,17 @@ def golden_accept(
     golden_dir: Path | None,
 ) -> None:
     """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded."""
-    from knorm.golden import Store, checkout, parse_allowance
+    from knorm.golden import checkout, parse_allowance
 
     if not candidates:
         raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")
-    console, store = _console(quiet), Store(golden_dir)
+    console, store = _console(quiet), _store(golden_dir, json)
     allowed = dict(map(parse_allowance, allow_worse))
     chosen, now = _chosen_candidates(store, candidates), checkout(store.folder)
-    approved = [store.approve(made, x, reason, now=now, allow_worse=allowed) for made, x in chosen]  # all, or none
-    written = [str(store.accept(made, x)) for made, (_, x) in zip(approved, chosen, strict=True)]
-    for file in written:
-        console.print(f"accepted {file}", soft_wrap=True)
+    approved = [store.approve(made, x, reason, now=now, allow_worse=allowed) for _, made, x in chosen]  # all, or none
+    written = [str(store.accept(made, x, file)) for made, (file, _, x) in zip(approved, chosen, strict=True)]
+    for path in written:
+        console.print(f"accepted {path}", soft_wrap=True, markup=False)
     console.print("Commit them with the change that they belong to.")
     _write(json, {"accepted": written, "reason": reason})
 

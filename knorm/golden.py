@@ -13,7 +13,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -23,13 +23,15 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import load, save
 from scipy import stats
 
 SCHEMA = 1
 REPORTED = "reported"  # the folder of published numbers, which are nobody's golden
 MEAN_ABSOLUTE = 1e-4  # nats a token, in the same environment
+ANY_WINDOW = 0.05  # nats a token, of one window's tokens in another: four times what near-ties did to any single token
+_SIGMAS = 5  # of mean shift, before it is looked at
 _PACKAGE = Path(__file__).parent
 _TEMPORARY, _LOCK, _CANDIDATE = ".tmp", ".lock", ".candidate"
 _LOCK_SECONDS = 10.0
@@ -119,7 +121,7 @@ class Provenance(_Strict):
     clean: bool
     code: str = Field(pattern=r"^[0-9a-f]{64}$")
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
-    runs: int
+    runs: int = Field(ge=3)
     reason: str
 
 
@@ -131,11 +133,11 @@ class Golden(_Strict):
     """
 
     schema_version: Literal[1]
-    case: str
-    device_class: str
+    case: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    device_class: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     configuration: dict[str, Any]
-    metrics: tuple[Metric, ...]
-    tensors: str | None
+    metrics: tuple[Metric, ...] = Field(min_length=1)
+    tensors: str | None = Field(pattern=r"^[0-9a-f]{64}$")
     environment: Environment
     provenance: Provenance
     seal: dict[str, str]
@@ -219,7 +221,7 @@ def _parse(text: str, name: str) -> Golden:
         fields = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except Damaged as damaged:
         raise Damaged(f"{name}: {damaged}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is truncated or no JSON ({error})") from None
     version = fields.get("schema_version") if isinstance(fields, dict) else None
     if version != SCHEMA:
@@ -232,6 +234,8 @@ def _parse(text: str, name: str) -> Golden:
     names = [metric.name for metric in golden.metrics]
     if len({*names}) < len(names):
         raise Damaged(f"{name}: field 'metrics' has {next(n for n in names if names.count(n) > 1)!r} twice")
+    if golden.tensors is None and (bare := [m.name for m in golden.metrics if m.gate.rule == "tokens"]):
+        raise Damaged(f"{name}: field 'tensors' is null, but {bare[0]} is judged by its tokens")
     if edited := [key for key, seal in _seals(fields).items() if golden.seal.get(key) != seal]:
         raise Damaged(f"{name}: field {edited[0]!r} was edited by hand")
     return golden
@@ -257,7 +261,8 @@ class Shift:
     """How token NLLs [windows, tokens] differ from others, nats.
 
     mean          of all tokens; low, high: its interval at one-sided alpha each, clustered by window
-    absolute      mean absolute difference; typical: its median over windows; largest: of any token, and where
+    absolute      mean absolute difference; typical: its median over windows; worst: of any window
+    largest       of any token, and where
     """
 
     mean: float
@@ -265,6 +270,7 @@ class Shift:
     high: float
     absolute: float
     typical: float
+    worst: float
     largest: float
     where: tuple[int, ...]
 
@@ -281,13 +287,14 @@ def shift_of(measured: np.ndarray[Any, Any], golden: np.ndarray[Any, Any], alpha
     at = tuple(int(i) for i in np.unravel_index(np.abs(difference).argmax(), difference.shape))
     each = np.abs(difference).mean(1)
     largest = float(np.abs(difference).max())
-    return Shift(mean, mean - reach, mean + reach, float(each.mean()), float(np.median(each)), largest, at)
+    typical, worst = float(np.median(each)), float(each.max())
+    return Shift(mean, mean - reach, mean + reach, float(each.mean()), typical, worst, largest, at)
 
 
 def shift_limit(gate: Gate) -> float:
     """The mean shift, nats a token, that environments alone may cause: the threshold, or 5 standard deviations."""
     sigma = gate.noise.sigma if gate.noise else 0.0
-    return max(gate.threshold or 0.0, 5 * sigma)
+    return max(gate.threshold or 0.0, _SIGMAS * sigma)
 
 
 def judge_tokens(
@@ -297,7 +304,8 @@ def judge_tokens(
 
     In the same environment: no token by more than noise.largest, all by at most 1e-4 on average. In another one of the
     same device class: the mean by more than shift_limit, with an interval, clustered by window, that excludes 0; or
-    the typical window's tokens by more than noise.typical (one window's near-ties may flip).
+    the typical window's tokens by more than noise.typical (near-ties of a window or two may flip); or any window's by
+    more than ANY_WINDOW.
     """
     noise = gate.noise or Noise(runs=0, sigma=0.0, largest=0.0, typical=0.0, alpha=0.01, power=None)
     if measured.shape != golden.shape:
@@ -316,6 +324,8 @@ def judge_tokens(
         return f"the mean moved by {shift.mean:+.1e} nats ({shift.low:+.1e} to {shift.high:+.1e})"
     if shift.typical > noise.typical:
         return f"the typical window's tokens moved by {shift.typical:.1e} nats, at most {noise.typical:.0e} elsewhere"
+    if shift.worst > ANY_WINDOW:
+        return f"one window's tokens moved by {shift.worst:.1e} nats, at most {ANY_WINDOW:g} (most at {at})"
     return None
 
 
@@ -340,15 +350,12 @@ def compare(golden: Golden, tensors: Tensors, measured: Measured, environment: E
     for metric in measured.metrics:
         before = golden.metric(metric.name)
         if before is None:
-            found.append(
-                Finding(metric.name, "moved", None, metric.value, None, "is not in the golden: record it again")
-            )
+            found.append(Finding(metric.name, "moved", None, _finite(metric.value), None, "is new: record it again"))
             continue
-        why, fails = _judge(before, metric, tensors, measured.tensors, same), before.gate.rule != "shown"
-        if before.gate.rule == "same_environment" and not same:
-            fails = False
+        why = why_moved(before, metric, tensors, measured.tensors, same)
+        fails = before.gate.rule != "shown" and (same or before.gate.rule != "same_environment")
         verdict: Any = "holds" if why is None else "moved" if fails else "shown"
-        found.append(Finding(metric.name, verdict, before.value, metric.value, before.anchor, why or ""))
+        found.append(Finding(metric.name, verdict, before.value, _finite(metric.value), before.anchor, why or ""))
     for name in sorted({m.name for m in golden.metrics} - {m.name for m in measured.metrics}):
         before = golden.metric(name)
         assert before is not None
@@ -358,16 +365,23 @@ def compare(golden: Golden, tensors: Tensors, measured: Measured, environment: E
     return found
 
 
-def _judge(before: Metric, now: Metric, old: Tensors, new: Tensors, same: bool) -> str | None:
+def _finite(value: int | float | str) -> int | float | str:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value  # as JSON can hold it
+
+
+def why_moved(before: Metric, now: Metric, old: Tensors, new: Tensors, same: bool) -> str | None:
+    """Why a metric moved by the gate it was accepted with; None if it did not."""
     if before.gate.rule == "tokens":
+        if before.name not in old or now.name not in new:
+            return "has no tokens to compare"
         return judge_tokens(before.gate, new[now.name], old[before.name], same)
     if before.gate.rule == "at_most":
-        limit = float(before.value) * (1 + (before.gate.threshold or 0.0))
-        if float(now.value) <= limit:
+        was, value, threshold = float(before.value), float(now.value), before.gate.threshold or 0.0
+        if value <= was + abs(was) * threshold:
             return None
-        return (
-            f"is {float(now.value) / float(before.value) - 1:+.2%} of the golden, at most {before.gate.threshold:+.2%}"
-        )
+        if not was or not math.isfinite(value):
+            return f"is {value:g}, not at most {was:g}"
+        return f"is {(value - was) / abs(was):.2%} above the golden, at most {threshold:.2%}"
     if before.value == now.value:
         return None
     if before.name in old and now.name in new:
@@ -378,6 +392,8 @@ def _judge(before: Metric, now: Metric, old: Tensors, new: Tensors, same: bool) 
 def _first_difference(old: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> str:
     if old.shape != new.shape:
         return f"shape {[*new.shape]}, but the golden has {[*old.shape]}"
+    if (old == new).all():
+        return "differs"
     at = np.argwhere((old != new).any(-1))[0]
     return f"positions {new[tuple(at)].tolist()} at {at.tolist()}, but the golden has {old[tuple(at)].tolist()}"
 
@@ -390,7 +406,9 @@ def worse_by(before: Metric, now: Metric) -> float:
     slack = shift_limit(before.gate) if before.gate.rule == "tokens" else 0.0
     if before.gate.rule == "at_most":
         slack = abs(float(before.value)) * (before.gate.threshold or 0.0)
-    return 100 * change / abs(float(before.value)) if change > slack and before.value else 0.0
+    if change <= slack:
+        return 0.0
+    return 100 * change / abs(float(before.value)) if before.value else math.inf
 
 
 # Where they are kept
@@ -421,7 +439,8 @@ def _git(folder: Path, *arguments: str) -> str:
     except FileNotFoundError:
         raise ValueError("git is not installed, but a golden names the commit it was measured at") from None
     except subprocess.CalledProcessError as error:
-        raise ValueError(f"git {arguments[0]} failed in {folder}: {error.stderr.strip()}") from None
+        said = " ".join(error.stderr.split()) or "no such thing"
+        raise ValueError(f"git {arguments[0]} failed in {folder}: {said}") from None
     return done.stdout.strip()
 
 
@@ -429,20 +448,28 @@ def checkout(folder: Path) -> Checkout:
     """The state of the checkout that a golden folder lies in.
 
     An exported tree without git (a CUDA runner's) names its commit in KNORM_COMMIT; its code is compared on acceptance.
-    Raises ValueError where neither is there.
+    Raises ValueError where neither is there, and where the folder is the checkout itself.
     """
-    if commit := os.environ.get("KNORM_COMMIT"):
-        return Checkout(commit, True, hash_of_code())
     try:
-        top = Path(_git(folder, "rev-parse", "--show-toplevel"))
-        commit = _git(top, "rev-parse", "HEAD")
+        top = Path(_git(folder, "rev-parse", "--show-toplevel")).resolve()
     except ValueError as error:
+        if commit := os.environ.get("KNORM_COMMIT"):
+            if not re.fullmatch(r"[0-9a-f]{40}", commit):
+                raise ValueError(f"KNORM_COMMIT={commit}, but should be the 40 digits of a commit") from None
+            return Checkout(commit, True, hash_of_code())
         raise ValueError(
             f"{folder} is in no git checkout, whose commit a golden names: give --golden-dir; or, for an export, "
             f"KNORM_COMMIT=... ({error})"
         ) from None
-    inside = folder.resolve().relative_to(top.resolve()).as_posix()
-    return Checkout(commit, not _git(top, "status", "--porcelain", "--", ".", f":(exclude){inside}"), hash_of_code())
+    inside = folder.resolve().relative_to(top).as_posix()
+    if inside == ".":
+        raise ValueError(f"--golden-dir {folder} is a whole checkout, but should be a folder of goldens in it")
+    try:
+        commit = _git(top, "rev-parse", "--verify", "-q", "HEAD")
+    except ValueError:
+        raise ValueError(f"{top} has no commit yet, which a golden names: commit first") from None
+    dirty = _git(top, "status", "--porcelain", "--", ".", f":(exclude,literal){inside}")
+    return Checkout(commit, not dirty, hash_of_code())
 
 
 def default_folder() -> Path:
@@ -465,7 +492,7 @@ class Store:
     def files(self) -> dict[tuple[str, str], Path]:
         """(case, device class) -> its file."""
         found = sorted(self.folder.glob("*/*.json"))
-        return {(file.parent.name, file.stem): file for file in found if file.parent.name != REPORTED}
+        return {(f.parent.name, f.stem): f for f in found if f.parent.name != REPORTED and f.name[0] != "."}
 
     @property
     def device_classes(self) -> set[str]:
@@ -478,11 +505,15 @@ class Store:
     def read(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
         """A golden and its tensors. Raises Damaged, naming file and field; FileNotFoundError where there is none."""
         file = self.file(case, device_class)
-        back = f"; get it back: git checkout -- {self.folder.name}/{case}"
+        back = f"; get it back: git checkout -- {self.folder}/{case}"
         try:
             golden = _parse(file.read_text(encoding="utf-8"), f"{case}/{file.name}")
+        except FileNotFoundError:
+            raise
         except UnicodeDecodeError:
             raise Damaged(f"{case}/{file.name} is no text{back}") from None
+        except OSError as error:
+            raise Damaged(f"{case}/{file.name} cannot be read ({error.strerror}){back}") from None
         except Damaged as damaged:
             raise Damaged(f"{damaged}{back}") from None
         for name, inside, outside in (("case", golden.case, case), ("device_class", golden.device_class, device_class)):
@@ -491,7 +522,7 @@ class Store:
         if golden.tensors is None:
             return golden, {}
         beside = self._tensors_file(golden)
-        if not beside.exists():
+        if not beside.is_file():
             raise Damaged(f"{case}/{beside.name} is missing, which field 'tensors' names{back}")
         data = beside.read_bytes()
         if digest(data) != golden.tensors:
@@ -502,21 +533,26 @@ class Store:
         return self.folder / golden.case / f"{golden.device_class}-{(golden.tensors or '')[:12]}.safetensors"
 
     def orphans(self, cases: Sequence[str]) -> list[str]:
-        """What lies there and belongs to no case: goldens, and folders."""
-        folders = sorted(f for f in self.folder.iterdir() if f.is_dir() and f.name != REPORTED)
-        return [f.name for f in folders if f.name not in cases]
+        """What lies there and belongs to no case: folders with goldens in them, and goldens beside the folders."""
+        folders = {file.parent.name for ending in ("json", "safetensors") for file in self.folder.glob(f"*/*.{ending}")}
+        loose = [file.name for file in self.folder.glob("*.json")]
+        return sorted(folders - {REPORTED, *cases}) + sorted(loose)
 
     def leftovers(self) -> list[Path]:
-        """What an interrupted write left behind; the next accept removes it."""
-        found = [*self.folder.glob(f"*/.*{_TEMPORARY}")]
-        for file in self.folder.glob("*/*.safetensors"):
-            device, _, start = file.stem.rpartition("-")
-            owner = self.file(file.parent.name, device)
-            if file.parent.name != REPORTED and not (
-                owner.exists() and f'"tensors": "{start}' in owner.read_text("utf-8")
-            ):
-                found.append(file)
-        return sorted(found)
+        """What an interrupted write of a golden left behind; the next accept of that golden removes it."""
+        return [file for case, device in self.files for file in self._stale(case, device)]
+
+    def _stale(self, case: str, device_class: str) -> list[Path]:
+        """Files of one golden's own names that it does not own; none where it cannot be read."""
+        file = self.file(case, device_class)
+        try:
+            golden = _parse(file.read_text(encoding="utf-8"), file.name)
+        except (OSError, ValueError):
+            return []
+        name = re.escape(device_class)
+        own = re.compile(rf"{name}-[0-9a-f]{{12}}\.safetensors|\.{name}[.-][\w.-]*\.\d+{re.escape(_TEMPORARY)}")
+        found = sorted(f for f in file.parent.iterdir() if own.fullmatch(f.name) and f.is_file() and not f.is_symlink())
+        return [f for f in found if f != self._tensors_file(golden)]
 
     # Candidates
 
@@ -540,35 +576,39 @@ class Store:
         now           the checkout that it is accepted in
         allow_worse   pattern of metrics -> per cent that they may be worse
 
-        Raises ValueError for an empty reason, a candidate of other code or of another commit, a dirty tree, and a
-        metric that is worse and not allowed to be.
+        Raises ValueError for an empty reason, a candidate of other code or of another commit, a dirty tree, a metric
+        that is worse or gone and not allowed to be, and a gate that was loosened without a word of it in the reason.
         """
-        name = f"{candidate.case}/{candidate.device_class}"
-        if not reason.strip():
+        name, reason = f"{candidate.case}/{candidate.device_class}", " ".join(reason.split())
+        if not reason or not reason.isprintable():
             raise ValueError('--reason is empty, but should say why the change is intended, e.g. "sinks are protected"')
         self._check_origin(candidate, now, name)
         metrics = candidate.metrics
         if self.file(candidate.case, candidate.device_class).exists():
             before, _ = self.read(candidate.case, candidate.device_class)
             _refuse_worse(before, candidate, allow_worse, name)
-            anchors = {metric.name: metric.anchor for metric in before.metrics}
+            if (changed := gate_changes(before, candidate)) and "gate" not in reason:
+                raise ValueError(f"{name}: {changed[0]}: if that is intended, the reason has to speak of the gate")
+            same = before.configuration == candidate.configuration
+            anchors = {metric.name: metric.anchor for metric in before.metrics if same}
             metrics = tuple(m.model_copy(update={"anchor": anchors.get(m.name, m.value)}) for m in metrics)
-        provenance = candidate.provenance.model_copy(update={"reason": reason.strip()})
+        provenance = candidate.provenance.model_copy(update={"reason": reason})
         return make(
             candidate.case, candidate.device_class, candidate.configuration, Measured(metrics, tensors),
             candidate.environment, provenance,
         )  # fmt: skip
 
-    def accept(self, golden: Golden, tensors: Tensors) -> Path:
-        """Write what was approved in place of the golden, and remove its candidate."""
+    def accept(self, golden: Golden, tensors: Tensors, candidate: Path | None = None) -> Path:
+        """Write what was approved in place of the golden, and remove the candidate it came from if that lies here."""
         with self._locked():
             if tensors:
                 _write(self._tensors_file(golden), _pack(tensors))
             file = self.file(golden.case, golden.device_class)
             _write(file, golden.text().encode())  # here, and at no other point, the golden changes
-            for stale in self.leftovers():
-                stale.unlink(missing_ok=True)
-            (file.parent / f"{golden.device_class}{_CANDIDATE}").unlink(missing_ok=True)
+            here = [candidate] if candidate and candidate.resolve().parent == file.parent.resolve() else []
+            with suppress(OSError):  # the golden is accepted, whatever becomes of these
+                for stale in (*self._stale(golden.case, golden.device_class), *here):
+                    stale.unlink(missing_ok=True)
         self.__dict__.pop("files", None)
         return file
 
@@ -606,7 +646,7 @@ class Store:
                 f"another `knorm golden` has been writing to {self.folder} for {_LOCK_SECONDS:g} s: wait for it"
             ) from None
         except PermissionError as error:
-            raise ValueError(f"cannot write to {self.folder}: {error.strerror}; nothing was changed") from None
+            raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from None
 
 
 def read_candidate(file: Path) -> tuple[Golden, Tensors]:
@@ -617,7 +657,7 @@ def read_candidate(file: Path) -> tuple[Golden, Tensors]:
         with safe_open(file, "np") as stream:
             text = (stream.metadata() or {}).get("golden", "")
         tensors = load(file.read_bytes())
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # whatever safetensors raises for dtypes that NumPy lacks
         raise Damaged(f"{file.name} is no candidate, or truncated ({error}): record it again") from None
     golden = _parse(text, file.name)
     tensors = tensors if golden.tensors else {}
@@ -626,18 +666,34 @@ def read_candidate(file: Path) -> tuple[Golden, Tensors]:
     return golden, tensors
 
 
+def gate_changes(before: Golden, now: Golden) -> list[str]:
+    """In words: metrics that a candidate lacks, and those that it judges by another gate."""
+    lost = [f"{metric.name} is gone" for metric in before.metrics if now.metric(metric.name) is None]
+    pairs = [(metric, now.metric(metric.name)) for metric in before.metrics]
+    return lost + [
+        f"the gate of {old.name} changes from {_gate_in_words(old.gate)} to {_gate_in_words(new.gate)}"
+        for old, new in pairs
+        if new is not None and new.gate != old.gate
+    ]
+
+
+def _gate_in_words(gate: Gate) -> str:
+    bounds = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha"}) if gate.noise else {}
+    return f"{gate.rule} ({', '.join(f'{k} {v}' for k, v in ({'threshold': gate.threshold} | bounds).items())})"
+
+
 def _refuse_worse(before: Golden, now: Golden, allow_worse: Mapping[str, float], name: str) -> None:
+    worse = []
     for metric in now.metrics:
         old = before.metric(metric.name)
         percent = worse_by(old, metric) if old else 0.0
-        allowed = max(
-            (limit for pattern, limit in allow_worse.items() if fnmatchcase(metric.name, pattern)), default=0.0
-        )
-        if old and percent > allowed:
-            raise ValueError(
-                f"{name}: {metric.name} is {percent:.3g}% worse ({old.value} before, {metric.value} now): if that is "
-                f"intended, --allow-worse '{metric.name}={math.ceil(percent * 10) / 10:g}'"
-            )
+        allowed = [limit for pattern, limit in allow_worse.items() if fnmatchcase(metric.name, pattern)]
+        if percent > max(allowed, default=0.0):
+            worse.append((metric.name, percent))
+    if worse:
+        said = ", ".join(f"{metric} is {percent:.3g}% worse" for metric, percent in worse)
+        flags = " ".join(f"--allow-worse '{metric}={math.ceil(min(p, 1e9) * 10) / 10:.1f}'" for metric, p in worse)
+        raise ValueError(f"{name}: {said}: if that is intended, {flags}")
 
 
 def parse_allowance(text: str) -> tuple[str, float]:
@@ -665,4 +721,4 @@ def _write(file: Path, data: bytes) -> None:
             os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ValueError(f"cannot write {file}: {error.strerror}; nothing was changed") from None
+        raise ValueError(f"cannot write {file}: {error.strerror}; it is as it was") from None

@@ -294,7 +294,7 @@ def changes_table(changes: Sequence[Change], title: str) -> Table:
             _value(c.after),
             difference,
             between,
-            "moved" if c.significant else "noise",
+            "moved" if c.significant else "within its gate",
         )
     table.caption = f"{same} are the same" if same and changed else None
     return table

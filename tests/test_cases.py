@@ -276,12 +276,15 @@ def test_a_case_whose_configuration_changed_has_moved(accepted, few, monkeypatch
 
 def test_orphans_and_damage_fail(accepted):
     Path("golden/retired").mkdir()
+    Path("golden/retired/old.json").touch()
+    Path("golden/empty").mkdir()
     file = Path(f"golden/tiny/{CPU}.json")
     file.write_text(file.read_text()[:-40])
     code, out, _ = accepted("verify")
     assert code == 1
     assert "DAMAGED       tiny" in out
     assert "ORPHAN        retired" in out
+    assert "empty" not in out
     assert "holds         selections" in out, "the others are still compared"
     code, out, _ = accepted("list")
     assert code == 1
@@ -329,6 +332,7 @@ def test_an_artifact_is_accepted(knorm):
         ("accept tiny --reason x --allow-worse nll", "should be METRIC=PERCENT"),
         ("accept nothing --reason x", "no case is named 'nothing'; there are selections, tiny"),
         ("diff", "there are no candidates in golden"),
+        ("list --json golden/out.json", "--json golden/out.json lies among the goldens"),
     ],
 )
 def test_wrong_usage_is_one_line(knorm, arguments, words):
@@ -344,6 +348,36 @@ def test_a_candidate_of_an_unrelated_case_is_refused(knorm, few, monkeypatch):
     code, _, err = knorm("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
     assert code == 2
     assert "is of case 'tiny', which there is not; there are selections" in err
+
+
+def test_two_candidates_for_one_golden_are_refused(knorm):
+    assert knorm("record", "tiny")[0] == 0
+    Path("other.candidate").write_bytes(Path(f"golden/tiny/{CPU}.candidate").read_bytes())
+    code, _, err = knorm("accept", "tiny", "other.candidate", "--reason", "x")
+    assert code == 2
+    assert f"is one of two candidates for tiny/{CPU}: give one of them" in err
+    assert knorm("accept", "other.candidate", "--reason", "x")[0] == 0
+    assert Path(f"golden/tiny/{CPU}.candidate").exists(), "another candidate than the accepted one stays"
+
+
+def test_a_damaged_golden_can_be_recorded_again(accepted):
+    Path(f"golden/tiny/{CPU}.json").write_text("{")
+    code, out, _ = accepted("record", "tiny")
+    assert code == 0
+    assert "DAMAGED: tiny/" in out
+    assert "tiny" in out.splitlines()[-1]
+
+
+def test_diff_says_what_verify_says(accepted, monkeypatch):
+    slower_attention(monkeypatch)
+    assert "MOVED" in accepted("verify", "tiny")[1]
+    accepted("record", "tiny")
+    code, out, _ = accepted("diff")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines() if line.rstrip().endswith("moved")] == [
+        finding.metric for finding in next(verify_goldens(Store(Path("golden")), ["tiny"])).findings
+        if finding.verdict == "moved"
+    ]  # fmt: skip
 
 
 def test_verifying_writes_nothing(accepted, tmp_path):

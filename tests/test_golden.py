@@ -31,6 +31,7 @@ from knorm.golden import (
     checkout,
     compare,
     environment_changes,
+    gate_changes,
     hash_of_code,
     judge_tokens,
     make,
@@ -86,9 +87,9 @@ def store(tmp_path):
     return store
 
 
-def accept(store, made, tensors=None, reason="why", allow=None, now=CLEAN):
+def accept(store, made, tensors=None, reason="why", allow=None, now=CLEAN, file=None):
     tensors = {"nll/0.5": NLL} if tensors is None else tensors
-    return store.accept(store.approve(made, tensors, reason, now=now, allow_worse=allow or {}), tensors)
+    return store.accept(store.approve(made, tensors, reason, now=now, allow_worse=allow or {}), tensors, file)
 
 
 def contents(folder):
@@ -178,7 +179,7 @@ def test_a_damaged_golden_is_refused_and_the_field_named(store, change, words):
         store.read("streaming", "cpu-x86_64")
     assert words in str(damaged.value)
     assert "streaming/cpu-x86_64.json" in str(damaged.value)
-    assert "git checkout -- golden/streaming" in str(damaged.value)
+    assert f"git checkout -- {store.folder}/streaming" in str(damaged.value)
     assert "\n" not in str(damaged.value)
 
 
@@ -241,6 +242,13 @@ def test_schedules_are_exact_in_the_same_environment_and_shown_elsewhere():
     assert verdicts(measured(schedule="cd34"), ELSEWHERE)["evicted_at/0.5"] == "shown"
 
 
+def test_a_value_that_is_not_finite_moves_in_words_that_json_can_hold():
+    golden = candidate()
+    found = compare(golden, {"nll/0.5": NLL}, measured(ratio=float("nan")), HERE)
+    (ratio,) = (f for f in found if f.metric == "ppl_ratio/0.5")
+    assert (ratio.verdict, ratio.measured, ratio.evidence) == ("moved", "nan", "is nan, not at most 1.5")
+
+
 def test_a_ratio_may_fall_but_not_rise():
     assert verdicts(measured(ratio=1.5002))["ppl_ratio/0.5"] == "moved"
     assert verdicts(measured(ratio=1.5001))["ppl_ratio/0.5"] == "holds"
@@ -276,6 +284,15 @@ def test_the_mean_absolute_difference_is_bounded_where_the_mean_stands_still():
     swung = NLL + np.where(np.arange(40) % 2, 1, -1) * 1.5 * MEAN_ABSOLUTE
     assert "on average" in moved(swung, same=True)
     assert "the typical window's tokens moved by 1.5e-04" in moved(swung, same=False)
+
+
+@pytest.mark.parametrize("by", [5.0, -2.0, 0.1])
+def test_damage_to_few_windows_moves_wherever_it_is_measured(by):
+    few = NLL.copy()
+    few[1:3] += by
+    few[5] -= by
+    assert moved(few, same=True)
+    assert "one window's tokens moved by" in moved(few, same=False)
 
 
 def test_a_shift_of_all_windows_moves_and_one_within_the_noise_does_not():
@@ -340,8 +357,8 @@ def test_a_damaged_candidate_is_refused(store, tmp_path):
 
 def test_acceptance_keeps_the_anchor_and_removes_the_candidate_and_old_tensors(store):
     better = measured(NLL - np.float32(0.5), ratio=1.4)
-    store.write_candidate(candidate(better), better.tensors)
-    accept(store, candidate(better), better.tensors, "attends better")
+    file = store.write_candidate(candidate(better), better.tensors)
+    accept(store, candidate(better), better.tensors, "attends better", file=file)
     golden, tensors = store.read("streaming", "cpu-x86_64")
     assert golden.metric("ppl_ratio/0.5").value == 1.4
     assert golden.metric("ppl_ratio/0.5").anchor == 1.5, "the first accepted value"
@@ -379,7 +396,7 @@ def test_a_worse_metric_needs_to_be_allowed_by_name_and_per_cent(store):
     worse = measured(NLL * np.float32(1.01), ratio=1.503)
     made, before = candidate(worse), contents(store.folder)
     for allow, words in (
-        ({}, r"nll/0.5 is 1% worse .*--allow-worse 'nll/0.5=1"),
+        ({}, r"nll/0.5 is 1% worse, ppl_ratio/0.5 is 0.2% worse: .*--allow-worse 'nll/0.5=1.* 'ppl_ratio/0.5=0.2'"),
         ({"nll/0.5": 0.5}, "nll/0.5 is 1% worse"),
         ({"nll/*": 1.1}, "ppl_ratio/0.5 is 0.2% worse"),
     ):
@@ -403,6 +420,53 @@ def test_an_allowance_is_a_metric_and_a_per_cent(text):
     assert parse_allowance("nll/0.5=2.5") == ("nll/0.5", 2.5)
     with pytest.raises(ValueError, match="should be METRIC=PERCENT"):
         parse_allowance(text)
+
+
+def test_what_was_nothing_and_is_something_is_worse():
+    assert worse_by(*(metric("bytes", value, "memory", Gate(rule="shown"), "lower") for value in (0.0, 5.0))) == np.inf
+
+
+def with_gates(gate):
+    one, *rest = measured().metrics
+    return Measured((one.model_copy(update={"gate": gate}), *rest), {"nll/0.5": NLL})
+
+
+def test_a_gate_is_not_loosened_and_no_metric_lost_in_silence(store):
+    loose = TOKENS.model_copy(update={"noise": NOISE.model_copy(update={"typical": 1.0})})
+    with pytest.raises(ValueError, match=r"the gate of nll/0.5 changes from tokens .*typical 1e-05.* to .*typical 1.0"):
+        accept(store, candidate(with_gates(loose)))
+    with pytest.raises(ValueError, match=r"ppl_ratio/0.5 is gone: if that is intended, the reason has to speak of"):
+        accept(store, candidate(Measured(measured().metrics[:3], {"nll/0.5": NLL})))
+    assert not gate_changes(candidate(), candidate(measured(seen=7)))
+    accept(store, candidate(with_gates(loose)), reason="the gate follows what 500 runs showed")
+    assert store.read("streaming", "cpu-x86_64")[0].metrics[0].gate == loose
+
+
+def test_a_candidate_of_too_few_runs_or_without_its_tokens_is_none():
+    with pytest.raises(Damaged, match=r"field 'tensors' is null, but nll/0.5 is judged by its tokens"):
+        candidate(Measured(measured().metrics, {}))
+    with pytest.raises(Damaged, match="field 'metrics': tuple should have at least 1 item"):
+        candidate(Measured((), {}))
+    for place in ({"case": "../up"}, {"device": "../../evil"}, {"device": ""}):
+        with pytest.raises(Damaged, match="string should match pattern"):
+            candidate(**place)
+    few = json.loads(candidate().text())
+    few["provenance"]["runs"] = 1
+    with pytest.raises(Damaged, match=r"field 'provenance.runs': input should be greater than or equal to 3"):
+        module._parse(json.dumps(few), "a")
+
+
+def test_anchors_are_those_of_the_same_configuration(store):
+    made = candidate(measured(seen=7)).model_copy(update={"configuration": {"windows": 9}})
+    golden = store.approve(made, {"nll/0.5": NLL}, "more windows", now=CLEAN, allow_worse={})
+    assert golden.metric("seen/0.5").anchor == 7
+
+
+def test_a_reason_is_one_line(store):
+    accept(store, candidate(measured(seen=7)), reason="two\n lines")
+    assert store.read("streaming", "cpu-x86_64")[0].provenance.reason == "two lines"
+    with pytest.raises(ValueError, match="--reason is empty"):
+        accept(store, candidate(measured(seen=8)), reason="\x1b[2J")
 
 
 # Checkouts
@@ -458,6 +522,32 @@ def test_outside_of_git_a_commit_has_to_be_named(tmp_path, monkeypatch):
         checkout(tmp_path)
     monkeypatch.setenv("KNORM_COMMIT", "e" * 40)
     assert checkout(tmp_path) == Checkout("e" * 40, True, hash_of_code())
+    monkeypatch.setenv("KNORM_COMMIT", "HEAD")
+    with pytest.raises(ValueError, match="KNORM_COMMIT=HEAD, but should be the 40 digits of a commit"):
+        checkout(tmp_path)
+
+
+def test_inside_of_git_the_checkout_is_looked_at_whatever_is_named(repository, monkeypatch):
+    (repository.parent / "code.py").write_text("x = 2\n")
+    monkeypatch.setenv("KNORM_COMMIT", "e" * 40)
+    found = checkout(repository)
+    assert (found.clean, found.commit == "e" * 40) == (False, False)
+
+
+def test_a_whole_checkout_is_no_folder_of_goldens_and_one_without_commits_has_none(repository, tmp_path):
+    with pytest.raises(ValueError, match="is a whole checkout, but should be a folder of goldens in it"):
+        checkout(repository.parent)
+    folder = tmp_path / "new" / "gold[en] *"
+    folder.mkdir(parents=True)
+    git(folder.parent, "init", "-q")
+    with pytest.raises(ValueError, match="has no commit yet, which a golden names: commit first"):
+        checkout(folder)
+    (folder.parent / "golden").write_text("changed")
+    (folder / "a").write_text("a")
+    git(folder.parent, "add", "-A")
+    git(folder.parent, "commit", "-qm", "one")
+    (folder.parent / "golden").write_text("changed again")
+    assert not checkout(folder).clean, "what the folder's name would match as a pattern is not left out"
 
 
 # Faults
@@ -528,13 +618,38 @@ def test_record_and_accept_killed_at_200_points_leave_the_old_golden_or_the_new(
     assert new >= 1, "some kills came after the golden changed"
 
 
-def test_the_next_acceptance_removes_what_an_interrupted_one_left(store):
-    (store.folder / "streaming" / ".cpu-x86_64.json.77.tmp").write_text("half")
-    (store.folder / "streaming" / "cpu-x86_64-0123456789ab.safetensors").write_bytes(b"of nobody")
-    assert len(store.leftovers()) == 2
-    store.read("streaming", "cpu-x86_64")
+def test_the_next_acceptance_removes_what_an_interrupted_one_left_and_nothing_else(store):
+    folder = store.folder / "streaming"
+    innocent = [
+        "model.safetensors",
+        ".notes.tmp",
+        "cpu-x86_64-best.safetensors",
+        "nvidia-h200-0123456789ab.safetensors",
+        ".nvidia-h200.json.7.tmp",
+        "../assets/cpu-x86_64-0123456789ab.safetensors",
+        "cpu-x86_64.candidate",
+    ]
+    (store.folder / "assets").mkdir()
+    for name in innocent:
+        (folder / name).write_bytes(b"precious")
+    (folder / ".cpu-x86_64.old.1.tmp").mkdir()
+    store.file("prefill", "cpu-x86_64").parent.mkdir()
+    store.file("prefill", "cpu-x86_64").write_bytes(b"\xff not a golden")
+    (store.folder / "prefill" / "cpu-x86_64-0123456789ab.safetensors").write_bytes(b"precious")
+    (folder / ".cpu-x86_64.json.77.tmp").write_text("half")
+    (folder / "cpu-x86_64-0123456789ab.safetensors").write_bytes(b"of nobody")
+    assert [f.name for f in store.leftovers()] == [".cpu-x86_64.json.77.tmp", "cpu-x86_64-0123456789ab.safetensors"]
     accept(store, candidate(measured(seen=7)))
     assert not store.leftovers()
+    assert all((folder / name).exists() for name in innocent)
+    assert (store.folder / "prefill" / "cpu-x86_64-0123456789ab.safetensors").exists()
+    assert store.read("streaming", "cpu-x86_64")[0].metric("seen/0.5").value == 7
+
+
+def test_a_folder_in_place_of_a_file_is_damage(store):
+    store.file("streaming", "nvidia-h200").mkdir()
+    with pytest.raises(Damaged, match=r"streaming/nvidia-h200.json cannot be read \(Is a directory\)"):
+        store.read("streaming", "nvidia-h200")
 
 
 def _accept_many(folder, letter):
@@ -589,7 +704,7 @@ def test_a_full_disk_or_a_read_only_folder_is_one_line_and_changes_nothing(store
         lambda: store.write_candidate(candidate(better), better.tensors),
         lambda: accept(store, candidate(better), better.tensors),
     ):
-        with pytest.raises(ValueError, match=rf"cannot write .*{words}; nothing was changed"):
+        with pytest.raises(ValueError, match=rf"cannot write .*{words}; it is as it was"):
             write()
         assert contents(store.folder) == before
 
@@ -617,5 +732,5 @@ def test_a_folder_in_which_no_lock_can_be_made_is_one_line(store, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with pytest.raises(ValueError, match=r"cannot write to .*Permission denied; nothing was changed"):
+    with pytest.raises(ValueError, match=r"cannot write to .*Permission denied"):
         store.write_candidate(candidate(), {"nll/0.5": NLL})

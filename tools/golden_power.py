@@ -206,7 +206,7 @@ def document(files: list[Path]) -> str:
         "judged as `knorm golden verify` judges it. Every fourth run is in the golden's own environment, where the "
         "hash of `evicted_at` and each token's NLL are gated; for the others, what must not matter is drawn anew: "
         "threads (1, 2), windows at a time (1 to 8), their order, attention (blocks of queries through SDPA; written "
-        "out, eagerly; slots shuffled). Runs made before a bound was widened are judged by the present one. Numbers in "
+        "out, eagerly; slots shuffled). Numbers in "
         "nats are the largest of all cases and ratios of a run.\n",
     ]
     for device in sorted({row["device"] for row in rows}):
@@ -238,6 +238,14 @@ def document(files: list[Path]) -> str:
                 parts.append(f"Injected changes, in {where}: runs in which a gate fired.\n")
                 parts.append(table(["change", *gates, "**any**", "typical token"], lines))
     noise = {name: value.model_dump() for name, value in NOISE.items()}
+    parts.append(
+        "One CPU run of 244, the first pass of a fresh process, moved the typical token by 4.6e-5, for no cause that "
+        "could be found or repeated. It fired under the bound of 1e-5 that held then; the bound was widened to 1e-4 "
+        "because of it, and all runs are judged by that here: this one run is no independent proof. The injected "
+        "changes touch every window and lie at least ten times beyond a gate; what touches few windows is bounded by "
+        "`golden.ANY_WINDOW` and shown in `tests/test_golden.py`. None of them changes peak memory: the power of its "
+        "gate is not shown.\n"
+    )
     parts.append(f"What the gates know of this (`knorm/cases.py`, stored with each golden): `{json.dumps(noise)}`.\n")
     return "\n".join(parts)
 
