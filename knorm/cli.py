@@ -616,8 +616,12 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
         except Damaged as damaged:
             console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
     found = changes(old, (made, tensors))
-    title = f"{made.case} ({made.device_class})" + ("" if old else ", new")
-    console.print(changes_table(found, title) if old else f"{title}: {len(found)} metrics")
+    title = f"{made.case} ({made.device_class})"
+    if old and any(change.before != change.after for change in found):
+        console.print(changes_table(found, title))
+    else:
+        said = f"{title}: nothing differs in {len(found)} metrics" if old else f"{title}, new: {len(found)} metrics"
+        console.print(said, markup=False)
     if old:
         was, now = old[0].configuration, made.configuration
         for name in differing(was, now):

@@ -667,19 +667,23 @@ def read_candidate(file: Path) -> tuple[Golden, Tensors]:
 
 
 def gate_changes(before: Golden, now: Golden) -> list[str]:
-    """In words: metrics that a candidate lacks, and those that it judges by another gate."""
-    lost = [f"{metric.name} is gone" for metric in before.metrics if now.metric(metric.name) is None]
-    pairs = [(metric, now.metric(metric.name)) for metric in before.metrics]
-    return lost + [
-        f"the gate of {old.name} changes from {_gate_in_words(old.gate)} to {_gate_in_words(new.gate)}"
-        for old, new in pairs
-        if new is not None and new.gate != old.gate
-    ]
+    """In words: metrics that a candidate lacks, and bounds by which it would judge others than before."""
+    words: dict[str, list[str]] = {}
+    for metric in before.metrics:
+        new = now.metric(metric.name)
+        if new is None:
+            words.setdefault("gone", []).append(metric.name)
+            continue
+        was, will = _bounds(metric.gate), _bounds(new.gate)
+        if changed := differing(was, will):
+            said = ", ".join(f"{name} {was.get(name)} becomes {will.get(name)}" for name in changed)
+            words.setdefault(f"judged by another gate: {said}", []).append(metric.name)
+    return [f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {what}" for what, names in words.items()]
 
 
-def _gate_in_words(gate: Gate) -> str:
-    bounds = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha"}) if gate.noise else {}
-    return f"{gate.rule} ({', '.join(f'{k} {v}' for k, v in ({'threshold': gate.threshold} | bounds).items())})"
+def _bounds(gate: Gate) -> dict[str, Any]:
+    noise = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha"}) if gate.noise else {}
+    return {"rule": gate.rule, "threshold": gate.threshold} | noise
 
 
 def _refuse_worse(before: Golden, now: Golden, allow_worse: Mapping[str, float], name: str) -> None:
