@@ -274,6 +274,18 @@ def test_a_case_whose_configuration_changed_has_moved(accepted, few, monkeypatch
     assert "its configuration changed: windows was 4, is 5: record it again" in out
 
 
+def test_a_case_that_raises_has_moved_and_the_others_are_compared(accepted, few, monkeypatch):
+    def broken(device, how):
+        raise ValueError("the key at layer 2 has no norm")
+
+    monkeypatch.setitem(few, "selections", replace(few["selections"], measure=broken))
+    code, out, _ = accepted("verify")
+    assert code == 1
+    assert "MOVED         selections" in out
+    assert "it cannot be measured any more: the key at layer 2 has no norm" in out
+    assert "holds         tiny" in out
+
+
 def test_orphans_and_damage_fail(accepted):
     Path("golden/retired").mkdir()
     Path("golden/retired/old.json").touch()
