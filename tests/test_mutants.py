@@ -26,10 +26,16 @@ def test_a_mutant_is_refuted_by_its_check(mutant):
     assert mutant.words in result.counterexample
 
 
+@pytest.fixture
+def fewer(monkeypatch):
+    """A third of the examples."""
+    third = {slow: replace(effort, examples=effort.examples // 3) for slow, effort in EFFORT["quick"].items()}
+    monkeypatch.setitem(EFFORT, "quick", third)
+
+
 @pytest.mark.parametrize("correct", CORRECT, ids=lambda correct: correct.name)
-def test_a_correct_subject_is_refuted_by_nothing_but_what_is_expected(correct, monkeypatch):
-    fewer = {slow: replace(effort, examples=effort.examples // 3) for slow, effort in EFFORT["quick"].items()}
-    monkeypatch.setitem(EFFORT, "quick", fewer)  # tools/bench_laws.py does it in full, with many seeds
+@pytest.mark.usefixtures("fewer")  # tools/bench_laws.py does it in full, with many seeds
+def test_a_correct_subject_is_refuted_by_nothing_but_what_is_expected(correct):
     results = [r for r in iter_results(correct.subject, expected_failures=correct.expected) if r.reason is None]
     assert {r.verdict for r in results} == {"holds"}
 
@@ -103,6 +109,7 @@ def test_the_seed_documents_fix_holds():
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("fewer")
 def test_knorms_own_core_holds_however_it_is_configured(promised):
     results = check_compressor(compress, replace(KNORM, **promised), seed=1)
     assert not [describe(result) for result in results if result.failed]
