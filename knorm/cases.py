@@ -26,8 +26,6 @@ from knorm.attention import Attend
 from knorm.core import compress
 from knorm.evaluation import cut_windows
 from knorm.golden import (
-    REPORTED,
-    Checkout,
     Environment,
     Finding,
     Gate,
@@ -36,9 +34,7 @@ from knorm.golden import (
     Metric,
     Noise,
     Provenance,
-    Store,
     compare,
-    default_folder,
     differing,
     digest,
     environment_changes,
@@ -51,6 +47,7 @@ from knorm.perplexity import exact_run
 from knorm.policy import Policy
 from knorm.reported import PYTHIA, Reported, load_seed_texts, read_claims, seed_ids
 from knorm.schedule import cache_lengths
+from knorm.store import REPORTED, Checkout, Store, default_folder
 
 RATIOS = ("1.0", "0.95", "0.7", "0.5", "0.1")
 RUNS = 3  # that agree, at least, before anything is recorded

@@ -473,7 +473,7 @@ _golden_dir = click.option(
 
 def _store(folder: Path | None, json: Path | None) -> Any:
     """The goldens; a result must not be written among them."""
-    from knorm.golden import Store
+    from knorm.store import Store
 
     store = Store(folder)
     if json and store.folder.resolve() in json.resolve().parents:
@@ -577,8 +577,8 @@ def golden_record(
     import torch
 
     from knorm.cases import CASES, find_case, record
-    from knorm.golden import checkout
     from knorm.models import hush
+    from knorm.store import checkout
 
     if bool(cases) == everything:
         raise ValueError("name the cases to record, or give --all")
@@ -634,7 +634,8 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
 def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, Any, Any]]:
     """Candidates by case, or by file, with their files; refuses what there is not, and two for one golden."""
     from knorm.cases import CASES, find_case
-    from knorm.golden import differing, read_candidate
+    from knorm.golden import differing
+    from knorm.store import read_candidate
 
     files: list[Path] = []
     for name in names:
@@ -692,7 +693,7 @@ def golden_accept(
     golden_dir: Path | None,
 ) -> None:
     """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded."""
-    from knorm.golden import checkout, parse_allowance
+    from knorm.store import checkout, parse_allowance
 
     if not candidates:
         raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")

@@ -6,19 +6,18 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.attention import attend_seen
 from knorm.evaluation import NEWEST, Row, Windows, check_prompt, evaluate, mean_recent
+from knorm.interval import interval
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, Score
 from knorm.schedule import cache_lengths, evicted_at
@@ -85,16 +84,6 @@ class Explanation:
     def loss(self) -> float:
         """What compression costs, in nats per token."""
         return self.nll - self.nll_full
-
-
-def interval(differences: Tensor, level: float = 0.95) -> tuple[float | None, float | None]:
-    """Student's interval of the mean of one number a window: [windows] -> low, high; None, None for one window."""
-    count = len(differences)
-    if count < 2:
-        return None, None
-    mean, error = float(differences.mean()), float(differences.std()) / math.sqrt(count)
-    reach = float(stats.t.ppf((1 + level) / 2, count - 1)) * error
-    return mean - reach, mean + reach
 
 
 def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
@@ -347,7 +336,7 @@ def explain(
             options = placed(changed, prompt, options)  # noqa: PLW2901
         changes, _ = nll(name, _Case(changed, prompt, options))  # whatever its prompt, the same tokens are scored
         difference = changes - own
-        change, (low, high) = float(difference.mean()), interval(difference.mean(1))
+        change, (low, high) = float(difference.mean()), interval(difference.mean(1).cpu())
         effect = Effect(
             name, float(changes.mean()), change, low, high,
             -change / loss if loss > NO_LOSS and name not in NO_REMEDY else None, float(difference.abs().max()), "",

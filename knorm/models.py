@@ -56,17 +56,17 @@ def load_embedded(
     return load_model(str(ASSETS), dtype=dtype, device=device)
 
 
-def random_gpt_neox() -> PreTrainedModel:
+def random_gpt_neox(positions: int = 2048) -> PreTrainedModel:
     """A GPT-NeoX of Pythia-70M's exact shape, 70,426,624 parameters, in eval mode: float32, random, never trained.
 
     Its weights are integers of NumPy's PCG64 scaled by powers of two, the same bits on every machine (torch's own
-    generators differ between CPUs).
+    generators differ between CPUs). positions: tokens of a text at most.
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     config = GPTNeoXConfig(
         vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
-        max_position_embeddings=2048, tie_word_embeddings=False,
+        max_position_embeddings=positions, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.25},
     )  # fmt: skip
     with torch.device("meta"):  # weights that are overwritten anyway need no initialisation, which takes seconds

@@ -55,8 +55,8 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., Any]:
         from rich.console import Console
 
         from knorm.cases import verify_goldens
-        from knorm.golden import Store
         from knorm.report import show_outcome
+        from knorm.store import Store
 
         folder = request.config.getoption("golden_dir")
         try:

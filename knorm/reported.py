@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,6 +32,7 @@ from knorm.explain import attend_shuffled
 from knorm.models import HUB_TEXTS, hub_files, load_model, read_rows
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, exact_ratio, retained_count
+from knorm.strict import Strict, first_error, no_field_twice
 
 PYTHIA = "EleutherAI/pythia-70m-deduped@e93a9faa9c77e5d09219f6c868bfc7a1bd65593c"
 ROUNDS = 7  # of timing, after one for warm-up
@@ -46,10 +47,6 @@ _SUFFIXES = {"nats": " nats", "ratio": "x", "s": " s", "tokens/s": " /s"}
 # The report as data
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
 def _written_ratio(ratio: str) -> str:
     exact_ratio(ratio)
     return ratio
@@ -58,7 +55,7 @@ def _written_ratio(ratio: str) -> str:
 Ratios = tuple[Annotated[str, AfterValidator(_written_ratio)], ...]
 
 
-class Source(_Strict):
+class Source(Strict):
     """The model of a report: a Hub id, and the commit that stands for it."""
 
     name: str
@@ -66,7 +63,7 @@ class Source(_Strict):
     note: str
 
 
-class Excerpt(_Strict):
+class Excerpt(Strict):
     """How one text is cut: the first row of a data set that has `least` characters, its first `characters`.
 
     prompt_characters, new_tokens   of the timed generation
@@ -80,7 +77,7 @@ class Excerpt(_Strict):
     new_tokens: int = Field(ge=2)
 
 
-class Protocol(_Strict):
+class Protocol(Strict):
     """How the numbers came about; what is measured follows it.
 
     plain_tokens   at most so many in the plain pass at ratio 1; streamed_tokens: in compressed runs
@@ -112,7 +109,7 @@ class Protocol(_Strict):
         return Policy(ratio, self.prune_after, self.skip_layers, protocol="streaming")
 
 
-class Figures(_Strict):
+class Figures(Strict):
     """One table as it was published; null where a cell is empty."""
 
     id: str
@@ -128,7 +125,7 @@ class Figures(_Strict):
         return self
 
 
-class Claim(_Strict):
+class Claim(Strict):
     """One number that was reported, and how near a measured one has to come.
 
     kind         "baseline", "compressed": within `tolerance`, relative. "change": within it, absolute. "difference": at
@@ -156,7 +153,7 @@ class Claim(_Strict):
         return self
 
 
-class Reported(_Strict):
+class Reported(Strict):
     """A report: where it comes from, how it was made, what it says, and what is known to be inconsistent in it."""
 
     schema_version: Literal[1]
@@ -175,23 +172,14 @@ class Reported(_Strict):
         return self
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"field {', '.join(sorted(twice))} stands there twice")
-    return dict(pairs)
-
-
 def read_claims(file: Path) -> Reported:
     """A report from its .json. Raises ValueError, in one line that names the field, for anything but a Reported."""
     try:
         text = file.read_text(encoding="utf-8")
-        json.loads(text, object_pairs_hook=_unique)
+        json.loads(text, object_pairs_hook=no_field_twice)
         return Reported.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the report"
-        raise ValueError(f"{file.name}: field {where}: {first['msg'].removeprefix('Value error, ').lower()}") from None
+        raise ValueError(f"{file.name}: {first_error(error)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file.name} cannot be read: {error}") from None
 

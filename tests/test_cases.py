@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
-from knorm import Policy, cases, golden, retained_count
+from knorm import Policy, cases, golden, retained_count, store
 from knorm.cases import CASES, RANDOM_SHA256, Case, How, curve, device_class, environment, record, verify_goldens
 from knorm.cli import main
-from knorm.golden import Checkout, Store, hash_of_code
 from knorm.models import ASSETS
 from knorm.perplexity import exact_run, stream_nll
+from knorm.store import Checkout, Store, hash_of_code
 
 POLICIES = tuple(Policy(ratio, 8, (0,), protocol="streaming") for ratio in ("1.0", "0.5"))
 CPU = f"cpu-{platform.machine().lower()}"
@@ -312,10 +312,10 @@ def test_reported_numbers_are_no_orphan(accepted):
 
 def test_nothing_is_accepted_where_one_of_several_is_refused(knorm, monkeypatch):
     assert knorm("record", "--all")[0] == 0
-    real = golden.hash_of_code
-    monkeypatch.setattr(golden, "hash_of_code", lambda: "0" * 64)
+    real = store.hash_of_code
+    monkeypatch.setattr(store, "hash_of_code", lambda: "0" * 64)
     assert knorm("record", "tiny")[0] == 0
-    monkeypatch.setattr(golden, "hash_of_code", real)
+    monkeypatch.setattr(store, "hash_of_code", real)
     code, _, err = knorm("accept", "selections", "tiny", "--reason", "both")
     assert (code, files()) == (2, {})
     assert "was made by other code than this" in err

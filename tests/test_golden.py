@@ -16,10 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from knorm import golden as module
+from knorm import store as module
 from knorm.golden import (
     MEAN_ABSOLUTE,
-    Checkout,
     Damaged,
     Environment,
     Gate,
@@ -27,19 +26,16 @@ from knorm.golden import (
     Metric,
     Noise,
     Provenance,
-    Store,
-    checkout,
     compare,
     environment_changes,
     gate_changes,
-    hash_of_code,
     judge_tokens,
     make,
-    parse_allowance,
-    read_candidate,
+    parse,
     shift_of,
     worse_by,
 )
+from knorm.store import Checkout, Store, checkout, hash_of_code, parse_allowance, read_candidate
 
 NOISE = Noise(runs=200, sigma=1e-7, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0)
 TOKENS = Gate(rule="tokens", threshold=2e-6, noise=NOISE)
@@ -122,8 +118,8 @@ def edited(text, change):
 
 
 BROKEN = {
-    "truncated": (lambda text: text[: len(text) // 2], "is truncated or no JSON"),
-    "empty": (lambda text: "", "is truncated or no JSON"),
+    "truncated": (lambda text: text[: len(text) // 2], "is truncated, edited or no JSON"),
+    "empty": (lambda text: "", "is truncated, edited or no JSON"),
     "a list": (lambda text: "[]", "field 'schema_version' is None, but this knorm reads 1"),
     "unknown version": (
         lambda text: edited(text, lambda f: f.update(schema_version=9)),
@@ -143,25 +139,25 @@ BROKEN = {
     ),
     "an unknown field": (
         lambda text: edited(text, lambda f: f.update(more=1)),
-        "field 'more': extra inputs are not permitted",
+        "field more: extra inputs are not permitted",
     ),
     "an unknown field inside": (
         lambda text: edited(text, lambda f: f["metrics"][0]["gate"].update(slack=1)),
-        "field 'metrics.0.gate.slack': extra inputs",
+        "field metrics.0.gate.slack: extra inputs",
     ),
     "a missing field": (
         lambda text: edited(text, lambda f: f.pop("environment")),
-        "field 'environment': field required",
+        "field environment: field required",
     ),
     "a number as text": (
         lambda text: edited(text, lambda f: f["environment"].update(threads="1")),
-        "field 'environment.threads': input should be a valid integer",
+        "field environment.threads: input should be a valid integer",
     ),
     "not a number": (lambda text: text.replace('"value": 100', '"value": NaN'), "a value is NaN, but should be finite"),
     "infinite": (lambda text: text.replace('"value": 1.5', '"value": -Infinity'), "a value is -Infinity"),
     "a field twice": (
         lambda text: text.replace('"case"', '"tensors": null, "case"', 1),
-        "field 'tensors' stands there twice",
+        "field tensors stands there twice",
     ),
     "a metric twice": (
         lambda text: edited(text, lambda f: f["metrics"].append(f["metrics"][0])),
@@ -411,7 +407,7 @@ def test_what_is_within_the_noise_is_not_worse():
     old, new = (metric("nll", value, "nll", TOKENS, "lower") for value in (3.0, 3.000001))
     assert worse_by(old, new) == 0
     assert worse_by(metric("seen", 1), metric("seen", 2)) == 0, "neither way is better"
-    higher = [metric("rate", value, "memory", Gate(rule="shown"), "higher") for value in (10.0, 9.0)]
+    higher = [metric("rate", value, "memory", Gate(rule="at_most", threshold=0.0), "higher") for value in (10.0, 9.0)]
     assert worse_by(*higher) == pytest.approx(10)
 
 
@@ -423,7 +419,12 @@ def test_an_allowance_is_a_metric_and_a_per_cent(text):
 
 
 def test_what_was_nothing_and_is_something_is_worse():
-    assert worse_by(*(metric("bytes", value, "memory", Gate(rule="shown"), "lower") for value in (0.0, 5.0))) == np.inf
+    assert (
+        worse_by(
+            *(metric("bytes", value, "memory", Gate(rule="at_most", threshold=0.0), "lower") for value in (0.0, 5.0))
+        )
+        == np.inf
+    )
 
 
 def with_gates(gate):
@@ -449,15 +450,15 @@ def test_a_gate_is_not_loosened_and_no_metric_lost_in_silence(store):
 def test_a_candidate_of_too_few_runs_or_without_its_tokens_is_none():
     with pytest.raises(Damaged, match=r"field 'tensors' is null, but nll/0.5 is judged by its tokens"):
         candidate(Measured(measured().metrics, {}))
-    with pytest.raises(Damaged, match="field 'metrics': tuple should have at least 1 item"):
+    with pytest.raises(Damaged, match="field metrics: tuple should have at least 1 item"):
         candidate(Measured((), {}))
     for place in ({"case": "../up"}, {"device": "../../evil"}, {"device": ""}):
         with pytest.raises(Damaged, match="string should match pattern"):
             candidate(**place)
     few = json.loads(candidate().text())
     few["provenance"]["runs"] = 1
-    with pytest.raises(Damaged, match=r"field 'provenance.runs': input should be greater than or equal to 3"):
-        module._parse(json.dumps(few), "a")
+    with pytest.raises(Damaged, match=r"field provenance.runs: input should be greater than or equal to 3"):
+        parse(json.dumps(few), "a")
 
 
 def test_anchors_are_those_of_the_same_configuration(store):
@@ -567,7 +568,8 @@ def killed(line, action):
         def trace(frame, event, _):
             nonlocal count
             if not any(
-                name in frame.f_code.co_filename for name in ("golden.py", "filelock", "pathlib", "safetensors")
+                name in frame.f_code.co_filename
+                for name in ("store.py", "golden.py", "filelock", "pathlib", "safetensors")
             ):
                 return None
             if event == "line":

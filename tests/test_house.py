@@ -15,6 +15,8 @@ import knorm
 PACKAGE = Path(knorm.__file__).parent
 ORDER = [
     "policy",
+    "strict",
+    "interval",
     "core",
     "schedule",
     "attention",
@@ -27,6 +29,7 @@ ORDER = [
     "reported",
     "facts",
     "golden",
+    "store",
     "cases",
     "laws",
     "supervisor",

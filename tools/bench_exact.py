@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
 from knorm import Policy, load_embedded
 from knorm.evaluation import cut_windows
-from knorm.models import load_text
+from knorm.models import load_text, random_gpt_neox
 from knorm.perplexity import NEAR_TIE, agreement, exact_run, stream_run
 
 
@@ -84,16 +84,6 @@ def cpu() -> None:
     print(f"\nThis loop runs 8 windows at a time; one at a time, {loop:.1f} s a window, {loop / one:.0f}x one pass.\n")
 
 
-def pythia(positions: int) -> GPTNeoXForCausalLM:
-    """Pythia-70M's shape, random weights, on CUDA."""
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=50304, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
-        max_position_embeddings=positions, rotary_pct=0.25, tie_word_embeddings=False,
-    )  # fmt: skip
-    return GPTNeoXForCausalLM(config).to("cuda").eval()
-
-
 def cuda() -> None:
     @torch.no_grad()
     def plain(model: GPTNeoXForCausalLM, ids: torch.Tensor) -> None:
@@ -108,7 +98,7 @@ def cuda() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for dtype in (torch.float32, torch.bfloat16):
         for length, prunes in ((2048, (512, 32)), (32768, (512, 32))):
-            model = pythia(length).to(dtype)
+            model = random_gpt_neox(length).to("cuda", dtype)
             ids = torch.randint(0, 50304, (1, length), generator=draw).cuda()
             for prune_after in prunes:
                 for ratio in ("0.9", "0.5"):
@@ -131,7 +121,7 @@ def cuda() -> None:
                         f"| {memory[0]:.0f} | {memory[1]:.0f} |",
                         flush=True,
                     )
-    model = pythia(2048)
+    model = random_gpt_neox().to("cuda")
     ids = torch.randint(0, 50304, (1, 1024), generator=draw).cuda()
     policy = Policy("0.5", 128, protocol="streaming")
     for dtype in (torch.float32, torch.bfloat16):

@@ -16,7 +16,7 @@ import transformers
 from knorm import Policy, load_embedded
 from knorm.evaluation import Windows, cut_windows
 from knorm.explain import explain
-from knorm.models import hush, load_text
+from knorm.models import hush, load_text, random_gpt_neox
 
 
 def main() -> None:
@@ -27,9 +27,10 @@ def main() -> None:
     windows = cut_windows(tokenizer, load_text("narrative"), 512, 8)
     what = "embedded model, 8 windows of 512 tokens"
     if device == "cuda":
-        from bench_exact import pythia
-
-        model, ids = pythia(1024), torch.randint(0, 4096, (64, 1024), generator=torch.Generator().manual_seed(0))
+        model, ids = (
+            random_gpt_neox().to("cuda"),
+            torch.randint(0, 4096, (64, 1024), generator=torch.Generator().manual_seed(0)),
+        )
         windows, what = Windows(ids, ids.cumsum(1)), "Pythia-70M's shape, 64 windows of 1,024 tokens"
         policy = Policy("0.9", 512, (0,), protocol="streaming")
     steps: list[tuple[str, float]] = []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from knorm.cases import CASES, How, record
-from knorm.golden import Checkout, Store, hash_of_code
+from knorm.store import Checkout, Store, hash_of_code
 
 CUDA = [case.id for case in CASES.values() if "cuda" in case.devices and not case.optional]
 
