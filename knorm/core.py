@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from knorm import kernels
 from knorm.policy import Policy, Ratio
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -100,23 +101,27 @@ def _take(rows: Tensor, indices: Tensor) -> Tensor:
 def _check(keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
     if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
         raise TypeError(f"keys {type(keys).__name__}, values {type(values).__name__}, but both should be torch.Tensor")
-    given = f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype}"
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
         raise ValueError(
-            f"{given}, but both should be [batch, kv_heads, length, head_dim] with the same batch, kv_heads and length"
+            f"{_given(keys, values)}, but both should be [batch, kv_heads, length, head_dim] with the same batch, "
+            "kv_heads and length"
         )
-    if 0 in (*keys.shape, *values.shape):
-        raise ValueError(f"{given}, but a cache without tokens, heads or rows cannot be compressed")
-    if not {keys.dtype, values.dtype} <= DTYPES or keys.device != values.device:
+    if 0 in keys.shape or 0 in values.shape:
+        raise ValueError(f"{_given(keys, values)}, but a cache without tokens, heads or rows cannot be compressed")
+    if keys.dtype not in DTYPES or values.dtype not in DTYPES or keys.device != values.device:
         raise ValueError(
-            f"{given} on {keys.device} and {values.device}, but both should be float16, bfloat16, float32 or float64, "
-            "on one device"
+            f"{_given(keys, values)} on {keys.device} and {values.device}, but both should be float16, bfloat16, "
+            "float32 or float64, on one device"
         )
     if positions is not None and (positions.shape != keys.shape[:3] or positions.dtype != torch.int64):
         raise ValueError(
             f"positions {list(positions.shape)} {positions.dtype}, but should be int64 {list(keys.shape[:3])}, "
             "as the compression before returned them"
         )
+
+
+def _given(keys: Tensor, values: Tensor) -> str:
+    return f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype}"
 
 
 def compress(
@@ -141,9 +146,14 @@ def compress(
     policy = policy if isinstance(policy, Policy) else Policy(policy)
     _check(keys, values, positions)
     length = keys.shape[2]
+    count = length if layer in policy.skip_layers else policy.budget(length)
+    if count < length and policy.score != "random" and kernels.available(keys, values):
+        protected = policy.protect_first, policy.protect_recent
+        fast = kernels.compress(keys, values, positions, count, *protected, highest=policy.score == "high_norm")
+        if fast is not None:  # otherwise a key has no norm, or one that wants float64
+            return Compressed(*fast)
     if positions is None:
         positions = torch.arange(length, device=keys.device).expand(keys.shape[:3]).contiguous()
-    count = length if layer in policy.skip_layers else policy.budget(length)
     if count == length:
         return Compressed(keys, values, positions)
     scores = token_scores(keys, policy, positions, layer)

@@ -17,6 +17,7 @@ ORDER = [
     "policy",
     "strict",
     "interval",
+    "kernels",
     "core",
     "schedule",
     "attention",

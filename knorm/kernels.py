@@ -1,0 +1,491 @@
+"""The CUDA path of the compression (Triton): norms in one launch; threshold, time order and gather in another.
+
+Norms become integers: a float that is not negative orders as its bits. A radix search over these finds the count-th
+lowest, and a prefix sum over the programs' shares keeps time order, so nothing is ever sorted. The programs of a row
+meet at barriers, so the second launch is cooperative: the whole grid is resident at once. The host waits for the norms
+alone: whether they are finite is known before anything has moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.runtime import driver
+except ImportError:  # torch without CUDA brings none
+    triton = None
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# Tuned on an NVIDIA H200 (docs/kernels.md).
+_NORM_BYTES, _NORM_WARPS = 32768, 8  # of keys that a program reads; how many warps share them
+_MOVE_BYTES, _MOVE_STAGES = 16384, 3  # that a program moves at once; how many such loads are under way
+_WARPS, _PER_PROCESSOR = 8, 2  # programs on each multiprocessor: all of the grid has to fit
+_MANY = 2048  # norms that a program looks at at once
+_LEAST = 64  # tokens of a program's share at least
+_FUSED_BYTES = 2**24  # of keys up to which launches are what takes time: one does all
+_SMALL_SCRATCH = 2**19  # int32 entries that stay allocated
+_COARSE_FROM = 16384  # tokens: a search through as many first looks which of 128 parts the cut lies in
+_WORTHWHILE = 2**16  # numbers in the keys: for less, nobody waits seconds for a compiler
+_PASSES = 4  # 7 bits at first, then 12 at a time, of 31
+
+# Arguments that are not compiled for, so that another length compiles nothing.
+_NUMBERS = [
+    "heads",
+    "length",
+    "first",
+    "recent",
+    "tiles",
+    "rows",
+    "count",
+    "members",
+    "key_batch",
+    "key_head",
+    "key_token",
+]
+_NUMBERS += ["value_batch", "value_head", "value_token"]
+
+if triton is not None:
+    _INFINITY = tl.constexpr(0x7F800000)
+    _SMALL = tl.constexpr((127 - 100) << 23)  # 2^-100: below it, float32 squares have lost bits
+
+    @triton.jit
+    def _measure(keys, order, control, flags, length, first, recent, start, end, key_token, KEYS: tl.constexpr):
+        """The squared norms of a row's keys from start on as integers that order alike; protected ones are -1."""
+        HIGHEST: tl.constexpr = KEYS[0]
+        WIDTH: tl.constexpr = KEYS[1]
+        PADDED: tl.constexpr = KEYS[2]
+        UNIT: tl.constexpr = KEYS[3]
+        TOKENS: tl.constexpr = KEYS[4]
+        token = start + tl.arange(0, TOKENS)
+        column = tl.arange(0, PADDED)[None, :]
+        there = token < end
+        offsets = (token.to(tl.int64) * key_token)[:, None] * UNIT + column
+        key = tl.load(keys + offsets, mask=there[:, None] & (column < WIDTH), other=0.0).to(tl.float32)
+        bits = tl.sum(key * key, 1).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        if tl.max(tl.where(there, bits, 0), 0) >= _INFINITY:
+            tl.store(flags, 1)
+        if tl.min(tl.where(there, bits, 0x7FFFFFFF), 0) < _SMALL:
+            tl.store(flags + 1, 1)
+        bits = tl.minimum(bits, _INFINITY)
+        if HIGHEST:
+            bits = _INFINITY - bits
+        free = there & (token >= first) & (token < length - recent)
+        tl.atomic_max(control + 1, tl.max(tl.where(free, bits, 0), 0), sem="relaxed")
+        tl.atomic_max(control + 2, _INFINITY - tl.min(tl.where(free, bits, _INFINITY), 0), sem="relaxed")
+        tl.store(order + token, tl.where(free, bits, -1), mask=there)
+
+    @triton.jit
+    def _clear(counts, part, parts, PASSES: tl.constexpr):
+        """A program's part of the search's counts, to zero."""
+        for block in range(part, PASSES * 4, parts):
+            tl.store(counts + block * 1024 + tl.arange(0, 1024), tl.zeros([1024], tl.int32))
+
+    @triton.jit(do_not_specialize=_NUMBERS)
+    def _norms(
+        keys,
+        control,
+        scratch,
+        flags,
+        heads,
+        length,
+        first,
+        recent,
+        tiles,
+        key_batch,
+        key_head,
+        key_token,
+        KEYS: tl.constexpr,
+        PASSES: tl.constexpr,
+    ):
+        row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+        wide_row, wide_rows = row.to(tl.int64), (tl.num_programs(0) // tiles).to(tl.int64)
+        offset = (row // heads).to(tl.int64) * key_batch + (row % heads).to(tl.int64) * key_head
+        order = scratch + wide_row * length
+        start = tile * KEYS[4]
+        row_keys = keys + offset * KEYS[3]
+        _measure(row_keys, order, control + 4 * row, flags, length, first, recent, start, length, key_token, KEYS)
+        _clear(scratch + wide_rows * length + wide_row * (PASSES * 4096), tile, tiles, PASSES)
+
+    @triton.jit
+    def _meet(counter, arrivals):
+        """Wait for all programs of the row: what each wrote before, all read after."""
+        tl.debug_barrier()
+        tl.atomic_add(counter, 1, sem="release")
+        while tl.atomic_add(counter, 0, sem="acquire") < arrivals:
+            pass
+        tl.debug_barrier()
+
+    @triton.jit
+    def _find(counts, wanted):
+        """The bin of the wanted-th entry, and which of its entries that is: sums of 64 bins first, then the 64."""
+        line = tl.arange(0, 64)
+        sums = tl.sum(tl.load(counts + line[:, None] * 64 + line[None, :], cache_modifier=".cg"), 1)
+        coarse = tl.sum((tl.cumsum(sums, 0) < wanted).to(tl.int32), 0)
+        wanted -= tl.sum(tl.where(line < coarse, sums, 0), 0)
+        bins = tl.load(counts + coarse * 64 + line, cache_modifier=".cg")
+        fine = tl.sum((tl.cumsum(bins, 0) < wanted).to(tl.int32), 0)
+        return coarse * 64 + fine, wanted - tl.sum(tl.where(line < fine, bins, 0), 0)
+
+    @triton.jit(do_not_specialize=_NUMBERS)
+    def _gather(
+        keys,
+        values,
+        positions,
+        kept_keys,
+        kept_values,
+        kept_positions,
+        control,
+        scratch,
+        flags,
+        rows,
+        heads,
+        length,
+        count,
+        first,
+        recent,
+        members,
+        key_batch,
+        key_head,
+        key_token,
+        value_batch,
+        value_head,
+        value_token,
+        FUSED: tl.constexpr,
+        GIVEN_POSITIONS: tl.constexpr,
+        KEYS: tl.constexpr,
+        VALUES: tl.constexpr,
+        TOKENS: tl.constexpr,
+        STAGES: tl.constexpr,
+        MANY: tl.constexpr,
+        SHARES: tl.constexpr,
+        PASSES: tl.constexpr,
+        COARSE: tl.constexpr,
+    ):
+        """Of each row, the protected tokens and those of the lowest norms, in time order; FUSED: the norms too."""
+        KEY_WIDTH: tl.constexpr = KEYS[1]
+        KEY_UNIT: tl.constexpr = KEYS[3]
+        VALUE_WIDTH: tl.constexpr = VALUES[0]
+        VALUE_UNIT: tl.constexpr = VALUES[2]
+        group, groups = tl.program_id(0) // members, tl.num_programs(0) // members
+        member = tl.program_id(0) % members
+        share = tl.cdiv(length, members)
+        begin = tl.minimum(member * share, length)
+        end = tl.minimum(begin + share, length)
+        key_column = tl.arange(0, KEYS[2])[None, :]
+        value_column = tl.arange(0, VALUES[1])[None, :]
+        for turn in range(0, tl.cdiv(rows - group, groups)):
+            row = group + turn * groups
+            batch, head, wide_row, wide_rows = (
+                (row // heads).to(tl.int64),
+                (row % heads).to(tl.int64),
+                row.to(tl.int64),
+                rows.to(tl.int64),
+            )
+            row_keys = keys + (batch * key_batch + head * key_head) * KEY_UNIT
+            row_values = values + (batch * value_batch + head * value_head) * VALUE_UNIT
+            order = scratch + wide_row * length
+            counts = scratch + wide_rows * length + wide_row * (PASSES * 4096)
+            chosen = scratch + wide_rows * (length + PASSES * 4096) + wide_row * count
+            shares = scratch + wide_rows * (length + PASSES * 4096 + count) + wide_row * (2 * members)
+            counter = control + 4 * row  # arrivals, the highest norm, the lowest one counted from above, departures
+
+            met = 0
+            if FUSED:
+                for start in range(begin, end, KEYS[4]):
+                    _measure(row_keys, order, counter, flags, length, first, recent, start, end, key_token, KEYS)
+                _clear(counts, member, members, PASSES)
+                met += members
+                _meet(counter, met)
+
+            # The cut, from the highest bits down.
+            wanted = count - first - recent
+            cut = _INFINITY - tl.load(counter + 2, cache_modifier=".cg")
+            span = tl.load(counter + 1, cache_modifier=".cg") - cut
+            shift = 0
+            searching = (span > 0) & (wanted > 0)
+            if COARSE:
+                while (span >> shift) >= 128:
+                    shift += 1
+                if searching:
+                    own = tl.zeros([128], tl.int32)
+                    for start in range(begin, end, MANY):
+                        token = start + tl.arange(0, MANY)
+                        above = tl.load(order + token, mask=token < end, other=-1) - cut
+                        own += tl.histogram(tl.maximum(above, 0) >> shift, 128, mask=above >= 0)
+                    bins = tl.arange(0, 128)
+                    tl.atomic_add(counts + bins, own, mask=own > 0, sem="relaxed")
+                    met += members
+                    _meet(counter, met)
+                    own = tl.load(counts + bins, cache_modifier=".cg")
+                    bin = tl.sum((tl.cumsum(own, 0) < wanted).to(tl.int32), 0)
+                    wanted -= tl.sum(tl.where(bins < bin, own, 0), 0)
+                    cut += bin << shift
+                    counts += 4096
+                    searching = shift > 0
+                    shift = tl.maximum(shift - 12, 0)
+            else:
+                while (span >> shift) >= 4096:
+                    shift += 1
+            while searching:
+                for start in range(begin, end, MANY):
+                    token = start + tl.arange(0, MANY)
+                    above = tl.load(order + token, mask=token < end, other=-1) - cut
+                    inside = (above >= 0) & ((above >> shift) < 4096)
+                    tl.atomic_add(counts + (above >> shift), 1, mask=inside, sem="relaxed")
+                met += members
+                _meet(counter, met)
+                bin, wanted = _find(counts, wanted)
+                cut += bin << shift
+                counts += 4096
+                searching = shift > 0
+                shift = tl.maximum(shift - 12, 0)
+
+            # Where each program's share starts: below the cut all are kept, at the cut the first `wanted`.
+            less, equal = 0, 0
+            for start in range(begin, end, MANY):
+                token = start + tl.arange(0, MANY)
+                bits = tl.load(order + token, mask=token < end, other=0x7FFFFFFF)
+                less += tl.sum((bits < cut).to(tl.int32), 0)
+                equal += tl.sum((bits == cut).to(tl.int32), 0)
+            tl.store(shares + 2 * member, less)
+            tl.store(shares + 2 * member + 1, equal)
+            met += members
+            _meet(counter, met)
+            who = tl.arange(0, SHARES)
+            less_before = tl.sum(tl.load(shares + 2 * who, mask=who < member, other=0, cache_modifier=".cg"), 0)
+            equal_before = tl.sum(tl.load(shares + 2 * who + 1, mask=who < member, other=0, cache_modifier=".cg"), 0)
+            slot_begin = less_before + tl.minimum(equal_before, wanted)
+            slot_end = less_before + less + tl.minimum(equal_before + equal, wanted)
+
+            # Their indices in time order, then the rows themselves.
+            for start in range(begin, end, MANY):
+                token = start + tl.arange(0, MANY)
+                bits = tl.load(order + token, mask=token < end, other=0x7FFFFFFF)
+                both = (bits < cut).to(tl.int32) + ((bits == cut).to(tl.int32) << 16)  # two counts in one scan
+                before = tl.cumsum(both, 0) - both
+                at_cut = equal_before + (before >> 16)
+                slot = less_before + (before & 0xFFFF) + tl.minimum(at_cut, wanted)
+                keep = (bits < cut) | ((bits == cut) & (at_cut < wanted))
+                tl.store(chosen + slot, token, mask=keep)
+                position = token.to(tl.int64)
+                if GIVEN_POSITIONS:
+                    position = tl.load(positions + wide_row * length + token, mask=keep, other=0)
+                tl.store(kept_positions + wide_row * count + slot, position, mask=keep)
+                total = tl.sum(both, 0)
+                less_before += total & 0xFFFF
+                equal_before += total >> 16
+            tl.debug_barrier()
+            for start in tl.range(slot_begin, slot_end, TOKENS, num_stages=STAGES):
+                slot = start + tl.arange(0, TOKENS)
+                there = slot < slot_end
+                token = tl.load(chosen + slot, mask=there, other=0).to(tl.int64)
+                target = (wide_row * count + slot)[:, None]
+                of_key = there[:, None] & (key_column < KEY_WIDTH)
+                of_value = there[:, None] & (value_column < VALUE_WIDTH)
+                key = tl.load(row_keys + (token * key_token)[:, None] * KEY_UNIT + key_column, mask=of_key)
+                value = tl.load(row_values + (token * value_token)[:, None] * VALUE_UNIT + value_column, mask=of_value)
+                tl.store(kept_keys + target * KEY_WIDTH + key_column, key, mask=of_key)
+                tl.store(kept_values + target * VALUE_WIDTH + value_column, value, mask=of_value)
+            if tl.atomic_add(counter + 3, 1, sem="relaxed") == members - 1:  # the last one leaves all as it was
+                tl.store(counter + tl.arange(0, 4), tl.zeros([4], tl.int32))
+
+
+def available(keys: Tensor, values: Tensor) -> bool:
+    """Whether these kernels are for this cache: on CUDA, 16 or 32 bits a number, Triton at hand, worth compiling."""
+    return (
+        triton is not None
+        and keys.is_cuda
+        and keys.dtype in DTYPES
+        and values.dtype in DTYPES
+        and keys.numel() >= _WORTHWHILE
+    )
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _Launch(NamedTuple):
+    """A kernel's grid, its arguments after the tensors, and what it is compiled for."""
+
+    grid: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    constants: tuple[Any, ...]
+
+
+class _Plan(NamedTuple):
+    norms: _Launch | None  # None: the other kernel does all
+    gather: _Launch
+    scratch: int  # int32 entries
+
+
+def _power(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    shape: tuple[int, int, int, int],
+    value_width: int,
+    key_strides: tuple[int, ...],
+    value_strides: tuple[int, ...],
+    sizes: tuple[int, int],
+    count: int,
+    protected: tuple[int, int],
+    highest: bool,
+    given_positions: bool,
+    processors: int,
+) -> _Plan:
+    _, heads, length, width = shape
+    rows = shape[0] * shape[1]
+    # Strides in units of a power of two, which tells the compiler of alignment.
+    unit, value_unit = math.gcd(16, *key_strides[:3]), math.gcd(16, *value_strides[:3])
+    key_strides = tuple(stride // unit for stride in key_strides[:3])
+    value_strides = tuple(stride // value_unit for stride in value_strides[:3])
+    fused = rows * length * width * sizes[0] <= _FUSED_BYTES
+    tokens = max(1, _NORM_BYTES // (_power(width) * sizes[0]))
+    tiles = -(-length // tokens)
+    keys = highest, width, _power(width), unit, tokens
+    members = max(1, min(_PER_PROCESSOR * processors // rows, length // _LEAST))
+    groups = min(rows, _PER_PROCESSOR * processors // members)
+    gather = (
+        fused,
+        given_positions,
+        keys,
+        (value_width, _power(value_width), value_unit),
+        max(1, _MOVE_BYTES // max(_power(width) * sizes[0], _power(value_width) * sizes[1])),
+        1 if fused else _MOVE_STAGES,
+        min(_MANY, max(256, _power(-(-length // members)))),
+        _power(members),
+        _PASSES,
+        length >= _COARSE_FROM,
+    )
+    norms = _Launch((rows * tiles, 1, 1), (heads, length, *protected, tiles, *key_strides), (keys, _PASSES))
+    numbers = rows, heads, length, count, *protected, members, *key_strides, *value_strides
+    return _Plan(
+        None if fused else norms,
+        _Launch((groups * members, 1, 1), numbers, gather),
+        rows * (length + _PASSES * 4096 + count + 2 * members),
+    )
+
+
+class _Held(NamedTuple):
+    """What a thread's launches on one stream share.
+
+    control   int32 [4 * rows], where programs meet; all zero: every launch leaves it as it was
+    flags     int32 [2] in memory that host and device share: a norm that is not finite, one that is too small
+    scratch   int32, for all that is small
+    measured  when the norms are there
+    stream    the same stream, as PyTorch has it
+    """
+
+    control: Tensor
+    flags: Tensor
+    scratch: Tensor
+    measured: torch.cuda.Event
+    stream: torch.cuda.Stream
+
+
+_held: dict[tuple[torch.device, int, int], _Held] = {}
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _hold(device: torch.device, stream: int, rows: int) -> _Held:
+    place = device, stream, threading.get_ident()
+    held = _held.get(place)
+    if held is None or held.control.numel() < 4 * rows:
+        flags = torch.zeros(2, dtype=torch.int32).pin_memory() if held is None else held.flags
+        control = torch.zeros(4 * max(rows, 256), dtype=torch.int32, device=device)
+        scratch = control.new_empty(_SMALL_SCRATCH)
+        held = _held[place] = _Held(control, flags, scratch, torch.cuda.Event(), torch.cuda.current_stream(device))
+    return held
+
+
+def _start(
+    kernel: Any, kind: object, tensors: tuple[Tensor, ...], launch: _Launch, stream: int, **options: Any
+) -> None:
+    """Launch, past the compiler's own look at each argument where that was done before: it outlasts the kernel."""
+    key = kernel, kind, launch.constants, max(launch.numbers) < 2**31
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[launch.grid](*tensors, *launch.numbers, *launch.constants, **options)
+    else:
+        compiled[launch.grid](*tensors, *launch.numbers, *launch.constants, stream=stream)
+
+
+def compress(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor | None,
+    count: int,
+    first: int = 0,
+    recent: int = 0,
+    *,
+    highest: bool = False,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The `count` tokens of lowest key norm (highest: of highest) of each row, in time order; earlier ones win ties.
+
+    keys, values   float16, bfloat16 or float32 [batch, heads, length, head_dim] on CUDA, of any strides
+    positions      int64 [batch, heads, length], or None: 0 to length - 1
+    first, recent  tokens at either end that are kept whatever their norm; together at most `count`
+
+    Returns what is kept of the three; None where a squared norm is no finite float32, or lies below 2^-100, where
+    float32 has lost bits. Waits for the norms, not for what is kept.
+    """
+    if keys.stride(3) != 1 or keys.data_ptr() % 16:
+        keys = keys.clone(memory_format=torch.contiguous_format)
+    if values.stride(3) != 1 or values.data_ptr() % 16:
+        values = values.clone(memory_format=torch.contiguous_format)
+    (batch, heads, _, width), value_width, device = keys.shape, values.shape[3], keys.device
+    plan = _plan(
+        keys.shape,
+        value_width,
+        keys.stride(),
+        values.stride(),
+        (keys.element_size(), values.element_size()),
+        count,
+        (first, recent),
+        highest,
+        positions is not None,
+        _processors(device),
+    )
+    stream = driver.active.get_current_stream(device.index)
+    kind = device, keys.dtype, values.dtype
+    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
+        held = _hold(device, stream, batch * heads)
+        scratch = held.scratch if plan.scratch <= _SMALL_SCRATCH else held.scratch.new_empty(plan.scratch)
+        tensors = held.control, scratch, held.flags
+        if plan.norms is not None:
+            _start(_norms, kind, (keys, *tensors), plan.norms, stream, num_warps=_NORM_WARPS)
+            held.measured.record(held.stream)
+        kept = (
+            keys.new_empty((batch, heads, count, width)),
+            values.new_empty((batch, heads, count, value_width)),
+            scratch.new_empty((batch, heads, count), dtype=torch.int64),
+        )
+        _start(
+            _gather,
+            kind,
+            (keys, values, scratch if positions is None else positions.contiguous(), *kept, *tensors),
+            plan.gather,
+            stream,
+            num_warps=_WARPS,
+            maxnreg=65536 // (32 * _WARPS * _PER_PROCESSOR),
+            launch_cooperative_grid=True,
+        )
+        (held.stream if plan.norms is None else held.measured).synchronize()
+    if any(held.flags.tolist()):
+        held.flags.zero_()
+        return None
+    return kept

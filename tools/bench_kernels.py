@@ -1,0 +1,89 @@
+"""One compression on CUDA beside the published ways: python tools/bench_kernels.py > docs/kernels.md
+
+The ways alternate within one process. Each call is timed alone, from an idle device, after one of its own that is not
+timed: what the host adds, the launches and the wait for the norms, is in the time. The floor is the bytes that any way has to move (keys read once for their norms,
+kept keys and values read and written) at the speed that this device copies with.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+import triton
+from bench_core import sorted_whole, top_k
+from torch import Tensor
+
+from knorm import Policy, compress, kernels
+
+SHAPES = ((1, 8, 4096, 128), (1, 8, 32768, 128), (1, 8, 131072, 128), (16, 8, 32768, 128))
+OTHERS = tuple(((1, 8, 131072, width), dtype) for width in (64, 128, 256) for dtype in ("float16", "float32"))
+ROUNDS = 25
+
+
+def milliseconds(call: Callable[..., object], *arguments: Tensor) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+    call(*arguments)
+    torch.cuda.synchronize()
+    start.record()
+    kept = call(*arguments)
+    stop.record()
+    torch.cuda.synchronize()
+    del kept
+    return float(start.elapsed_time(stop))
+
+
+def least(keys: Tensor, values: Tensor) -> None:
+    """The least that a call from Python costs: three allocations, a launch, a wait."""
+    for width, dtype in ((keys.shape[3], keys.dtype), (values.shape[3], values.dtype), (1, torch.int64)):
+        keys.new_empty((*keys.shape[:2], keys.shape[2] // 2, width), dtype=dtype)
+    keys[0, 0, 0, :1].zero_()
+    torch.cuda.current_stream().synchronize()
+
+
+def main() -> None:
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    speed = 2 * 2**30 / statistics.median(milliseconds(torch.clone, block) for _ in range(ROUNDS)) / 1e6
+    del block
+    half = Policy(0.5)
+    print("# One compression on CUDA\n\nWritten by `python tools/bench_kernels.py`. Half of a layer's cache is kept;")
+    print(f"milliseconds, medians of {ROUNDS} rounds in which all alternate, each call from an idle device.")
+    print(f"{torch.cuda.get_device_name()}, which copies {speed:,.0f} GB/s; torch {torch.__version__.split('+')[0]},")
+    print(f"triton {triton.__version__}. The floor: keys read once, what is kept read and written.\n")
+    print(
+        "| keys | dtype | knorm | floor | knorm / floor | plain PyTorch | top-k + gather | argsort + gather |", end=""
+    )
+    print(" top-k / knorm | argsort / knorm |\n| --- | --- |" + " --- |" * 8)
+
+    def fast(keys: Tensor, values: Tensor) -> object:
+        return compress(keys, values, half)
+
+    def plain(keys: Tensor, values: Tensor) -> object:
+        held, kernels._WORTHWHILE = kernels._WORTHWHILE, 2**62
+        try:
+            return compress(keys, values, half)
+        finally:
+            kernels._WORTHWHILE = held
+
+    ways = (fast, plain, top_k, sorted_whole, least)
+    for shape, dtype in (*((shape, "bfloat16") for shape in SHAPES), *OTHERS):
+        keys, values = (torch.randn(shape, dtype=getattr(torch, dtype), device="cuda") for _ in "kv")
+        rounds = [[milliseconds(way, keys, values) for way in ways] for _ in range(ROUNDS + 3)][3:]
+        own, slow, top, whole, idle = (statistics.median(column) for column in zip(*rounds, strict=True))
+        floor = 3 * keys.numel() * keys.element_size() / speed / 1e6
+        over = [statistics.median(row[i] / row[0] for row in rounds) for i in (2, 3)]
+        name = " x ".join(f"{n:,}" for n in shape)
+        print(
+            f"| {name} | {dtype} | {own:.3f} | {floor:.3f} | {own / floor:.2f}x | {slow:.3f} | {top:.3f} | {whole:.3f} "
+            f"| {over[0]:.1f}x | {over[1]:.1f}x |",
+            flush=True,
+        )
+        if shape == SHAPES[0]:
+            host = idle
+    print(f"\nThree allocations, one fill of one number and a wait, from the same Python, take {host:.3f} ms:")
+    print("below that no call that returns fresh tensors and knows whether the keys were finite can go here.")
+
+
+if __name__ == "__main__":
+    main()
