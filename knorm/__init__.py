@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from knorm.cache import KnormCache
+    from knorm.cache import KnormCache, attention
     from knorm.core import Compressed, compress
     from knorm.models import load_embedded
     from knorm.perplexity import exact_nll, stream_nll
@@ -17,6 +17,7 @@ _HOME = {
     "Compressed": "core",
     "KnormCache": "cache",
     "Policy": "policy",
+    "attention": "cache",
     "compress": "core",
     "evicted_at": "schedule",
     "exact_nll": "perplexity",

@@ -22,7 +22,6 @@ import transformers
 from torch import Tensor
 
 from knorm import __version__
-from knorm.attention import Attend
 from knorm.core import compress
 from knorm.evaluation import cut_windows
 from knorm.golden import (
@@ -42,6 +41,7 @@ from knorm.golden import (
     shift_of,
     why_moved,
 )
+from knorm.masked_attention import Attend
 from knorm.models import ASSETS, load_embedded, load_model, load_text, random_gpt_neox
 from knorm.perplexity import exact_run
 from knorm.policy import Policy
@@ -67,7 +67,7 @@ class How:
 
     batch     windows at a time
     order     of the windows
-    attend    replaces attention.attend_seen
+    attend    replaces masked_attention.attend_seen
     numerics  of batch, order and attend in words: part of the environment
     policy    changes each policy
     model     changes the model

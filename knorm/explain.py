@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from knorm.attention import attend_seen
 from knorm.evaluation import NEWEST, Row, Windows, check_prompt, evaluate, mean_recent
 from knorm.interval import interval
+from knorm.masked_attention import attend_seen
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, Score
 from knorm.schedule import cache_lengths, evicted_at

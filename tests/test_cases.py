@@ -78,7 +78,7 @@ def slower_attention(monkeypatch):
             model, *arguments, attend=lambda q, k, v, lost, scale: attend_seen(q, k, v, lost, scale * 1.3), **options
         )
 
-    from knorm.attention import attend_seen
+    from knorm.masked_attention import attend_seen
 
     monkeypatch.setattr(cases, "exact_run", run)
 

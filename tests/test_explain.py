@@ -8,7 +8,6 @@ import torch
 from tiny import ARCHITECTURES, tiny, tokens
 
 from knorm import Policy, evicted_at, exact_nll
-from knorm.attention import attend_seen
 from knorm.cache import KnormLayer
 from knorm.core import squared_norms
 from knorm.evaluation import Windows, cut_windows
@@ -22,6 +21,7 @@ from knorm.explain import (
     interventions,
     newest_to_protect,
 )
+from knorm.masked_attention import attend_seen
 from knorm.models import load_embedded, load_text
 from knorm.perplexity import exact_run, stream_nll
 from knorm.schedule import cache_lengths

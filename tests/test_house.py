@@ -20,7 +20,7 @@ ORDER = [
     "kernels",
     "core",
     "schedule",
-    "attention",
+    "masked_attention",
     "cache",
     "perplexity",
     "models",

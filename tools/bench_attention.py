@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from knorm import Policy, attention, evicted_at
-from knorm.attention import attend_seen, block_mask
+from knorm.masked_attention import attend_seen, block_mask
 
 
 def median_ms(call: Callable[[], object]) -> float:

@@ -1,8 +1,9 @@
 """One compression on CUDA beside the published ways: python tools/bench_kernels.py > docs/kernels.md
 
 The ways alternate within one process. Each call is timed alone, from an idle device, after one of its own that is not
-timed: what the host adds, the launches and the wait for the norms, is in the time. The floor is the bytes that any way has to move (keys read once for their norms,
-kept keys and values read and written) at the speed that this device copies with.
+timed: what the host adds, the launches and the wait for the norms, is in the time. The floor is the bytes that any way
+has to move (keys read once for their norms, kept keys and values read and written) at the speed that this device copies
+with.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from mutants import MUTANTS
 from mutants.correct import CORRECT
 from tiny import ARCHITECTURES, tiny, tokens
 
-from knorm import Policy, attention, compress, evicted_at, exact_nll
+from knorm import Policy, compress, evicted_at, exact_nll, masked_attention
 from knorm.core import token_scores
 from knorm.laws import CHECKS, describe, iter_results, run_check
 from knorm.laws.strategies import caches
@@ -95,7 +95,7 @@ def test_a_long_text_in_half_precision_is_attended_to_by_a_compiled_kernel(kind,
     for policy, prompt in ((Policy(0.5, prune_after=512, protocol="streaming"), 1), (Policy(0.9), 4000)):
         compiled = exact_run(model, ids, policy, prompt_length=prompt)
         with monkeypatch.context() as patch:
-            patch.setattr(attention, "_COMPILED_FROM", 2**30)
+            patch.setattr(masked_attention, "_COMPILED_FROM", 2**30)
             blocks = exact_run(model, ids, policy, prompt_length=prompt)
         assert torch.equal(compiled.evicted_at[0], blocks.evicted_at[0])
         assert (compiled.nll - blocks.nll).abs().mean() < 0.05

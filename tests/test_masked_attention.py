@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from knorm import Policy, attention, evicted_at
-from knorm.attention import attend_compiled, attend_seen, block_mask
+from knorm.masked_attention import attend_compiled, attend_seen, block_mask
 
 SCHEDULES = {
     "streaming": (Policy("0.7", 64, protocol="streaming"), 1),
