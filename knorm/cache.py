@@ -227,20 +227,20 @@ class KnormLayer(DynamicLayer):
         return keys, values
 
     def _compress(self) -> None:
-        counts = self.budgets(self.stored, self.spare)
-        if max(counts) == self.stored:
-            return
-        if self.spare is None:
+        stored = self.keys.shape[2]
+        if self.spare is not None:
+            self._compress_rows(stored, [stored - spare for spare in self.spare])
+        elif stored >= self.policy.prune_after and self._budget(stored) < stored:
             kept = compress(self.keys, self.values, self.policy, positions=self.positions, layer=self.index)
             self.keys, self.values, self._kept = kept
-        else:
-            self._compress_rows([self.stored - spare for spare in self.spare], counts)
-        self.fresh = 0
+            self.fresh = 0
 
-    def _compress_rows(self, real: list[int], counts: list[int]) -> None:
+    def _compress_rows(self, stored: int, real: list[int]) -> None:
         """Each row as it would be alone; rows that keep fewer tokens than others have padding in front."""
-        stored, slots, positions = self.stored, max(counts), self.positions
-        assert positions is not None
+        counts = [self._budget(length) if length else 0 for length in real]
+        slots, positions = max(counts), self.positions
+        if slots == stored or positions is None:
+            return
         keys, values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in (self.keys, self.values))
         kept = positions.new_full((*positions.shape[:2], slots), -1)
         for length in sorted(set(real) - {0}):
@@ -251,13 +251,10 @@ class KnormLayer(DynamicLayer):
                 whole[rows, :, slots - counts[rows[0]] :] = each
         self.keys, self.values, self._kept = keys, values, kept
         self.spare = [slots - count for count in counts]
+        self.fresh = 0
 
-    def budgets(self, stored: int, spare: list[int] | None) -> list[int]:
-        """How many tokens of each row a compression would leave. Raises ValueError as Policy.budget does."""
-        real = [stored - each for each in spare] if spare else [stored]
-        if self.index in self.policy.skip_layers:
-            return real
-        return [self.policy.budget(each) if each else 0 for each in real]
+    def _budget(self, length: int) -> int:
+        return length if self.index in self.policy.skip_layers else self.policy.budget(length)
 
     def get_seq_length(self) -> int:
         """Tokens seen, not tokens stored: positions continue from here."""
@@ -317,6 +314,12 @@ class KnormLayer(DynamicLayer):
 def _to_remove(tokens: int, seen: int) -> int:
     """How many tokens crop(tokens) takes back of those seen: -n takes n, n leaves n (as transformers before 5.20)."""
     return min(-tokens, seen) if tokens <= 0 else max(0, seen - tokens)
+
+
+def _form(keys: Tensor, values: Tensor) -> tuple[object, ...]:
+    """What keys and values of one cache have in common, whatever their length."""
+    of_keys, of_values = keys.shape, values.shape
+    return of_keys[:2], of_keys[3], of_values[:2], of_values[3], keys.dtype, values.dtype, keys.device, values.device
 
 
 class Memory(NamedTuple):
@@ -386,22 +389,20 @@ class KnormCache(Cache):
             raise ValueError(f"layer {layer_idx} is new to a cache of {len(self.layers)} layers: call reset() first")
         while len(self.layers) <= layer_idx:
             self.layers.append(KnormLayer(self.policy, len(self.layers)))
-        self._refuse_other(key_states, value_states, self.layers[layer_idx])
+        if layer_idx:
+            self._refuse_other(key_states, value_states, self.layers[layer_idx])
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._last = layer_idx
         return updated
 
     def _refuse_other(self, keys: Tensor, values: Tensor, layer: KnormLayer) -> None:
-        if not layer.seen or layer.keys is None:
-            return
-        for name, given, held in (("keys", keys, layer.keys), ("values", values, layer.values)):
-            same = given.shape[:2] == held.shape[:2] and given.shape[3] == held.shape[3]
-            if not same or given.dtype != held.dtype or given.device != held.device:
-                raise ValueError(
-                    f"{name} {list(given.shape)} {given.dtype} on {given.device} for layer {layer.index}, but the "
-                    f"cache holds {list(held.shape)} {held.dtype} on {held.device}, of another batch or model: "
-                    "call reset() before another sequence"
-                )
+        if layer.seen and _form(keys, values) != _form(layer.keys, layer.values):
+            raise ValueError(
+                f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype} on {keys.device} "
+                f"for layer {layer.index}, but the cache holds keys {list(layer.keys.shape)} {layer.keys.dtype}, values "
+                f"{list(layer.values.shape)} {layer.values.dtype} on {layer.keys.device}, of another batch or model: "
+                "call reset() before another sequence"
+            )
 
     def _refuse_call(self, keys: Tensor, values: Tensor) -> None:
         """Refuse a call that cannot end well before anything is written."""
@@ -413,8 +414,8 @@ class KnormCache(Cache):
                 f"the call before broke off after layer {self._last} of {len(self.layers)}, so that layers disagree: "
                 "call reset(), and feed the sequence again"
             )
-        for layer in self.layers:
-            self._refuse_other(keys, values, layer)
+        if self.layers:
+            self._refuse_other(keys, values, self.layers[0])
         first = self.layers[0] if self.layers else KnormLayer(self.policy, 0)
         if call is None:
             self._refuse_without_attention(first, new, mask)

@@ -6,6 +6,7 @@ Compression", EMNLP 2024. Keys of low norm draw high attention, so they are the 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -124,6 +125,11 @@ def _given(keys: Tensor, values: Tensor) -> str:
     return f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype}"
 
 
+@lru_cache(maxsize=4096)
+def _budget(policy: Policy, length: int) -> int:  # exact decimal arithmetic takes as long as a launch
+    return policy.budget(length)
+
+
 def compress(
     keys: Tensor,
     values: Tensor,
@@ -146,7 +152,7 @@ def compress(
     policy = policy if isinstance(policy, Policy) else Policy(policy)
     _check(keys, values, positions)
     length = keys.shape[2]
-    count = length if layer in policy.skip_layers else policy.budget(length)
+    count = length if layer in policy.skip_layers else _budget(policy, length)
     if count < length and policy.score != "random" and kernels.available(keys, values):
         protected = policy.protect_first, policy.protect_recent
         fast = kernels.compress(keys, values, positions, count, *protected, highest=policy.score == "high_norm")

@@ -416,12 +416,12 @@ def _start(
     kernel: Any, kind: object, tensors: tuple[Tensor, ...], launch: _Launch, stream: int, **options: Any
 ) -> None:
     """Launch, past the compiler's own look at each argument where that was done before: it outlasts the kernel."""
-    key = kernel, kind, launch.constants, max(launch.numbers) < 2**31
+    key = kernel, kind, launch
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[launch.grid](*tensors, *launch.numbers, *launch.constants, **options)
+        _compiled[key] = kernel[launch.grid](*tensors, *launch.numbers, *launch.constants, **options)[launch.grid]
     else:
-        compiled[launch.grid](*tensors, *launch.numbers, *launch.constants, stream=stream)
+        compiled(*tensors, *launch.numbers, *launch.constants, stream=stream)
 
 
 def compress(
