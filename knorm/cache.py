@@ -212,7 +212,15 @@ class KnormLayer(DynamicLayer):
         new, call = key_states.shape[2], _call.get()
         if self.seen == 0:
             self.leads = call.leads if call else None
-        keys, values = super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            copies = (
+                x.clone(memory_format=torch.contiguous_format) for x in (key_states, value_states)
+            )  # not the views
+            self.keys, self.values = copies
+        else:
+            self.keys, self.values = self._append(key_states, value_states)
+        keys, values = self.keys, self.values
         if self.leads is not None:
             before = self.spare or [0] * len(self.leads)
             self.spare = [
@@ -225,6 +233,22 @@ class KnormLayer(DynamicLayer):
         if self.seen == new or self.policy.protocol == "streaming":
             self._compress()
         return keys, values
+
+    def _append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Both or neither; torch.cat compares the shapes, and would let dtypes pass."""
+        held_keys, held_values = self.keys, self.values
+        if keys.dtype is held_keys.dtype and values.dtype is held_values.dtype:
+            try:
+                return torch.cat([held_keys, keys], dim=2), torch.cat([held_values, values], dim=2)
+            except RuntimeError as error:
+                if "memory" in str(error):
+                    raise
+        raise ValueError(
+            f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype} on {keys.device} for "
+            f"layer {self.index}, but the cache holds keys {list(held_keys.shape)} {held_keys.dtype}, values "
+            f"{list(held_values.shape)} {held_values.dtype} on {held_keys.device}, of another batch or model: "
+            "call reset() before another sequence"
+        ) from None
 
     def _compress(self) -> None:
         stored = self.keys.shape[2]
@@ -316,12 +340,6 @@ def _to_remove(tokens: int, seen: int) -> int:
     return min(-tokens, seen) if tokens <= 0 else max(0, seen - tokens)
 
 
-def _form(keys: Tensor, values: Tensor) -> tuple[object, ...]:
-    """What keys and values of one cache have in common, whatever their length."""
-    of_keys, of_values = keys.shape, values.shape
-    return of_keys[:2], of_keys[3], of_values[:2], of_values[3], keys.dtype, values.dtype, keys.device, values.device
-
-
 class Memory(NamedTuple):
     """What a cache costs, in bytes.
 
@@ -384,29 +402,18 @@ class KnormCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if layer_idx == 0:
-            self._refuse_call(key_states, value_states)
+            self._refuse_call(key_states.shape[2])
         elif layer_idx >= len(self.layers) and self.layers[0].seen > key_states.shape[2]:
             raise ValueError(f"layer {layer_idx} is new to a cache of {len(self.layers)} layers: call reset() first")
         while len(self.layers) <= layer_idx:
             self.layers.append(KnormLayer(self.policy, len(self.layers)))
-        if layer_idx:
-            self._refuse_other(key_states, value_states, self.layers[layer_idx])
-        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        updated = self.layers[layer_idx].update(key_states, value_states)
         self._last = layer_idx
         return updated
 
-    def _refuse_other(self, keys: Tensor, values: Tensor, layer: KnormLayer) -> None:
-        if layer.seen and _form(keys, values) != _form(layer.keys, layer.values):
-            raise ValueError(
-                f"keys {list(keys.shape)} {keys.dtype}, values {list(values.shape)} {values.dtype} on {keys.device} "
-                f"for layer {layer.index}, but the cache holds keys {list(layer.keys.shape)} {layer.keys.dtype}, values "
-                f"{list(layer.values.shape)} {layer.values.dtype} on {layer.keys.device}, of another batch or model: "
-                "call reset() before another sequence"
-            )
-
-    def _refuse_call(self, keys: Tensor, values: Tensor) -> None:
+    def _refuse_call(self, new: int) -> None:
         """Refuse a call that cannot end well before anything is written."""
-        call, (module, mask), new = _call.get(), _caller(), keys.shape[2]
+        call, (module, mask) = _call.get(), _caller()
         if module is not None:
             self._refuse_model(module.config, self.get_seq_length() + new)
         if self._last < len(self.layers) - 1:
@@ -414,8 +421,6 @@ class KnormCache(Cache):
                 f"the call before broke off after layer {self._last} of {len(self.layers)}, so that layers disagree: "
                 "call reset(), and feed the sequence again"
             )
-        if self.layers:
-            self._refuse_other(keys, values, self.layers[0])
         first = self.layers[0] if self.layers else KnormLayer(self.policy, 0)
         if call is None:
             self._refuse_without_attention(first, new, mask)

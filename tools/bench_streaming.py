@@ -44,7 +44,7 @@ def step_seconds(model, ids, cache, prompt: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=16)
     given = parser.parse_args()
     if given.device == "cpu":
         model, name = load_embedded()[0], "the embedded model"
