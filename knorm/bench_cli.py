@@ -170,10 +170,13 @@ def _policies(given: dict[str, Any], margin: float, console: Any, bar: Any, json
     title = f"{given['model']}, {given['dtype']} on {given['device']}: " + "; ".join(
         f"{p['text']} ({p['tokens']} tokens) + {p['new_tokens']} new" for p in setting["prompts"]
     )
-    console.print(times_table(found.rows, title), "")
+    console.print(title, soft_wrap=True, markup=False)
+    console.print(times_table(found.rows), "")
     pairs = [(row.name, row.comparisons) for row in found.rows[1:]]
-    seen = f"{blocks} blocks after {found.warm_up} for warm-up, {found.seconds:.0f} s, {found.interrupted} steps interrupted"
-    console.print(comparisons_table(pairs, f"Slowdown against the uncompressed cache: {seen}"))
+    seen = f"{blocks} blocks after {found.warm_up} for warm-up, {found.seconds:.0f} s"
+    seen += f", {found.interrupted} steps interrupted"
+    console.print(f"Slowdown against the uncompressed cache: {seen}", soft_wrap=True)
+    console.print(comparisons_table(pairs))
     show_verdict(console, found.verdict, pairs, setting)
     judged = claims(found) if claims else []
     if claims:
@@ -182,7 +185,7 @@ def _policies(given: dict[str, Any], margin: float, console: Any, bar: Any, json
         console.print("\nWhat was published, beside what this machine and model show")
         console.print(claims_text(judged), soft_wrap=True, markup=False)
     if plot:
-        plot_slowdowns(pairs, title, margin, plot)
+        plot_slowdowns(pairs, f"Slowdown against the uncompressed cache: {seen}", margin, plot)
     counted = {
         "blocks": blocks, "warm_up": found.warm_up, "seconds": found.seconds, "interrupted": found.interrupted
     }  # fmt: skip
@@ -256,15 +259,16 @@ def _against(given: dict[str, Any], margin: float, console: Any, bar: Any, json:
     title = f"Slowdown of {names[1]} against {given['against']} ({commit[:12]}): "
     title += f"{given['rounds']} rounds of {blocks} blocks"
     title += f", {found.interrupted} steps interrupted"
-    console.print(comparisons_table(pairs, title))
+    console.print(title, soft_wrap=True, markup=False)
+    console.print(comparisons_table(pairs))
     rises = [risen(new, old) for new, old in zip(found.new, found.old, strict=True)]
     show_counters(console, policies, found, rises, judged=not given["allow_counters"])
     worse = any(rises) and not given["allow_counters"]
     verdict = overall([c.verdict for _, compared in pairs for m, c in compared.items() if m in GATED])
     verdict = "FAIL" if worse else verdict
-    show_verdict(console, verdict, pairs, setting)
+    show_verdict(console, verdict, pairs, setting, "rounds")
     if plot:
-        plot_slowdowns(pairs, title, margin, plot)
+        plot_slowdowns(pairs, f"Slowdown against {commit[:12]}: {given['rounds']} rounds", margin, plot)
     rows = [
         {
             "policy": fields, **{metric: asdict(c) for metric, c in compared.items()},

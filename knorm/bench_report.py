@@ -24,9 +24,9 @@ _SHOWN = ("ttft", "tpot", "throughput")
 Pairs = Sequence[tuple[str, Mapping[str, "Comparison"]]]
 
 
-def times_table(rows: Sequence[Row], title: str) -> Table:
+def times_table(rows: Sequence[Row]) -> Table:
     """A line per arm: times, memory, exact counters."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     steps = rows[0].counters.steps
     cuda = rows[0].counters.step_launches is not None
     columns = ["keep_ratio", "TTFT ms", "TPOT ms", "median ms", "p99 ms", "tokens/s", "cache KiB", "tokens kept"]
@@ -56,9 +56,9 @@ def _per_layer(retained: Sequence[int]) -> str:
     return ", ".join(f"{times} x {tokens}" if times > 1 else str(tokens) for tokens, times in groups)
 
 
-def comparisons_table(pairs: Pairs, title: str) -> Table:
+def comparisons_table(pairs: Pairs) -> Table:
     """A line per policy and metric: the slowdown, its two intervals, the smallest that could be seen, the verdict."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     level = next((1 - 2 * c.alpha for _, compared in pairs for c in compared.values()), 0.98)
     columns = ("keep_ratio", "of", "slowdown", f"{level:.2%} interval", "bootstrap", "could see", "verdict")
     for column in columns:
@@ -72,7 +72,9 @@ def comparisons_table(pairs: Pairs, title: str) -> Table:
     return table
 
 
-def show_verdict(console: Console, verdict: str, pairs: Pairs, setting: Mapping[str, Any]) -> None:
+def show_verdict(
+    console: Console, verdict: str, pairs: Pairs, setting: Mapping[str, Any], unit: str = "blocks"
+) -> None:
     """The verdict of the run, what it means, and what INCONCLUSIVE needs."""
     margin, alpha, power = setting["margin"], setting["alpha"], setting["power"]
     slower = [f"{_NAMES[m]} at {n} by {c.ratio - 1:.1%}" for n, each in pairs for m, c in each.items()
@@ -89,7 +91,7 @@ def show_verdict(console: Console, verdict: str, pairs: Pairs, setting: Mapping[
     if said:
         print_text(console, Text(said, _STYLES[verdict]))
     for more, blocks, what in unsure:
-        words = f"INCONCLUSIVE: {what}: the noise is too large for {blocks} blocks; about {more} more would decide"
+        words = f"INCONCLUSIVE: {what}: the noise is too large for {blocks} {unit}; about {more} more would decide"
         print_text(console, Text(words, _STYLES["INCONCLUSIVE"]))
     words = (
         f"All verdicts together are wrongly FAIL at most {alpha:.0%} of the time; 'could see': found in {power:.0%}."

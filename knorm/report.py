@@ -244,6 +244,7 @@ _OUTCOMES = {
     "damaged": ("DAMAGED       ", "bold red"),
     "orphan": ("ORPHAN        ", "bold red"),
     "not compared": ("not compared  ", "yellow"),
+    "inconclusive": ("INCONCLUSIVE  ", "yellow"),
 }
 _ROWS = 12  # of a table at most
 

@@ -36,6 +36,7 @@ ORDER = [
     "facts",
     "golden",
     "store",
+    "latency_cases",
     "cases",
     "laws",
     "supervisor",
