@@ -202,7 +202,6 @@ def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[lis
 @contextmanager
 def _no_collection() -> Iterator[None]:
     was = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -233,6 +232,7 @@ def measure(
               how many there are never depends on how they come out
     warm_up   blocks that are run first and discarded
     """
+    gc.collect()  # once: in a block it is off, and between blocks it has little to do
     begin = time.perf_counter()
     for _ in range(max(1, warm_up)):
         begin = time.perf_counter()

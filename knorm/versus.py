@@ -261,4 +261,5 @@ def _counters(fields: Mapping[str, Any]) -> Counters:
 def describe(root: Path, changed: int) -> str:
     """The new side in words: its commit, and whether files were changed since."""
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    return f"the current tree ({commit}{f' and changes in {changed} files' if changed else ''})"
+    files = "1 file" if changed == 1 else f"{changed} files"
+    return f"the current tree ({commit}{f' and changes in {files}' if changed else ''})"
