@@ -52,7 +52,7 @@ class Bench:
     """What a run gave: an arm each, the uncompressed one first; how long it measured, warm-up not counted.
 
     samples       [block][arm], as measured
-    interrupted   steps that took over twice their usual time, and count as twice (latency.without_interruptions)
+    interrupted   steps that took over 1.5 times their usual time, and count as that (latency.without_interruptions)
     """
 
     rows: tuple[Row, ...]

@@ -257,7 +257,7 @@ def _against(given: dict[str, Any], margin: float, console: Any, bar: Any, json:
         for policy, logs in zip(policies, found.logs, strict=True)
     ]
     title = f"Slowdown of {names[1]} against {given['against']} ({commit[:12]}): "
-    title += f"{given['rounds']} rounds of {blocks} blocks"
+    title += f"{given['rounds']} rounds of {blocks} block{'s' if blocks > 1 else ''}"
     title += f", {found.interrupted} steps interrupted"
     console.print(title, soft_wrap=True, markup=False)
     console.print(comparisons_table(pairs))

@@ -29,7 +29,7 @@ from knorm.policy import Policy
 
 SEGMENT = 5  # decode steps of an arm before the next one's turn
 PASSES = 2  # of each prompt, forwards and backwards, in a block
-INTERRUPTED = 2.0  # times its usual length: what takes longer was interrupted by something else
+INTERRUPTED = 1.5  # times its usual length: what takes longer was interrupted by something else
 METRICS = ("ttft", "tpot", "throughput")
 
 
@@ -180,7 +180,7 @@ def run_block(arms: Sequence[Turns], new_tokens: Sequence[int], flip: bool = Fal
 
 
 def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[list[Sample]], int]:
-    """Samples [block][arm] in which no step counts as more than twice its usual length, and how many did take longer.
+    """Samples [block][arm] in which no step counts as more than 1.5 times its usual length; how many took longer.
 
     Usual is the median over blocks of the same arm, prompt and step: which steps compress is the same in every block,
     so those that do keep their full length. What else runs on the machine stops any step, of any arm.

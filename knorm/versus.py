@@ -202,7 +202,7 @@ class Found:
 
     logs       metric -> a log-ratio a round, of the new commit over the old
     old, new   counters
-    interrupted   steps that count as twice their usual time
+    interrupted   steps that count as 1.5 times their usual time
     """
 
     logs: list[dict[str, list[float]]] = field(default_factory=list)

@@ -81,12 +81,12 @@ def test_how_many_blocks_there_are_depends_on_their_length_alone(monkeypatch):
     assert len(measure([arm], [3], blocks=5, warm_up=3)) == 5
 
 
-def test_interrupted_steps_count_as_twice_their_usual_length_and_steps_that_compress_as_they_are():
+def test_interrupted_steps_count_as_little_and_steps_that_compress_as_they_are():
     usual = Sample(((10.0, 10.0),), ((1.0, 5.0, 1.0),))  # the second step compresses, in every block
     broken = replace(usual, steps=((1.0, 5.0, 90.0),))
     calm, interrupted = without_interruptions([[usual, usual], [usual, broken], [usual, usual]])
     assert interrupted == 1
-    assert calm[1][1].steps == ((1.0, 5.0, 2.0),)
+    assert calm[1][1].steps == ((1.0, 5.0, 1.5),)
     assert calm[0] == [usual, usual]
 
 

@@ -185,7 +185,7 @@ A slowdown of twice the margin is to be caught: 5% on CUDA, where the margin is 
 it is {cpu:.0%}. One below the margin may pass; one between them is slower, and FAILs where that is shown.
 """
 COLUMNS = (
-    "injected", "TPOT got slower by", "live blocks", "sd of a block", "worth of a block", "FAIL", "PASS", "INCONCLUSIVE",
+    "injected", "TPOT got slower by", "live blocks", "sd of a block", "worth of one", "FAIL", "PASS", "INCONCLUSIVE",
     "live: FAIL", "PASS", "INCONCLUSIVE", "could see", "s a run",
 )  # fmt: skip
 
@@ -204,7 +204,7 @@ def table(files: list[str]) -> None:
         lines += [row(percent, arm, kind) for percent, arm in sorted(found["arms"].items(), key=lambda e: float(e[0]))]
         lines.append("")
     lines.append(
-        "'Worth of a block': what a block counts, being correlated with its neighbours, of an independent one (over "
+        "'Worth of one': what a block counts, being correlated with its neighbours, of an independent one (over "
         "all live blocks; a run judges its own). 'Could see': the smallest slowdown of TPOT that the median run could "
         "detect in 95%. Seconds of measuring, without loading.\n"
     )
