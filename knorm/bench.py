@@ -26,6 +26,7 @@ from knorm.models import load_text
 from knorm.paired import ALPHA, Comparison, Verdict, compare, overall
 from knorm.policy import Policy
 
+WARM_UP = 1
 GATED = ("ttft", "tpot")  # throughput says the same as both together
 
 
@@ -49,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a run gave: an arm each, the uncompressed one first; how long it measured, warm-up not counted.
+    """What a run gave: an arm each, the uncompressed one first; how long it measured, warm-up included.
 
     samples       [block][arm], as measured
     interrupted   steps that took over 1.5 times their usual time, and count as that (latency.without_interruptions)
@@ -128,7 +129,7 @@ def bench(
 
     margin           slowdown, as a share, that a policy may have
     alpha            of all verdicts together: each gets its part
-    blocks, seconds  as latency.measure takes them; the warm-up is one block
+    blocks, seconds  as latency.measure takes them
 
     Raises ValueError for a prompt that does not fit, and for fewer than 8 blocks.
     """
@@ -137,11 +138,12 @@ def bench(
     arms = [Arm(model, all_prompts, policy) for policy in (None, *policies)]
     longest = max(range(len(new)), key=lambda index: all_prompts[index].ids.shape[1])
     with attending(model):
-        stored = [arm.alone(longest) for arm in arms]
-        counters = [count(arm, longest, held) for arm, held in zip(arms, stored, strict=True)]
         begin = time.perf_counter()
-        raw = measure(arms, new, blocks=blocks, seconds=seconds, on_block=on_block)
+        raw = measure(arms, new, blocks=blocks, seconds=seconds, warm_up=WARM_UP, on_block=on_block)
         spent = time.perf_counter() - begin
+        held = longest == len(new) - 1 and not arms[0].cuda  # the peak on CUDA is of a generation alone
+        stored = [arm.stored() if held else arm.alone(longest) for arm in arms]
+        counters = [count(arm, longest, found) for arm, found in zip(arms, stored, strict=True)]
     samples, interrupted = without_interruptions(raw)
     shapes = [(prompt.ids.shape[0], prompt.new_tokens) for prompt in all_prompts]
     each = alpha / (len(GATED) * max(1, len(arms) - 1))
@@ -153,7 +155,7 @@ def bench(
         verdicts = {metric: compare(values, margin=margin, alpha=each) for metric, values in logs.items()}
         times = summarise([block[index] for block in samples], shapes)
         rows.append(Row(name_of(arm.policy), arm.policy, times, counters[index], stored[index].peak, logs, verdicts))
-    return Bench(tuple(rows), tuple(map(tuple, raw)), interrupted, 1, spent * len(samples) / (len(samples) + 1))
+    return Bench(tuple(rows), tuple(map(tuple, raw)), interrupted, WARM_UP, spent)
 
 
 def as_fields(row: Row) -> dict[str, Any]:

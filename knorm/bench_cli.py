@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ _prompt_options = (
     click.option("--batch", default=1, show_default=True, help="Sequences at a time."),
 )
 _cache_options = (
-    click.option("--keep-ratio", type=Numbers(str), default="0.9,0.5", show_default=True, help="A policy each."),
+    click.option("--keep-ratio", type=Numbers(str), default="0.5", show_default=True, help="A policy each."),
     click.option(
         "--prune-after", type=int, help="Tokens a cache must hold to be compressed.  [32 if streaming, else 0]"
     ),
@@ -173,7 +172,7 @@ def _policies(given: dict[str, Any], margin: float, console: Any, bar: Any, json
     console.print(title, soft_wrap=True, markup=False)
     console.print(times_table(found.rows), "")
     pairs = [(row.name, row.comparisons) for row in found.rows[1:]]
-    seen = f"{blocks} blocks after {found.warm_up} for warm-up, {found.seconds:.0f} s"
+    seen = f"{blocks} blocks after {found.warm_up} generation for warm-up, {found.seconds:.0f} s"
     seen += f", {found.interrupted} steps interrupted"
     console.print(f"Slowdown against the uncompressed cache: {seen}", soft_wrap=True)
     console.print(comparisons_table(pairs))
@@ -221,65 +220,72 @@ def _claims(policies: list[Any], prompts: Any) -> Any:
 
 
 def _against(given: dict[str, Any], margin: float, console: Any, bar: Any, json: Any, plot: Any) -> str:
-    import torch
-
-    from knorm.bench import GATED
-    from knorm.bench_report import comparisons_table, plot_slowdowns, show_counters, show_verdict
-    from knorm.counters import risen
-    from knorm.models import ASSETS
-    from knorm.paired import ALPHA, compare, overall
-    from knorm.versus import Setup, against, changed_files, describe, find_checkout, policy_fields, resolve, worktree
+    from knorm.versus import against, changed_files, describe, find_checkout, resolve, worktree
 
     if given["reported"]:
         raise ValueError("--reported is about policies, --against about commits: drop one")
     root = find_checkout()
     commit, changed = resolve(root, given["against"]), changed_files(root)
-    model, prompts, policies = _load(given)
-    setting = _setting(given, margin, prompts)
-    del model  # each process loads its own
-    folder = str(ASSETS) if given["model"] == "embedded" else given["model"]
-    setup = Setup(
-        str(Path(folder).resolve()) if Path(folder).exists() else folder, given["dtype"], given["device"],
-        torch.get_num_threads(), tuple({"ids": p.ids.tolist(), "new_tokens": p.new_tokens} for p in prompts.values()),
-        tuple(map(policy_fields, policies)),
-    )  # fmt: skip
+    _, prompts, policies = _load(given | {"device": "cpu"})  # for its tokens: each process loads its own
+    setting, setup = _setting(given, margin, prompts), _setup(given, prompts, policies)
     names = f"commit {commit[:12]}", describe(root, changed)
-    blocks = given["blocks"] or 2
-    with worktree(root, commit) as old, bar or nullcontext():
-        task = bar.add_task("blocks", total=given["rounds"] * blocks * len(policies))
+    rounds, blocks = given["rounds"], given["blocks"] or 2
+    with worktree(root, commit) as old, bar:
+        task = bar.add_task("blocks", total=rounds * blocks * len(policies))
         found = against(
-            (old, root), names, setup,
-            rounds=given["rounds"], blocks=blocks, on_block=lambda: bar.advance(task),
+            (old, root), names, setup, rounds=rounds, blocks=blocks, on_block=lambda: bar.advance(task)
         )  # fmt: skip
-    each = ALPHA / (len(GATED) * len(policies))
+    title = f"Slowdown of {names[1]} against {given['against']} ({commit[:12]}): {rounds} rounds of "
+    title += f"{blocks} block{'s' if blocks > 1 else ''}, {found.interrupted} steps interrupted"
+    console.print(title, soft_wrap=True, markup=False)
+    verdict, rows = _judge(found, policies, setting, console, plot, judged=not given["allow_counters"])
+    counted = {"against": commit, "changed_files": changed, "rounds": rounds, "blocks": blocks}
+    write_json(json, {**setting, **counted, "verdict": verdict, "rows": rows})
+    return verdict
+
+
+def _setup(given: dict[str, Any], prompts: Any, policies: list[Any]) -> Any:
+    """What the processes of both commits are told: the same model and tokens."""
+    import torch
+
+    from knorm.models import ASSETS
+    from knorm.versus import Setup, policy_fields
+
+    folder = str(ASSETS) if given["model"] == "embedded" else given["model"]
+    if Path(folder).is_dir():
+        folder = str(Path(folder).resolve())
+    told = tuple({"ids": prompt.ids.tolist(), "new_tokens": prompt.new_tokens} for prompt in prompts.values())
+    fields = tuple(map(policy_fields, policies))
+    return Setup(folder, given["dtype"], given["device"], torch.get_num_threads(), told, fields)
+
+
+def _judge(
+    found: Any, policies: list[Any], setting: dict[str, Any], console: Any, plot: Any, *, judged: bool
+) -> tuple[str, list[dict[str, Any]]]:
+    """Print what came of two commits; the verdict, and a row per policy as JSON has it."""
+    from knorm.bench import GATED
+    from knorm.bench_report import comparisons_table, plot_slowdowns, show_counters, show_verdict
+    from knorm.counters import risen
+    from knorm.paired import ALPHA, compare, overall
+    from knorm.versus import policy_fields
+
+    margin, each = setting["margin"], ALPHA / (len(GATED) * len(policies))
     pairs = [
         (str(policy.keep_ratio), {m: compare(values, margin=margin, alpha=each) for m, values in logs.items()})
         for policy, logs in zip(policies, found.logs, strict=True)
     ]
-    title = f"Slowdown of {names[1]} against {given['against']} ({commit[:12]}): "
-    title += f"{given['rounds']} rounds of {blocks} block{'s' if blocks > 1 else ''}"
-    title += f", {found.interrupted} steps interrupted"
-    console.print(title, soft_wrap=True, markup=False)
-    console.print(comparisons_table(pairs))
     rises = [risen(new, old) for new, old in zip(found.new, found.old, strict=True)]
-    show_counters(console, policies, found, rises, judged=not given["allow_counters"])
-    worse = any(rises) and not given["allow_counters"]
-    verdict = overall([c.verdict for _, compared in pairs for m, c in compared.items() if m in GATED])
-    verdict = "FAIL" if worse else verdict
+    verdicts = [overall(compared[metric].verdict for metric in GATED) for _, compared in pairs]
+    verdict = "FAIL" if judged and any(rises) else overall(verdicts)
+    console.print(comparisons_table(pairs))
+    show_counters(console, policies, found, rises, judged)
     show_verdict(console, verdict, pairs, setting, "rounds")
     if plot:
-        plot_slowdowns(pairs, f"Slowdown against {commit[:12]}: {given['rounds']} rounds", margin, plot)
-    rows = [
-        {
-            "policy": fields, **{metric: asdict(c) for metric, c in compared.items()},
-            "mde": {metric: c.mde for metric, c in compared.items()},
-            "verdict": overall(compared[m].verdict for m in GATED),
-            "counters": {"old": asdict(old), "new": asdict(new), "risen": rise}, "log_ratios": logs,
-        }
-        for fields, (_, compared), old, new, rise, logs in zip(
-            setup.policies, pairs, found.old, found.new, rises, found.logs, strict=True
-        )
-    ]  # fmt: skip
-    counted = {"against": commit, "changed_files": changed, "rounds": given["rounds"], "blocks": blocks}
-    write_json(json, {**setting, **counted, "verdict": verdict, "rows": rows})
-    return verdict
+        plot_slowdowns(pairs, "Slowdown against the other commit", margin, plot)
+    rows = []
+    for index, (_, compared) in enumerate(pairs):
+        counters = {"old": asdict(found.old[index]), "new": asdict(found.new[index]), "risen": rises[index]}
+        row = {"policy": policy_fields(policies[index]), **{m: asdict(c) for m, c in compared.items()}}
+        row |= {"mde": {m: c.mde for m, c in compared.items()}, "verdict": verdicts[index]}
+        rows.append(row | {"counters": counters, "log_ratios": found.logs[index]})
+    return verdict, rows

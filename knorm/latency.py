@@ -127,7 +127,10 @@ class Arm:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(device)
         self.steps(self.prompts[index].new_tokens - 1)
-        peak = torch.cuda.max_memory_allocated(device) - before if self.cuda else None
+        return self.stored(torch.cuda.max_memory_allocated(device) - before if self.cuda else None)
+
+    def stored(self, peak: int | None = None) -> Stored:
+        """What the cache holds after the last generation."""
         layers = [(layer.keys, layer.values) for layer in self.cache.layers]
         nbytes = sum(x.nbytes for both in layers for x in both)
         return Stored(tuple(keys.shape[2] for keys, _ in layers), nbytes, peak)
@@ -228,16 +231,16 @@ def measure(
 ) -> list[list[Sample]]:
     """Blocks of all arms: [block][arm].
 
-    blocks    how many; None: as many as fit `seconds`, by what the last warm-up block took, and at least `least`. So
-              how many there are never depends on how they come out
-    warm_up   blocks that are run first and discarded
+    blocks    how many; None: as many as fit `seconds`, by what the warm-up took, and at least `least`. So how many
+              there are never depends on how they come out
+    warm_up   generations of all arms from the first prompt that are run before, in turns, and discarded
     """
     gc.collect()  # once: in a block it is off, and between blocks it has little to do
     begin = time.perf_counter()
     for _ in range(max(1, warm_up)):
         begin = time.perf_counter()
-        run_block(arms, new_tokens)
-    spent = time.perf_counter() - begin
+        run_block(arms, new_tokens[:1])
+    spent = (time.perf_counter() - begin) * sum(new_tokens) / new_tokens[0]
     count = max(least, int(seconds / spent)) if blocks is None else blocks
     found = []
     for number in range(count):
