@@ -53,17 +53,17 @@ _cache_options = (
 
 @click.command()
 @with_options(*_cache_options, *SCORING, *_prompt_options, *MODEL)
-@click.option("--threads", type=int, help="Of PyTorch on the CPU.  [its own choice]")
-@click.option("--seconds", default=25.0, show_default=True, help="Of measuring, but at least 8 blocks.")
+@click.option("--threads", default=1, show_default=True, help="Of PyTorch on the CPU; more wait for each other.")
+@click.option(
+    "--seconds", default=25.0, show_default=True, help="Of measuring; at least 8 blocks have to fit twice that."
+)
 @click.option("--blocks", type=int, help="Blocks instead of seconds; with --against in each round.  [8 at least; 2]")
 @click.option("--margin", type=float, help="Slowdown in per cent that is no concern.  [5 on a CPU, 2.5 on CUDA]")
 @click.option("--strict", is_flag=True, help="Exit code 1 for INCONCLUSIVE too.")
 @click.option("--against", metavar="REF", help="Compare with another commit of this project, in fresh processes.")
 @click.option("--rounds", default=8, show_default=True, help="With --against: fresh pairs of processes.")
 @click.option("--allow-counters", is_flag=True, help="With --against: show counters, do not judge them.")
-@click.option(
-    "--reported", is_flag=True, help="Show the published TTFT, TPOT and tokens/s too, with a verdict per claim."
-)
+@click.option("--reported", is_flag=True, help="Show published TTFT, TPOT and tokens/s too, with a verdict per claim.")
 @file_option("--plot", "Draw the slowdowns with their intervals (.png, .svg, .pdf).")
 @with_options(*COMMON)
 def bench(json: Path | None, plot: Path | None, quiet: bool, **given: Any) -> None:
@@ -120,10 +120,9 @@ def _load(given: dict[str, Any]) -> tuple[Any, Any, list[Any]]:
     policies = [Policy(ratio, prune_after, **options) for ratio in given["keep_ratio"]]
     if len({*policies}) < len(policies):
         raise ValueError(f"--keep-ratio {','.join(given['keep_ratio'])}: one stands there twice")
-    if given["threads"] is not None:
-        if given["threads"] < 1:
-            raise ValueError(f"--threads {given['threads']}, but should be at least 1")
-        torch.set_num_threads(given["threads"])
+    if given["threads"] < 1:
+        raise ValueError(f"--threads {given['threads']}, but should be at least 1")
+    torch.set_num_threads(given["threads"])
     hush()
     model, tokenizer = load_model(given["model"], dtype=getattr(torch, given["dtype"]), device=given["device"])
     in_tokens = given["prompt_tokens"] is not None
@@ -166,7 +165,8 @@ def _policies(given: dict[str, Any], margin: float, console: Any, bar: Any, json
             margin=margin, blocks=given["blocks"], seconds=given["seconds"], on_block=lambda: bar.advance(task),
         )  # fmt: skip
     blocks = len(found.samples)
-    title = f"{given['model']}, {given['dtype']} on {given['device']}: " + "; ".join(
+    threads = f", {given['threads']} threads" if given["threads"] > 1 else ""
+    title = f"{given['model']}, {given['dtype']} on {given['device']}{threads}: " + "; ".join(
         f"{p['text']} ({p['tokens']} tokens) + {p['new_tokens']} new" for p in setting["prompts"]
     )
     console.print(title, soft_wrap=True, markup=False)
@@ -285,7 +285,7 @@ def _judge(
     rows = []
     for index, (_, compared) in enumerate(pairs):
         counters = {"old": asdict(found.old[index]), "new": asdict(found.new[index]), "risen": rises[index]}
-        row = {"policy": policy_fields(policies[index]), **{m: asdict(c) for m, c in compared.items()}}
-        row |= {"mde": {m: c.mde for m, c in compared.items()}, "verdict": verdicts[index]}
+        row: dict[str, Any] = {"policy": policy_fields(policies[index]), **{m: asdict(c) for m, c in compared.items()}}
+        row |= {"verdict": verdicts[index], "mde": {m: c.mde for m, c in compared.items()}}
         rows.append(row | {"counters": counters, "log_ratios": found.logs[index]})
     return verdict, rows

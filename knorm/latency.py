@@ -234,6 +234,8 @@ def measure(
     blocks    how many; None: as many as fit `seconds`, by what the warm-up took, and at least `least`. So how many
               there are never depends on how they come out
     warm_up   generations of all arms from the first prompt that are run before, in turns, and discarded
+
+    Raises ValueError, after the warm-up, where `least` blocks would take over twice `seconds`.
     """
     gc.collect()  # once: in a block it is off, and between blocks it has little to do
     begin = time.perf_counter()
@@ -241,6 +243,12 @@ def measure(
         begin = time.perf_counter()
         run_block(arms, new_tokens[:1])
     spent = (time.perf_counter() - begin) * sum(new_tokens) / new_tokens[0]
+    if blocks is None and least * spent > 2 * seconds:
+        raise ValueError(
+            f"too few blocks: {least} of them would take {least * spent:.0f} s on this machine as it is, but seconds "
+            f"are {seconds:g}: wait until nothing else runs, or give --seconds {math.ceil(least * spent / 2)} or more, "
+            "fewer policies, or shorter prompts"
+        )
     count = max(least, int(seconds / spent)) if blocks is None else blocks
     found = []
     for number in range(count):

@@ -77,8 +77,15 @@ def test_how_many_blocks_there_are_depends_on_their_length_alone(monkeypatch):
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clock))
     arm = Clockwork({"time": 0, "drift": 0}, 1.0)
     assert len(measure([arm], [3], seconds=60)) == 20
-    assert len(measure([arm], [3], seconds=1)) == 8
+    assert len(measure([arm], [3], seconds=12)) == 8
     assert len(measure([arm], [3], blocks=5, warm_up=3)) == 5
+
+
+def test_blocks_that_do_not_fit_are_refused(monkeypatch):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(clock))
+    with pytest.raises(ValueError, match=r"too few blocks: 8 of them would take 24 s .* are 11: .* --seconds 12 or"):
+        measure([Clockwork({"time": 0, "drift": 0}, 1.0)], [3], seconds=11)
 
 
 def test_interrupted_steps_count_as_little_and_steps_that_compress_as_they_are():

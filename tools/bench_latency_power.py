@@ -85,6 +85,7 @@ def live(device: str, slowdown: float, blocks: int) -> dict:
     at the start would be another share by the end.
     """
     check_alone(device)
+    torch.set_num_threads(1)  # as `knorm bench` has it
     hush()
     model, tokenizer = load_embedded(device=device)
     prompts = [*make_prompts(tokenizer, ["encyclopedia"], [CHARACTERS], [NEW_TOKENS], device=device).values()]
@@ -128,23 +129,35 @@ def one_run(device: str, slowdown: float) -> dict:
     return {"verdict": verdict, "ratio": ratios, "mde": mde, "seconds": found["seconds"], "with_loading": whole}
 
 
+def child(device: str, percent: str, blocks: int) -> dict:
+    """What a fresh process gives: live blocks, or, for none, a run. On CUDA this process must not be another user."""
+    command = [sys.executable, __file__, "child", device, percent, str(blocks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{percent}%: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(device: str, percent: float, blocks: int) -> dict:
+    """The same, in that process."""
+    result = live(device, percent / 100, blocks) if blocks else one_run(device, percent / 100)
+    here = environment(device).model_dump(exclude={"numerics"})
+    return {"result": result, "device_class": device_class(device), "environment": here}
+
+
 def measure_all(arguments: argparse.Namespace) -> None:
     """Blocks and runs of each slowdown, added to the file."""
     out, device = Path(arguments.out), arguments.device
     found = json.loads(out.read_text()) if out.exists() else {"arms": {}}
-    found |= {"device_class": device_class(device), "kind": torch.device(device).type}
-    found["environment"] = environment(device).model_dump(exclude={"numerics"})
     for percent in arguments.slowdowns.split(","):
         arm = found["arms"].setdefault(percent, {"blocks": [], "runs": []})
-        if arguments.blocks:
-            arm["blocks"].append(live(device, float(percent) / 100, arguments.blocks))
+        plan = ["blocks"] * bool(arguments.blocks) + ["runs"] * arguments.runs
+        for kind in plan:
+            said = child(device, percent, arguments.blocks if kind == "blocks" else 0)
+            arm[kind].append(said.pop("result"))
+            found |= {"kind": torch.device(device).type, **said}
             out.write_text(json.dumps(found))
-        for number in range(arguments.runs):
-            command = [sys.executable, __file__, "run", device, percent]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            arm["runs"].append(json.loads(said.splitlines()[-1]))
-            out.write_text(json.dumps(found))
-            print(f"{percent}%, run {number}: {arm['runs'][-1]['verdict']}", flush=True)
+            print(f"{percent}%: {arm[kind][-1].get('verdict', f'{arguments.blocks} blocks')}", flush=True)
 
 
 def resample(logs: dict, kind: str, runs: int = RESAMPLED) -> tuple[Counter, list[float]]:
@@ -196,9 +209,7 @@ def table(files: list[str]) -> None:
     for file in files:
         found = json.loads(Path(file).read_text())
         kind, here = found["kind"], found["environment"]
-        what = (
-            f"{here['device']}, torch {here['torch']}, transformers {here['transformers']}, {here['threads']} threads"
-        )
+        what = f"{here['device']}, torch {here['torch']}, transformers {here['transformers']}, 1 CPU thread"
         lines.append(f"## {found['device_class']}\n\n{what}; {RUN_BLOCKS[kind]} blocks a run.\n")
         lines += [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
         lines += [row(percent, arm, kind) for percent, arm in sorted(found["arms"].items(), key=lambda e: float(e[0]))]
@@ -220,15 +231,16 @@ def main() -> None:
     measuring.add_argument("--slowdowns", default="0,2,5,10")
     measuring.add_argument("--blocks", type=int, default=400)
     measuring.add_argument("--runs", type=int, default=10)
-    single = commands.add_parser("run")
+    single = commands.add_parser("child")
     single.add_argument("device")
     single.add_argument("percent", type=float)
+    single.add_argument("blocks", type=int)
     commands.add_parser("table").add_argument("files", nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "measure":
         measure_all(arguments)
-    elif arguments.command == "run":
-        print(json.dumps(one_run(arguments.device, arguments.percent / 100)))
+    elif arguments.command == "child":
+        print(json.dumps(answer(arguments.device, arguments.percent, arguments.blocks)))
     else:
         table(arguments.files)
 
