@@ -213,7 +213,7 @@ def parse(text: str, name: str) -> Golden:
     if len({*names}) < len(names):
         raise Damaged(f"{name}: field 'metrics' has {next(n for n in names if names.count(n) > 1)!r} twice")
     if golden.tensors is None and (bare := [m.name for m in golden.metrics if m.gate.rule in ("tokens", "timing")]):
-        raise Damaged(f"{name}: field 'tensors' is null, but {bare[0]} is judged by them")
+        raise Damaged(f"{name}: field 'tensors' is null, but {bare[0]} is judged by its tokens or blocks")
     if edited := [key for key, seal in _seals(fields).items() if golden.seal.get(key) != seal]:
         raise Damaged(f"{name}: field {edited[0]!r} was edited by hand")
     return golden
