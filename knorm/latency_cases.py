@@ -21,7 +21,7 @@ POLICIES = {
     "prefill-0.5": Policy(0.5),
 }
 TEXTS, CHARACTERS, NEW_TOKENS = ("encyclopedia", "narrative"), (512, 1024), (50, 100)
-BLOCKS = 12
+BLOCKS = 16
 COUNTED_TOKENS = 17  # new ones, after the first prompt
 
 # What each is measured on, besides the model and its texts
