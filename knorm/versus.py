@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -62,9 +63,23 @@ def changed_files(root: Path) -> int:
 
 
 @contextmanager
+def _terminable() -> Iterator[None]:
+    """Being told to end (a cancelled CI job) cleans up as Ctrl-C does."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    was = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, was)
+
+
+@contextmanager
 def worktree(root: Path, commit: str) -> Iterator[Path]:
-    """A commit's files in a temporary folder, which is gone afterwards whatever happens."""
-    with tempfile.TemporaryDirectory(prefix="knorm-against-") as temporary:
+    """A commit's files in a temporary folder, which is gone afterwards whatever happens, but for SIGKILL."""
+    with _terminable(), tempfile.TemporaryDirectory(prefix="knorm-against-") as temporary:
         folder = Path(temporary) / "tree"
         try:
             _git(root, "worktree", "add", "--detach", "--force", str(folder), commit)

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -212,10 +214,18 @@ def test_the_worktree_is_gone_whatever_happens(project):
             seen.append((tree, (tree / "knorm" / "core.py").is_file()))
             raise error
 
+    def terminated():
+        with worktree(project, resolve(project, "good")) as tree:
+            seen.append((tree, (tree / "knorm" / "core.py").is_file()))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
     for error in (KeyboardInterrupt, ValueError):
         with pytest.raises(error):
             interrupted(error)
-    assert [(tree.exists(), there) for tree, there in seen] == [(False, True)] * 2
+    with pytest.raises(SystemExit):
+        terminated()
+    assert [(tree.exists(), there) for tree, there in seen] == [(False, True)] * 3
     with pytest.raises(ValueError, match=r"commit \w{12} does not build: it has no knorm/__init__\.py"):
         worktree(project, resolve(project, "empty")).__enter__()
     listed = subprocess.run(["git", "-C", project, "worktree", "list"], capture_output=True, text=True, check=True)
