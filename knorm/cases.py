@@ -41,6 +41,7 @@ from knorm.golden import (
     shift_of,
     why_moved,
 )
+from knorm.latency_cases import COUNTED_SHAPE, POLICIES, TIMED_SHAPE, measure_counters, measure_latency
 from knorm.masked_attention import Attend
 from knorm.models import ASSETS, load_embedded, load_model, load_text, random_gpt_neox
 from knorm.perplexity import exact_run
@@ -86,6 +87,7 @@ class Case:
     """One case: what it pins in a sentence, what it is configured by, and on which kinds of device it is measured.
 
     optional   it needs what is not in the box: without that, or without a golden, it is not compared
+    timed      it is measured by a clock: only where it is asked for by name, with the machine to itself
     """
 
     id: str
@@ -94,6 +96,7 @@ class Case:
     measure: Callable[[str, How], Measured]
     devices: tuple[str, ...] = ("cpu", "cuda")
     optional: bool = False
+    timed: bool = False
 
 
 CASES: dict[str, Case] = {}
@@ -117,6 +120,21 @@ def find_case(name: str) -> Case:
 @lru_cache(maxsize=2)
 def _embedded(device: str) -> tuple[Any, Any]:
     return load_embedded(device=device)
+
+
+def _sums() -> dict[str, str]:
+    """File of the box -> its sha256."""
+    lines = (ASSETS / "SHA256SUMS").read_text("ascii").splitlines()
+    return {name: found for found, name in (line.split() for line in lines)}
+
+
+def _embedded_configuration() -> dict[str, Any]:
+    sums = _sums()
+    return {
+        "model": "embedded",
+        "model_sha256": sums["model.safetensors"],
+        "tokenizer_sha256": sums["tokenizer.json"],
+    }
 
 
 def _digest_of(model: Any) -> str:
@@ -152,18 +170,10 @@ class _Tokens:
     random: bool = False
 
     def configuration(self) -> dict[str, Any]:
-        lines = (ASSETS / "SHA256SUMS").read_text("ascii").splitlines()
-        sums = {name: found for found, name in (line.split() for line in lines)}
         where = (
             {"model": "random GPT-NeoX of Pythia-70M's shape", "model_sha256": RANDOM_SHA256, "text": "random tokens"}
             if self.random
-            else {
-                "model": "embedded",
-                "model_sha256": sums["model.safetensors"],
-                "tokenizer_sha256": sums["tokenizer.json"],
-                "text": "narrative",
-                "text_sha256": sums["narrative.txt"],
-            }
+            else {**_embedded_configuration(), "text": "narrative", "text_sha256": _sums()["narrative.txt"]}
         )
         shape = {"windows": self.windows, "window": self.window, "prompt_length": self.prompt_length}
         return {**where, **shape, "dtype": "float32", "attention": "one pass", "policies": as_json(self.policies)}
@@ -391,6 +401,32 @@ CASES["selections"] = Case(
 )
 
 
+# Latency
+
+
+def _latency_configuration(shape: dict[str, Any]) -> dict[str, Any]:
+    sums = {name: sha256 for name, sha256 in _sums().items() if name.endswith(".txt")}
+    policies = {"policies": as_json(POLICIES.values())}
+    return {**_embedded_configuration(), "texts": sums, **shape, "dtype": "float32", **policies}
+
+
+CASES["counters"] = Case(
+    "counters",
+    "tokens, bytes, operators and kernel launches of a prompt pass and of decoding",
+    lambda: _latency_configuration(COUNTED_SHAPE),
+    lambda device, _: measure_counters(*_embedded(device)),
+    optional=True,
+)
+CASES["latency"] = Case(
+    "latency",
+    "TTFT and TPOT over those of the uncompressed cache in the same run",
+    lambda: _latency_configuration(TIMED_SHAPE),
+    lambda device, _: measure_latency(*_embedded(device)),
+    optional=True,
+    timed=True,
+)
+
+
 # Measuring, comparing, recording
 
 
@@ -444,7 +480,7 @@ class Outcome:
     """What became of a case.
 
     verdict    "holds"; "moved", "missing", "damaged" or "orphan": a failure; "not compared": no golden of this device
-               class at all
+               class at all; "inconclusive": too noisy to say
     evidence   in one line
     findings   per metric, where anything was compared
     """
@@ -463,8 +499,8 @@ class Outcome:
 
     @property
     def compared(self) -> bool:
-        """Whether there is a golden, or should be."""
-        return self.verdict != "not compared"
+        """Whether there is a golden, or should be, and its gates could decide."""
+        return self.verdict not in ("not compared", "inconclusive")
 
 
 def verify_goldens(
@@ -477,7 +513,7 @@ def verify_goldens(
     chosen = [find_case(name) for name in cases] if cases is not None else list(CASES.values())
     kind, mine = torch.device(device).type, device_class(device)
     for case in chosen:
-        if cases is None and case.optional and (case.id, mine) not in store.files:
+        if cases is None and (case.timed or (case.optional and (case.id, mine) not in store.files)):
             continue
         if kind in case.devices:
             yield verify_case(case, store, device, mine, how or How())
@@ -519,7 +555,7 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
     try:
         measured = case.measure(device, how)
     except ValueError as error:
-        if case.optional:  # its weights are not at hand
+        if case.optional:  # its weights are not at hand, or the machine is not its own
             return Outcome(case.id, mine, "not compared", str(error))
         return Outcome(case.id, mine, "moved", f"it cannot be measured any more: {error}")
     findings = tuple(compare(golden, tensors, measured, here))
@@ -529,6 +565,9 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
         evidence = f"{moved[0].metric}: {moved[0].evidence}"
         more = f" ({len(moved)} of {len(findings)} metrics)"
         return Outcome(case.id, mine, "moved", evidence + more, findings, seconds)
+    if unsure := [finding for finding in findings if finding.verdict == "inconclusive"]:
+        evidence = f"{unsure[0].metric}: {unsure[0].evidence} ({len(unsure)} of {len(findings)} metrics)"
+        return Outcome(case.id, mine, "inconclusive", evidence, findings, seconds)
     elsewhere = environment_changes(golden, here)
     where = f"in another environment ({', '.join(elsewhere)})" if elsewhere else "in the same environment"
     shown = [finding.metric for finding in findings if finding.verdict == "shown"]
@@ -557,6 +596,9 @@ def record(case: Case, device: str, now: Checkout, runs: int = RUNS, how: How | 
         found = compare(golden, first.tensors, case.measure(device, how or How()), here)
         if moved := [finding for finding in found if finding.verdict == "moved"]:
             raise ValueError(f"{case.id}: runs disagree, nothing was recorded: {moved[0].metric} {moved[0].evidence}")
+        if unsure := [finding for finding in found if finding.verdict == "inconclusive"]:
+            said = f"{unsure[0].metric} {unsure[0].evidence}"
+            raise ValueError(f"{case.id}: too noisy to record, nothing was: {said}. Leave the machine to it")
     return golden, first
 
 

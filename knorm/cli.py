@@ -12,17 +12,21 @@ from typing import Any
 import click
 
 from knorm import __version__
+from knorm.bench_cli import bench
 from knorm.golden_cli import golden
 from knorm.options import (
     BROKEN,
     COMMON,
     HOLDS,
+    MODEL,
     REFUTED,
+    SCORING,
     WRONG_USAGE,
     Numbers,
     check_device,
     file_option,
     make_console,
+    progress_bar,
     with_options,
     write_json,
 )
@@ -149,9 +153,6 @@ def _expected(text: str) -> tuple[str, str]:
 
 _text_options = (
     click.option(
-        "--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit."
-    ),
-    click.option(
         "--text",
         default="narrative",
         show_default=True,
@@ -166,20 +167,12 @@ _policy_options = (
         "--prune-after", type=int, help="Tokens a cache must hold to be compressed.  [128 if streaming, else 0]"
     ),
     click.option("--skip-layers", type=Numbers(int), default="", help="Layers never compressed, e.g. 0,1."),
-    click.option("--protect-first", default=0, show_default=True, help="Tokens at the start never evicted."),
-    click.option("--protect-recent", default=0, show_default=True, help="Newest tokens never evicted."),
-    click.option(
-        "--score", type=click.Choice(["low_norm", "high_norm", "random"]), default="low_norm", show_default=True
-    ),
-    click.option("--seed", default=0, show_default=True, help="Of the random score."),
     click.option(
         "--protocol",
         type=click.Choice(["prefill", "streaming"]),
         help="Compress once, after the prompt, or after every token.  [prefill with --prompt-length, else streaming]",
     ),
     click.option("--prompt-length", type=int, help="Tokens of the first call; only those after it are scored.  [1]"),
-    click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
     click.option("--batch", default=8, show_default=True, help="Windows at a time."),
 )
 _CURVE = "1.0,0.95,0.9,0.8,0.7,0.5,0.3,0.1"
@@ -244,19 +237,10 @@ def _setting(given: dict[str, Any], ratios: tuple[str, ...], plot: Path | None, 
     return _Setting(model, tokenizer, windows, policies, prompt_length, title, fields)
 
 
-def _progress(quiet: bool) -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    errors = Console(stderr=True)
-    return Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal)
-
-
 @cli.command()
 @with_options(*_text_options)
 @click.option("--keep-ratio", type=Numbers(str), default=_CURVE, show_default=True, help="A row each.")
-@with_options(*_policy_options)
+@with_options(*_policy_options, *SCORING, *MODEL)
 @click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
 @click.option(
     "--reported",
@@ -283,7 +267,7 @@ def ppl(json: Path | None, plot: Path | None, quiet: bool, reported: Path | None
     setting = _setting(given, given["keep_ratio"], plot, json)
     on = (setting.model, setting.windows)
     rows = []
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         count = -(-len(setting.windows.input_ids) // given["batch"])
         task = progress.add_task("windows x ratios", total=len(setting.policies) * count)
         for policy in setting.policies:
@@ -340,7 +324,7 @@ def _judge(reported: Path, json: Path | None, console: Any) -> None:
 @cli.command()
 @with_options(*_text_options)
 @click.option("--keep-ratio", default="0.9", show_default=True, help="The one to explain.")
-@with_options(*_policy_options)
+@with_options(*_policy_options, *SCORING, *MODEL)
 @click.option("--newest", default=16, show_default=True, help="Newest tokens that one intervention protects.")
 @click.option(
     "--positions",
@@ -362,7 +346,7 @@ def explain(json: Path | None, plot: Path | None, quiet: bool, keep_ratio: str, 
     console, setting = make_console(quiet), _setting(given, (keep_ratio,), plot, json)
     on, policy = (setting.model, setting.windows), setting.policies[0]
     again = {"prompt_length": setting.prompt_length, "batch": given["batch"]}
-    with _progress(quiet) as progress:
+    with progress_bar(quiet) as progress:
         task = progress.add_task("evaluations", total=None)
 
         def step(name: str) -> None:
@@ -381,6 +365,7 @@ def explain(json: Path | None, plot: Path | None, quiet: bool, keep_ratio: str, 
     sys.exit(HOLDS)
 
 
+cli.add_command(bench)
 cli.add_command(golden)
 
 

@@ -18,6 +18,8 @@ from pydantic import ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
 from knorm.interval import interval
+from knorm.paired import ALPHA, MARGIN
+from knorm.paired import compare as compare_times
 from knorm.strict import Strict, first_error, no_field_twice
 
 SCHEMA = 1
@@ -54,13 +56,14 @@ class Noise(Strict):
 class Gate(Strict):
     """How a metric is judged.
 
-    rule        "exact": equal everywhere. "same_environment": equal there, elsewhere shown. "tokens": see judge_tokens.
-                "at_most": not above the golden value x (1 + threshold)
-    threshold   relative for "at_most"; nats a token of mean shift for "tokens"; else None
+    rule        "exact": equal everywhere. "same_environment": equal there, elsewhere shown. "same_versions": equal with
+                the golden's torch and transformers, else shown. "tokens": see judge_tokens. "at_most": not above the
+                golden value x (1 + threshold). "timing": in the same environment, see judge_timing; elsewhere shown
+    threshold   relative for "at_most"; nats a token of mean shift for "tokens"; a slowdown for "timing"; else None
     noise       where it came from
     """
 
-    rule: Literal["exact", "same_environment", "tokens", "at_most"]
+    rule: Literal["exact", "same_environment", "same_versions", "tokens", "at_most", "timing"]
     threshold: float | None = None
     noise: Noise | None = None
 
@@ -209,8 +212,8 @@ def parse(text: str, name: str) -> Golden:
     names = [metric.name for metric in golden.metrics]
     if len({*names}) < len(names):
         raise Damaged(f"{name}: field 'metrics' has {next(n for n in names if names.count(n) > 1)!r} twice")
-    if golden.tensors is None and (bare := [m.name for m in golden.metrics if m.gate.rule == "tokens"]):
-        raise Damaged(f"{name}: field 'tensors' is null, but {bare[0]} is judged by its tokens")
+    if golden.tensors is None and (bare := [m.name for m in golden.metrics if m.gate.rule in ("tokens", "timing")]):
+        raise Damaged(f"{name}: field 'tensors' is null, but {bare[0]} is judged by its tokens or blocks")
     if edited := [key for key, seal in _seals(fields).items() if golden.seal.get(key) != seal]:
         raise Damaged(f"{name}: field {edited[0]!r} was edited by hand")
     return golden
@@ -221,10 +224,13 @@ def parse(text: str, name: str) -> Golden:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one metric: "holds", "moved", or "shown" where it differs and is not gated; and the evidence."""
+    """What became of one metric, and the evidence.
+
+    verdict   "holds", "moved"; "shown" where it differs and is not gated; "inconclusive" where noise hides it
+    """
 
     metric: str
-    verdict: Literal["holds", "moved", "shown"]
+    verdict: Literal["holds", "moved", "shown", "inconclusive"]
     golden: int | float | str | None
     measured: int | float | str | None
     anchor: int | float | str | None
@@ -320,6 +326,7 @@ def environment_changes(golden: Golden, environment: Environment) -> list[str]:
 def compare(golden: Golden, tensors: Tensors, measured: Measured, environment: Environment) -> list[Finding]:
     """Judge each metric by the gate that was accepted with it."""
     same = not environment_changes(golden, environment)
+    shares = sum(metric.gate.rule == "timing" for metric in golden.metrics)
     found = []
     for metric in measured.metrics:
         before = golden.metric(metric.name)
@@ -327,8 +334,12 @@ def compare(golden: Golden, tensors: Tensors, measured: Measured, environment: E
             found.append(Finding(metric.name, "moved", None, _finite(metric.value), None, "is new: record it again"))
             continue
         why = why_moved(before, metric, tensors, measured.tensors, same)
-        fails = same or before.gate.rule != "same_environment"
-        verdict: Any = "holds" if why is None else "moved" if fails else "shown"
+        verdict: Any = (
+            "holds" if why is None else "moved" if _gated(before.gate, golden, environment, same) else "shown"
+        )
+        if before.gate.rule == "timing" and metric.name in tensors and metric.name in measured.tensors:
+            verdict, why = judge_timing(before, tensors[metric.name], measured.tensors[metric.name], shares)
+            verdict = verdict if same else "shown"
         found.append(Finding(metric.name, verdict, before.value, _finite(metric.value), before.anchor, why or ""))
     for name in sorted({m.name for m in golden.metrics} - {m.name for m in measured.metrics}):
         before = golden.metric(name)
@@ -337,6 +348,35 @@ def compare(golden: Golden, tensors: Tensors, measured: Measured, environment: E
             Finding(name, "moved", before.value, None, before.anchor, "is not measured any more: record it again")
         )
     return found
+
+
+def _gated(gate: Gate, golden: Golden, environment: Environment, same: bool) -> bool:
+    """Whether a gate speaks in this environment."""
+    if gate.rule == "same_versions":
+        was, now = golden.environment, environment
+        return (_release(was.torch), was.transformers) == (_release(now.torch), now.transformers)
+    return same or gate.rule not in ("same_environment", "timing")
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]  # 2.13.0+cpu does what 2.13.0 does
+
+
+def judge_timing(
+    before: Metric, old: np.ndarray[Any, Any], new: np.ndarray[Any, Any], shares: int = 1
+) -> tuple[Literal["holds", "moved", "inconclusive"], str]:
+    """Whether a ratio of times rose, from the log-ratio of each block [blocks, 1], then and now; and the evidence.
+
+    shares   metrics that share the alpha. Moved where it rose, and by the gate's threshold or more for all one knows
+    """
+    margin = before.gate.threshold or MARGIN["cpu"]
+    found = compare_times(new[:, 0].tolist(), margin=margin, alpha=ALPHA / shares, golden=old[:, 0].tolist())
+    said = f"{found.ratio - 1:+.1%} ({found.low - 1:+.1%} to {found.high - 1:+.1%}, could see {found.mde:.1%})"
+    if found.verdict == "PASS":
+        return "holds", said
+    if found.verdict == "FAIL":
+        return "moved", f"the ratio rose: {said}, at most {margin:.1%}"
+    return "inconclusive", f"{said}: about {found.more} more blocks would decide"
 
 
 def _finite(value: int | float | str) -> int | float | str:
@@ -349,6 +389,11 @@ def why_moved(before: Metric, now: Metric, old: Tensors, new: Tensors, same: boo
         if before.name not in old or now.name not in new:
             return "has no tokens to compare"
         return judge_tokens(before.gate, new[now.name], old[before.name], same)
+    if before.gate.rule == "timing":
+        if before.name not in old or now.name not in new:
+            return "has no blocks to compare"
+        verdict, why = judge_timing(before, old[before.name], new[now.name])
+        return why if verdict == "moved" else None
     if before.gate.rule == "at_most":
         was, value, threshold = float(before.value), float(now.value), before.gate.threshold or 0.0
         if value <= was + abs(was) * threshold:
@@ -378,7 +423,7 @@ def worse_by(before: Metric, now: Metric) -> float:
         return 0.0
     change = (float(now.value) - float(before.value)) * (1 if before.direction == "lower" else -1)
     slack = shift_limit(before.gate) if before.gate.rule == "tokens" else 0.0
-    if before.gate.rule == "at_most":
+    if before.gate.rule in ("at_most", "timing"):
         slack = abs(float(before.value)) * (before.gate.threshold or 0.0)
     if change <= slack:
         return 0.0

@@ -100,7 +100,10 @@ def golden_verify(
         show_outcome(console, outcome)
     failed = sum(outcome.failed for outcome in outcomes)
     idle = sum(not outcome.compared for outcome in outcomes)
-    said = [f"{len(outcomes) - failed - idle} hold, {failed} failed"] + ([f"{idle} NOT COMPARED"] if idle else [])
+    said = [f"{len(outcomes) - failed - idle} hold, {failed} failed"]
+    for verdict in ("not compared", "inconclusive"):
+        if number := sum(outcome.verdict == verdict for outcome in outcomes):
+            said.append(f"{number} {verdict.upper()}")
     style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
     console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
     if any(outcome.verdict == "moved" for outcome in outcomes):
@@ -113,7 +116,9 @@ def golden_verify(
 
 @golden.command("record")
 @_some_cases
-@click.option("--all", "everything", is_flag=True, help="All cases that this device measures, but for optional ones.")
+@click.option(
+    "--all", "everything", is_flag=True, help="All cases that this device measures, but for optional and timed ones."
+)
 @_golden_device
 @click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
 @_golden_dir
@@ -138,7 +143,9 @@ def golden_record(
         raise ValueError("name the cases to record, or give --all")
     kind = torch.device(check_device(device)).type
     chosen = (
-        [c for c in CASES.values() if kind in c.devices and not c.optional] if everything else [*map(find_case, cases)]
+        [c for c in CASES.values() if kind in c.devices and not (c.optional or c.timed)]
+        if everything
+        else [*map(find_case, cases)]
     )
     hush()
     console, store = make_console(quiet), _store(golden_dir, json)

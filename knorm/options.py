@@ -78,6 +78,23 @@ COMMON = (
 )
 
 
+MODEL = (
+    click.option(
+        "--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit."
+    ),
+    click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
+)
+SCORING = (
+    click.option("--protect-first", default=0, show_default=True, help="Tokens at the start never evicted."),
+    click.option("--protect-recent", default=0, show_default=True, help="Newest tokens never evicted."),
+    click.option(
+        "--score", type=click.Choice(["low_norm", "high_norm", "random"]), default="low_norm", show_default=True
+    ),
+    click.option("--seed", default=0, show_default=True, help="Of the random score."),
+)
+
+
 def with_options(*options: Any) -> Any:
     """Several options at once."""
 
@@ -87,6 +104,16 @@ def with_options(*options: Any) -> Any:
         return function
 
     return decorate
+
+
+def progress_bar(quiet: bool) -> Any:
+    """On a terminal's stderr, gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    errors = Console(stderr=True)
+    return Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal)
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -69,7 +69,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., Any]:
         if outcome.failed or (not outcome.compared and request.config.getoption("require_goldens")):
             pytest.fail(capture.get(), pytrace=False)
         if not outcome.compared:
-            pytest.skip(f"NOT COMPARED: {outcome.evidence}")
+            pytest.skip(f"{outcome.verdict.upper()}: {outcome.evidence}")
         return outcome
 
     return compare

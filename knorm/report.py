@@ -95,18 +95,19 @@ def show_result(console: Console, result: Mapping[str, Any], verbose: bool = Fal
     if result["verdict"] == "does not apply" and not verbose:
         return
     line = Text.assemble(_HEADS[result["verdict"]], f"{result['law']} ", (f"[{_evidence(result)}]", "dim"))
-    _print(console, line)
+    print_text(console, line)
     if result["verdict"] != "refuted":
         return
-    _print(console, Text(indent(result["counterexample"], " " * 4)))
+    print_text(console, Text(indent(result["counterexample"], " " * 4)))
     if result["given"]:
-        _print(console, Text(f"    given: {result['given']}"))
+        print_text(console, Text(f"    given: {result['given']}"))
     if result["snippet"]:
         code = Text(f"\n{indent(result['snippet'], ' ' * 8)}\n")
-        _print(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
+        print_text(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
 
 
-def _print(console: Console, text: Text, soft_wrap: bool = False) -> None:
+def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
+    """A line of text, whatever it holds."""
     text.plain = text.plain.encode("utf-8", "replace").decode()  # a target's words may hold what no terminal takes
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
 
@@ -129,7 +130,7 @@ def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits:
     if count := verdicts.count("does not apply"):
         laws = "1 law does" if count == 1 else f"{count} laws do"
         more = f"; promise more with --trait: {', '.join(names)}" if names else ""
-        _print(console, Text(f"{laws} not apply{more}", "dim"))
+        print_text(console, Text(f"{laws} not apply{more}", "dim"))
     wrong = verdicts.count("refuted") + verdicts.count("unexpectedly holds")
     said = [f"{verdicts.count('holds')} hold", f"{verdicts.count('refuted')} refuted"]
     for verdict, words_for in (
@@ -139,14 +140,14 @@ def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits:
         said += [f"{verdicts.count(verdict)} {words_for}"] if verdict in verdicts else []
     said += [f"{verdicts.count('untested')} untested", f"{count} do not apply"]
     style = "bold red" if wrong else "bold yellow" if "untested" in verdicts else "bold green"
-    _print(console, Text(f"{', '.join(said)}, in {sum(r['seconds'] for r in results):.0f} s", style))
+    print_text(console, Text(f"{', '.join(said)}, in {sum(r['seconds'] for r in results):.0f} s", style))
 
 
 def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> None:
     """Perplexity against ratio for several policies, and beside it how many of the newest tokens each had cached."""
     from knorm.evaluation import NEWEST
 
-    figure, (left, right) = _figure((11, 5), columns=2)
+    figure, (left, right) = new_figure((11, 5), columns=2)
     for name, rows in curves.items():
         ratios = [float(Fraction(row.keep_ratio)) for row in rows]
         left.plot(ratios, [row.ppl for row in rows], marker="o", label=name)
@@ -154,12 +155,12 @@ def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> 
     left.set(ylabel="perplexity", yscale="log", xlabel="keep_ratio")
     left.legend(fontsize="small")
     right.set(ylabel=f"newest {NEWEST} still cached", xlabel="keep_ratio", ylim=(0, NEWEST + 0.5))
-    _finish(figure, (left, right), title, file)
+    finish_figure(figure, (left, right), title, file)
 
 
 def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file: Path) -> None:
     """Perplexity of the facts' own tokens against ratio, and beside it that of all other tokens (facts.Recall)."""
-    figure, (left, right) = _figure((11, 5), columns=2)
+    figure, (left, right) = new_figure((11, 5), columns=2)
     for name, results in found.items():
         if len(results) == 1:
             for axes, value in ((left, results[0][1].ppl), (right, results[0][1].others)):
@@ -174,10 +175,11 @@ def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file
     for axes in (left, right):  # one scale: what moves is to be seen
         axes.set_ylim(10, max(200, high))
     left.legend(fontsize="small")
-    _finish(figure, (left, right), title, file)
+    finish_figure(figure, (left, right), title, file)
 
 
-def _figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
+def new_figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
+    """A figure of matplotlib and its axes. Raises ValueError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -186,7 +188,8 @@ def _figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns)
 
 
-def _finish(figure: Any, axes: Sequence[Any], title: str, file: Path) -> None:
+def finish_figure(figure: Any, axes: Sequence[Any], title: str, file: Path) -> None:
+    """Title, grid and plain numbers; then the file."""
     figure.suptitle(title, fontsize="medium")
     for each in axes:
         each.grid(alpha=0.3)
@@ -200,20 +203,20 @@ def check_plot(file: Path) -> None:
     """Raises ValueError, before the work, for a figure that could not be drawn after it."""
     if file.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {file}, but should end in .png, .svg or .pdf")
-    _figure((1, 1), 1)
+    new_figure((1, 1), 1)
 
 
 def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
     """What does not make sense in a curve, and what was found or is to be run."""
     for doubt in doubts:
-        _print(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
+        print_text(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
 
 
 def show_explanation(console: Console, found: Explanation, title: str) -> None:
     """The interventions, ranked; the tokens that got worse; the verdict."""
     nll = (("the run", found.nll), ("full cache", found.nll_full), ("no cache", found.nll_empty))
     said = ", ".join(f"{name} {math.exp(value):.2f}" for name, value in nll)
-    _print(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {found.windows} windows\n"))
+    print_text(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {found.windows} windows\n"))
     table = Table(box=None, pad_edge=False)
     for column in ("change", "95% interval", "recovers"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -231,7 +234,7 @@ def show_explanation(console: Console, found: Explanation, title: str) -> None:
             Text(repr(t.evicted)), str(t.evicted_position), f"{t.attention:.0%}",
         )  # fmt: skip
     console.print(worst)
-    _print(console, Text("\n" + "\n".join(found.verdict), "bold"))
+    print_text(console, Text("\n" + "\n".join(found.verdict), "bold"))
 
 
 _OUTCOMES = {
@@ -241,6 +244,7 @@ _OUTCOMES = {
     "damaged": ("DAMAGED       ", "bold red"),
     "orphan": ("ORPHAN        ", "bold red"),
     "not compared": ("not compared  ", "yellow"),
+    "inconclusive": ("INCONCLUSIVE  ", "yellow"),
 }
 _ROWS = 12  # of a table at most
 
@@ -250,7 +254,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     where = f" ({outcome.device_class})" if outcome.device_class else ""
     spent = f"; {outcome.seconds:.1f} s" if outcome.seconds else ""
     line = Text.assemble(_OUTCOMES[outcome.verdict], f"{outcome.case}{where} ", (f"[{outcome.evidence}{spent}]", "dim"))
-    _print(console, line)
+    print_text(console, line)
     if outcome.verdict == "moved" and outcome.findings:
         console.print(findings_table(outcome.findings))
 

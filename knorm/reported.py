@@ -10,13 +10,12 @@ import io
 import json
 import math
 import statistics
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -25,17 +24,18 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
 from knorm.cache import KnormCache, KnormLayer, attention_through, cache_keyword
 from knorm.explain import attend_shuffled
+from knorm.latency import METRICS, Arm, Prompt, Sample, attending, measure
 from knorm.models import HUB_TEXTS, hub_files, load_model, read_rows
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, exact_ratio, retained_count
 from knorm.strict import Strict, first_error, no_field_twice
 
 PYTHIA = "EleutherAI/pythia-70m-deduped@e93a9faa9c77e5d09219f6c868bfc7a1bd65593c"
-ROUNDS = 7  # of timing, after one for warm-up
+ROUNDS = 7  # blocks of timing, after one for warm-up
 FULL = "1.0"
 
 Verdict = Literal["holds", "does not hold", "cannot be tested"]
@@ -335,61 +335,41 @@ def _untouched(model: PreTrainedModel, ids: Mapping[str, Tensor], protocol: Prot
     )
 
 
-class _Generation(NamedTuple):
-    """Seconds to the first token, seconds of all, and the number of new tokens."""
+def time_quantities(
+    samples: Sequence[Sequence[Sample]], ratios: Sequence[str], new_tokens: Sequence[int]
+) -> dict[str, float]:
+    """What measure_claims says of time, from latency.measure's blocks [block][arm].
 
-    first: float
-    total: float
-    tokens: int
+    ratios       of the arms, the uncompressed one first
+    new_tokens   of each prompt
+    """
+    found, prompts = {}, range(len(new_tokens))
+    ways = {metric: [[s.seconds(metric) for s in block] for block in samples] for metric in METRICS}
 
-    @property
-    def per_token(self) -> float:
-        return (self.total - self.first) / (self.tokens - 1)
+    def mean_of_medians(metric: str, arm: int, of: Callable[[float, int], float] = lambda x, _: x) -> float:
+        """Over blocks the median, over prompts the mean."""
+        columns = ([of(block[arm][p], new_tokens[p]) for block in ways[metric]] for p in prompts)
+        return statistics.fmean(map(statistics.median, columns))
 
-
-def _now(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
-
-
-@torch.no_grad()
-def _generate(model: PreTrainedModel, prompt: Tensor, cache: Cache, tokens: int) -> _Generation:
-    """Greedy decoding; the clock stops when the first token is there and its cache compressed."""
-    keyword, begin = cache_keyword(model), _now(model)
-    token = model(prompt, use_cache=True, logits_to_keep=1, **{keyword: cache}).logits.argmax(-1)
-    first = _now(model) - begin
-    for _ in range(tokens - 1):
-        token = model(token, use_cache=True, **{keyword: cache}).logits.argmax(-1)
-    return _Generation(first, _now(model) - begin, tokens)
+    for arm, ratio in enumerate(ratios):
+        found[f"ttft_s/{ratio}"] = mean_of_medians("ttft", arm)
+        found[f"tpot_s/{ratio}"] = mean_of_medians("tpot", arm)
+        found[f"tokens_per_s/{ratio}"] = mean_of_medians("throughput", arm, lambda seconds, new: new / seconds)
+    tenth = mean_of_medians("throughput", 0, lambda seconds, _: 0.1 * seconds)
+    for arm, ratio in list(enumerate(ratios))[1:]:
+        pairs = [block[arm][p] / block[0][p] for block in ways["ttft"] for p in prompts]
+        found[f"ttft_gain/{ratio}"] = 1 - statistics.median(pairs)
+        found[f"ttft_by_a_tenth/{ratio}"] = 1 - found[f"ttft_s/{ratio}"] / tenth
+    return found
 
 
 def _times(model: PreTrainedModel, prompts: Mapping[str, Tensor], protocol: Protocol, rounds: int) -> dict[str, float]:
-    """Medians over rounds. Each round times every ratio in turn, forwards and backwards; the first is warm-up."""
-    arms = (FULL, *protocol.timed)
-    runs: dict[tuple[str, str], list[_Generation]] = {(name, ratio): [] for name in prompts for ratio in arms}
     new: dict[str, int] = {text.name: text.new_tokens for text in protocol.texts}
-    with attention_through(model, None):
-        for number in range(rounds + 1):
-            for name, prompt in prompts.items():
-                for ratio in arms if number % 2 else arms[::-1]:
-                    cache = DynamicCache() if ratio == FULL else KnormCache(protocol.policy(ratio))
-                    timed = _generate(model, prompt, cache, new[name])
-                    runs[name, ratio] += [timed] if number else []
-    found = {}
-    for ratio in arms:
-        each = [runs[name, ratio] for name in prompts]
-        found[f"ttft_s/{ratio}"] = statistics.fmean(statistics.median(g.first for g in text) for text in each)
-        found[f"tpot_s/{ratio}"] = statistics.fmean(statistics.median(g.per_token for g in text) for text in each)
-        found[f"tokens_per_s/{ratio}"] = statistics.fmean(
-            statistics.median(g.tokens / g.total for g in text) for text in each
-        )
-    tenth = statistics.fmean(statistics.median(0.1 * g.total for g in runs[name, FULL]) for name in prompts)
-    for ratio in protocol.timed:
-        pairs = [(a, b) for name in prompts for a, b in zip(runs[name, FULL], runs[name, ratio], strict=True)]
-        found[f"ttft_gain/{ratio}"] = 1 - statistics.median(b.first / a.first for a, b in pairs)
-        found[f"ttft_by_a_tenth/{ratio}"] = 1 - found[f"ttft_s/{ratio}"] / tenth
-    return found
+    each = [Prompt(ids, new[name]) for name, ids in prompts.items()]
+    arms = [Arm(model, each, None), *(Arm(model, each, protocol.policy(ratio)) for ratio in protocol.timed)]
+    with attending(model):
+        samples = measure(arms, [prompt.new_tokens for prompt in each], blocks=rounds)
+    return time_quantities(samples, (FULL, *protocol.timed), [prompt.new_tokens for prompt in each])
 
 
 def measure_claims(
@@ -412,7 +392,7 @@ def measure_claims(
     monotone, paradox    largest ratio of perplexities from one ratio to the next, 0.9 to 0.5; of the least ratio to 0.9
     long_text            PG-19's rise at 0.9 over WikiText's
     untouched            largest change of a token where prune_after is as long as the text, nats
-    ttft_s, tpot_s, tokens_per_s/RATIO      mean over texts of the median
+    ttft_s, tpot_s, tokens_per_s/RATIO      median over blocks, mean over texts; `knorm bench` has intervals
     ttft_gain/RATIO                         1 - the median over pairs of TTFT at RATIO / at 1.0
     ttft_by_a_tenth/RATIO                   the same as the report has it, against a tenth of the baseline's total time
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
-from knorm import Policy, cases, golden, retained_count, store
+from knorm import Policy, cases, golden, latency_cases, retained_count, store
 from knorm.cases import CASES, RANDOM_SHA256, Case, How, curve, device_class, environment, record, verify_goldens
 from knorm.cli import main
 from knorm.models import ASSETS
@@ -153,7 +153,9 @@ def test_every_case_is_configured_by_what_its_numbers_depend_on():
         fields = case.configuration()
         assert json.loads(json.dumps(fields)) == fields, "as it is stored"
         assert "policies" in fields
-        if case.id not in ("selections", "pythia-70m"):
+        if case.id in ("latency", "counters"):
+            assert {"model_sha256", "dtype", "texts", "characters", "new_tokens"} <= {*fields}
+        elif case.id not in ("selections", "pythia-70m"):
             assert {"model_sha256", "dtype", "windows", "window"} <= {*fields}
 
 
@@ -446,6 +448,101 @@ def test_an_optional_case_without_golden_or_weights_is_not_compared_and_says_wha
     few["extra"] = replace(few["extra"], measure=fetch)
     (outcome,) = verify_goldens(store, ["extra"])
     assert (outcome.verdict, outcome.evidence) == ("not compared", "model 'a/b' cannot be loaded: no weights here")
+
+
+# Timing
+
+
+BLOCKS = np.random.Generator(np.random.PCG64(3)).normal(0.0, 0.01, (12, 1))
+
+
+def timed(shift=0.0, noise=1.0):
+    """A case whose ratio of times is given, block by block."""
+
+    def measure(_device, _how):
+        blocks = np.log1p(shift) + noise * BLOCKS
+        gate = golden.Gate(rule="timing", threshold=0.05)
+        value = float(np.exp(blocks.mean()))
+        made = golden.Metric(
+            name="tpot/0.5", unit="s / s", direction="lower", kind="ratio", value=value, anchor=value, gate=gate
+        )
+        return golden.Measured((made,), {"tpot/0.5": blocks})
+
+    return Case("timed", "a ratio of times", lambda: {"policies": []}, measure, optional=True, timed=True)
+
+
+def test_a_ratio_of_times_moves_where_it_is_shown_to_have_risen(few, tmp_path):
+    few["timed"] = timed(0.2)
+    store = Store(tmp_path)
+    made, measured = record(few["timed"], "cpu", HERE)
+    store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
+    verdicts = {}
+    for shift, noise in ((0.2, 1.0), (0.21, 1.0), (0.1, 1.0), (0.35, 1.0), (0.2, 40.0)):
+        few["timed"] = timed(shift, noise)
+        (outcome,) = verify_goldens(store, ["timed"])
+        verdicts[shift, noise] = (outcome.verdict, outcome.failed, outcome.compared)
+    holds, moved, unsure = ("holds", False, True), ("moved", True, True), ("inconclusive", False, False)
+    assert [*verdicts.values()] == [holds, holds, holds, moved, unsure]
+    assert "blocks would decide" in outcome.evidence
+    assert "timed" not in {outcome.case for outcome in verify_goldens(store)}, "a clock runs only where it is asked for"
+
+
+def test_times_of_another_environment_are_shown(few, tmp_path, monkeypatch):
+    few["timed"] = timed(0.2)
+    store = Store(tmp_path)
+    made, measured = record(few["timed"], "cpu", HERE)
+    store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
+    few["timed"] = timed(0.9)
+    monkeypatch.setattr(cases, "_processor", lambda: "another")
+    (outcome,) = verify_goldens(store, ["timed"])
+    assert outcome.verdict == "holds"
+    assert "1 differ, which is not gated there: tpot/0.5" in outcome.evidence
+
+
+def test_noise_that_hides_whether_runs_agree_is_not_recorded():
+    with pytest.raises(
+        ValueError, match=r"timed: too noisy to record, nothing was: tpot/0\.5 .* Leave the machine to it"
+    ):
+        record(timed(0.2, 40.0), "cpu", HERE)
+
+
+def test_operators_are_gated_with_the_versions_they_were_counted_with(few, tmp_path, monkeypatch):
+    def counted(operators):
+        made = golden.Metric(
+            name="operators", unit="1", direction="lower", kind="count", value=operators, anchor=operators,
+            gate=golden.Gate(rule="same_versions"),
+        )  # fmt: skip
+        return Case("counted", "operators", lambda: {"policies": []}, lambda *_: golden.Measured((made,)))
+
+    few["counted"] = counted(7)
+    store = Store(tmp_path)
+    made, _ = record(few["counted"], "cpu", HERE)
+    store.accept(store.approve(made, {}, "why", now=HERE, allow_worse={}), {})
+    few["counted"] = counted(8)
+    monkeypatch.setattr(cases, "_processor", lambda: "another")
+    assert next(verify_goldens(store, ["counted"])).verdict == "moved"
+    monkeypatch.setattr(cases.transformers, "__version__", "6.0")
+    assert next(verify_goldens(store, ["counted"])).verdict == "holds"
+
+
+def test_the_latency_cases_measure_what_they_say(embedded, monkeypatch):
+    on = tiny("gpt_neox", vocab_size=4096), embedded[1]
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(latency_cases, "CHARACTERS", (40, 60))
+    monkeypatch.setattr(latency_cases, "NEW_TOKENS", (3, 4))
+    monkeypatch.setattr(latency_cases, "BLOCKS", 8)
+    monkeypatch.setattr(latency_cases, "COUNTED_TOKENS", 3)
+    found = latency_cases.measure_latency(*on)
+    assert {metric.name for metric in found.metrics} == {*found.tensors}
+    assert {tensor.shape for tensor in found.tensors.values()} == {(8, 1)}
+    assert {m.gate.rule for m in found.metrics} == {"timing"}
+    counters = {metric.name: metric for metric in latency_cases.measure_counters(*on).metrics}
+    assert counters["retained/uncompressed"].value.split(", ") == [counters["retained/uncompressed"].value[:2]] * 3
+    assert counters["prompt_operators/prefill-0.5"].value > counters["prompt_operators/uncompressed"].value
+    assert {m.gate.rule for m in counters.values()} == {"exact", "same_versions"}
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    with pytest.raises(ValueError, match="timing under pytest-xdist"):
+        latency_cases.measure_latency(*on)
 
 
 # The fixture

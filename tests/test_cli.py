@@ -228,9 +228,8 @@ def test_verify_gives_a_verdict_for_every_claim_and_all_hold(knorm, monkeypatch)
     assert "REFUTED" not in out
     assert out.splitlines()[-1].startswith(f"{heads.count('holds')} hold, 0 refuted, in ")
     claims = " ".join(verdict["claim"] for verdict in verdicts)
-    assert all(
-        f"Nothing moved in {case.id}: {case.what}." in claims for case in CASES.values() if "cpu" in case.devices
-    )
+    ordinary = [case for case in CASES.values() if "cpu" in case.devices and not case.optional]
+    assert all(f"Nothing moved in {case.id}: {case.what}." in claims for case in ordinary)
     core = Subject("knorm.compress", KNORM, compress)
     assert all(check.law in claims for check in CHECKS.values() if applies(check, core))
     assert "Ratio 1 equals the uncompressed model." in claims

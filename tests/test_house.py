@@ -24,6 +24,12 @@ ORDER = [
     "cache",
     "perplexity",
     "models",
+    "latency",
+    "counters",
+    "bench_worker",
+    "paired",
+    "bench",
+    "versus",
     "evaluation",
     "explain",
     "sanity",
@@ -31,13 +37,16 @@ ORDER = [
     "facts",
     "golden",
     "store",
+    "latency_cases",
     "cases",
     "laws",
     "supervisor",
     "verify",
     "report",
+    "bench_report",
     "plugin",
     "options",
+    "bench_cli",
     "golden_cli",
     "cli",
 ]
@@ -100,6 +109,7 @@ def test_an_import_of_a_later_module_is_noticed(line):
     ("source", "others"),
     [
         ("cli.py", {"click"}),
+        ("bench_cli.py", {"click"}),
         ("golden_cli.py", {"click"}),
         ("options.py", {"click"}),
         ("plugin.py", {"pytest"}),
@@ -109,7 +119,7 @@ def test_an_import_of_a_later_module_is_noticed(line):
 def test_what_starts_first_loads_little(source, others):
     names = [*imported(tree(source).body)]
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "knorm", *others}
-    light = {"options", "golden_cli"}  # held to the same
+    light = {"options", "bench_cli", "golden_cli"}  # held to the same
     assert not own_modules(names) - light, "knorm's own modules load when they are needed"
 
 
