@@ -257,7 +257,7 @@ class _NormOrderedCache(KnormCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         while len(self.layers) <= layer_idx:
             self.layers.append(_NormOrderedLayer(self.policy, len(self.layers)))
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.layers[layer_idx].update(key_states, value_states)
 
 
 @torch.no_grad()

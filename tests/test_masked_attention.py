@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from knorm import Policy, attention, evicted_at
+from knorm import Policy, evicted_at, masked_attention
 from knorm.masked_attention import attend_compiled, attend_seen, block_mask
 
 SCHEDULES = {
@@ -33,7 +33,7 @@ def by_definition(query, key, value, lost):
 @pytest.mark.parametrize("size", [16, 100, 512])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_blocks_of_queries_are_attention_by_its_definition(name, size, monkeypatch):
-    monkeypatch.setitem(attention._QUERIES, "cpu", size)
+    monkeypatch.setitem(masked_attention._QUERIES, "cpu", size)
     query, key, value = drawn(300, heads=4)
     policy, prompt = SCHEDULES[name]
     lost = evicted_at(key.square().sum(-1), policy, prompt)
@@ -46,7 +46,9 @@ def test_blocks_of_queries_are_attention_by_its_definition(name, size, monkeypat
 @pytest.mark.parametrize("length", [256, 300])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_block_mask_sees_what_the_schedule_says(name, length, monkeypatch):
-    monkeypatch.setattr(attention, "_compiled", lambda: flex_attention)  # uncompiled: the same mask, whole scores
+    monkeypatch.setattr(
+        masked_attention, "_compiled", lambda: flex_attention
+    )  # uncompiled: the same mask, whole scores
     query, key, value = (x.float() for x in drawn(length))
     policy, prompt = SCHEDULES[name]
     lost = evicted_at(key.square().sum(-1), policy, prompt)
@@ -65,7 +67,7 @@ def test_tiles_are_empty_whole_or_mixed_as_minima_and_maxima_say():
 
 
 def test_short_texts_and_full_precision_never_wait_for_a_compiler(monkeypatch):
-    monkeypatch.setattr(attention, "_compiled", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(masked_attention, "_compiled", lambda: pytest.fail("compiled"))
     query, key, value = (x.bfloat16() for x in drawn(300))
     lost = evicted_at(key.float().square().sum(-1), Policy("0.5"), 200)
     assert attend_seen(query, key, value, lost, None).isfinite().all()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, VOCABULARY, tiny, tokens
 from torch.nn import functional
 
-from knorm import Policy, attention, exact_nll, perplexity, stream_nll
+from knorm import Policy, exact_nll, masked_attention, perplexity, stream_nll
 from knorm.core import squared_norms
 from knorm.evaluation import cut_windows
 from knorm.models import load_text
@@ -106,7 +106,7 @@ def oracle(model, ids, policy, prompt):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("block", [7, 512])
 def test_blocks_of_queries_equal_the_dense_mask_in_float64(kind, block, monkeypatch):
-    monkeypatch.setitem(attention._QUERIES, "cpu", block)
+    monkeypatch.setitem(masked_attention._QUERIES, "cpu", block)
     monkeypatch.setattr(perplexity, "_LOGITS", 11 * VOCABULARY)
     model, ids = tiny(kind, torch.float64), tokens(2, 60)
     for policy, prompt in (POLICIES["streaming"], POLICIES["prefill"]):
@@ -120,7 +120,7 @@ def test_blocks_of_queries_hold_for_padded_rows_too(monkeypatch):
     policy, prompt = POLICIES["protected"]
     options = {"prompt_length": prompt, "attention_mask": left_padded(ids, 0, 8, 40)}
     whole = exact_nll(model, ids, policy, **options)
-    monkeypatch.setitem(attention._QUERIES, "cpu", 9)
+    monkeypatch.setitem(masked_attention._QUERIES, "cpu", 9)
     assert torch.allclose(whole, exact_nll(model, ids, policy, **options), atol=2e-5, equal_nan=True)
 
 
