@@ -248,8 +248,9 @@ def _setup(given: dict[str, Any], prompts: Any, policies: list[Any]) -> Any:
     """What the processes of both commits are told: the same model and tokens."""
     import torch
 
+    from knorm.bench import policy_fields
     from knorm.models import ASSETS
-    from knorm.versus import Setup, policy_fields
+    from knorm.versus import Setup
 
     folder = str(ASSETS) if given["model"] == "embedded" else given["model"]
     if Path(folder).is_dir():
@@ -263,11 +264,10 @@ def _judge(
     found: Any, policies: list[Any], setting: dict[str, Any], console: Any, plot: Any, *, judged: bool
 ) -> tuple[str, list[dict[str, Any]]]:
     """Print what came of two commits; the verdict, and a row per policy as JSON has it."""
-    from knorm.bench import GATED
+    from knorm.bench import GATED, policy_fields
     from knorm.bench_report import comparisons_table, plot_slowdowns, show_counters, show_verdict
     from knorm.counters import risen
     from knorm.paired import ALPHA, compare, overall
-    from knorm.versus import policy_fields
 
     margin, each = setting["margin"], ALPHA / (len(GATED) * len(policies))
     pairs = [

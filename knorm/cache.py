@@ -104,6 +104,13 @@ def attention_through(model: PreTrainedModel, attention: Attention | None) -> It
                 _attention.reset(token)
 
 
+def _not_a_row_of_ones(mask: Tensor) -> ValueError:
+    return ValueError(
+        f"attention_mask is {list(mask.shape)}, but should be [batch, length], 1 for each token: knorm.attention makes "
+        "the masks of the layers itself"
+    )
+
+
 def _attend_last(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -114,10 +121,7 @@ def _attend_last(
     call = _call.get()
     assert call is not None
     if attention_mask is not None:
-        raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}, but should be [batch, length], 1 for each token: "
-            "knorm.attention makes the masks of the layers itself"
-        )
+        raise _not_a_row_of_ones(attention_mask)
     queries, slots = query.shape[2], key.shape[2]
     spare = call.leads and [max(0, lead - (call.total or slots) + slots) for lead in call.leads]
     spare = call.spare.get(getattr(module, "layer_idx", -1), spare)
@@ -205,7 +209,7 @@ class KnormLayer(DynamicLayer):
         if self.leads is not None:
             leads = torch.tensor(self.leads, device=self.keys.device)[:, None, None]
             positions = (positions - leads).clamp(min=-1)
-        return positions.contiguous() if self._kept is None else torch.cat([self._kept, positions], dim=-1)
+        return positions if self._kept is None else torch.cat([self._kept, positions], dim=-1)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append the new tokens, hand everything to the attention of this call, then compress what stays stored."""
@@ -214,10 +218,8 @@ class KnormLayer(DynamicLayer):
             self.leads = call.leads if call else None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            copies = (
-                x.clone(memory_format=torch.contiguous_format) for x in (key_states, value_states)
-            )  # not the views
-            self.keys, self.values = copies
+            # Copies: what a model gives may be a view of something larger.
+            self.keys, self.values = key_states.clone(), value_states.clone()
         else:
             self.keys, self.values = self._append(key_states, value_states)
         keys, values = self.keys, self.values
@@ -336,7 +338,7 @@ class KnormLayer(DynamicLayer):
 
 
 def _to_remove(tokens: int, seen: int) -> int:
-    """How many tokens crop(tokens) takes back of those seen: -n takes n, n leaves n (as transformers before 5.20)."""
+    """How many tokens crop(tokens) takes back of those seen: -n takes n, n > 0 leaves n (as older transformers)."""
     return min(-tokens, seen) if tokens <= 0 else max(0, seen - tokens)
 
 
@@ -425,6 +427,8 @@ class KnormCache(Cache):
         if call is None:
             self._refuse_without_attention(first, new, mask)
         else:
+            if mask is not None:
+                raise _not_a_row_of_ones(mask)
             if call.total is not None and call.total != first.seen + new:
                 raise ValueError(
                     f"attention_mask speaks of {call.total} tokens, but should of all {first.seen + new} so far: "
@@ -507,7 +511,7 @@ class KnormCache(Cache):
         self.layers, self._last = [], -1
 
     def crop(self, tokens: int) -> None:
-        """Take back the newest tokens: crop(-n) takes n, crop(n) leaves n of those seen.
+        """Take back the newest tokens: crop(-n) takes n, crop(n) leaves n of those seen, crop(0) does nothing.
 
         Exact back to the last eviction. Raises ValueError beyond it, before anything is taken: what a compression
         evicted is gone. For the same reason assisted decoding, which rewinds, is refused.

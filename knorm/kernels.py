@@ -28,7 +28,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # Tuned on an NVIDIA H200 (docs/kernels.md).
 _NORM_BYTES, _NORM_WARPS = 32768, 8  # of keys that a program reads; how many warps share them
-_MOVE_BYTES, _MOVE_STAGES = 16384, 3  # that a program moves at once; how many such loads are under way
+_MOVE_BYTES = 16384  # that a program moves at once
 _WARPS, _PER_PROCESSOR = 8, 2  # programs on each multiprocessor: all of the grid has to fit
 _MANY = 2048  # norms that a program looks at at once
 _LEAST = 64  # tokens of a program's share at least
@@ -165,7 +165,6 @@ if triton is not None:
         KEYS: tl.constexpr,
         VALUES: tl.constexpr,
         TOKENS: tl.constexpr,
-        STAGES: tl.constexpr,
         MANY: tl.constexpr,
         SHARES: tl.constexpr,
         PASSES: tl.constexpr,
@@ -285,7 +284,7 @@ if triton is not None:
                 less_before += total & 0xFFFF
                 equal_before += total >> 16
             tl.debug_barrier()
-            for start in tl.range(slot_begin, slot_end, TOKENS, num_stages=STAGES):
+            for start in range(slot_begin, slot_end, TOKENS):
                 slot = start + tl.arange(0, TOKENS)
                 there = slot < slot_end
                 token = tl.load(chosen + slot, mask=there, other=0).to(tl.int64)
@@ -322,6 +321,11 @@ class _Launch(NamedTuple):
     grid: tuple[int, int, int]
     numbers: tuple[int, ...]
     constants: tuple[Any, ...]
+    wide: tuple[bool, ...]  # which numbers take 64 bits: it is compiled for that as well
+
+
+def _launch(programs: int, numbers: tuple[int, ...], constants: tuple[Any, ...]) -> _Launch:
+    return _Launch((programs, 1, 1), numbers, constants, tuple(number >= 2**31 for number in numbers))
 
 
 class _Plan(NamedTuple):
@@ -365,17 +369,16 @@ def _plan(
         keys,
         (value_width, _power(value_width), value_unit),
         max(1, _MOVE_BYTES // max(_power(width) * sizes[0], _power(value_width) * sizes[1])),
-        1 if fused else _MOVE_STAGES,
         min(_MANY, max(256, _power(-(-length // members)))),
         _power(members),
         _PASSES,
         length >= _COARSE_FROM,
     )
-    norms = _Launch((rows * tiles, 1, 1), (heads, length, *protected, tiles, *key_strides), (keys, _PASSES))
+    norms = _launch(rows * tiles, (heads, length, *protected, tiles, *key_strides), (keys, _PASSES))
     numbers = rows, heads, length, count, *protected, members, *key_strides, *value_strides
     return _Plan(
         None if fused else norms,
-        _Launch((groups * members, 1, 1), numbers, gather),
+        _launch(groups * members, numbers, gather),
         rows * (length + _PASSES * 4096 + count + 2 * members),
     )
 
@@ -416,12 +419,19 @@ def _start(
     kernel: Any, kind: object, tensors: tuple[Tensor, ...], launch: _Launch, stream: int, **options: Any
 ) -> None:
     """Launch, past the compiler's own look at each argument where that was done before: it outlasts the kernel."""
-    key = kernel, kind, launch
+    key = kernel, kind, launch.constants, launch.wide
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[launch.grid](*tensors, *launch.numbers, *launch.constants, **options)[launch.grid]
+        _compiled[key] = kernel[launch.grid](*tensors, *launch.numbers, *launch.constants, **options)
     else:
-        compiled(*tensors, *launch.numbers, *launch.constants, stream=stream)
+        compiled[launch.grid](*tensors, *launch.numbers, *launch.constants, stream=stream)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """The same numbers, each row of them in one piece, from an address that every load may rely on."""
+    if rows.stride(-1) == 1 and rows.data_ptr() % 16 == 0:
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def compress(
@@ -443,10 +453,7 @@ def compress(
     Returns what is kept of the three; None where a squared norm is no finite float32, or lies below 2^-100, where
     float32 has lost bits. Waits for the norms, not for what is kept.
     """
-    if keys.stride(3) != 1 or keys.data_ptr() % 16:
-        keys = keys.clone(memory_format=torch.contiguous_format)
-    if values.stride(3) != 1 or values.data_ptr() % 16:
-        values = values.clone(memory_format=torch.contiguous_format)
+    keys, values = _aligned(keys), _aligned(values)
     (batch, heads, _, width), value_width, device = keys.shape, values.shape[3], keys.device
     plan = _plan(
         keys.shape,
@@ -477,7 +484,7 @@ def compress(
         _start(
             _gather,
             kind,
-            (keys, values, scratch if positions is None else positions.contiguous(), *kept, *tensors),
+            (keys, values, scratch if positions is None else _aligned(positions.contiguous()), *kept, *tensors),
             plan.gather,
             stream,
             num_warps=_WARPS,

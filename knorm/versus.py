@@ -22,7 +22,6 @@ from typing import Any
 
 from knorm.counters import Counters
 from knorm.latency import METRICS, Sample, log_ratio, run_block, without_interruptions
-from knorm.policy import Policy
 
 _PACKAGE = Path(__file__).parent
 _PATIENCE = 10.0  # seconds for a worker to end by itself
@@ -116,11 +115,6 @@ class Setup:
     def new_tokens(self) -> list[int]:
         """Of each prompt."""
         return [prompt["new_tokens"] for prompt in self.prompts]
-
-
-def policy_fields(policy: Policy) -> dict[str, Any]:
-    """A Policy as JSON has it."""
-    return asdict(policy) | {"keep_ratio": str(policy.keep_ratio), "skip_layers": [*policy.skip_layers]}
 
 
 class Worker:

@@ -17,11 +17,12 @@ from tiny import tiny, tokens
 
 import knorm
 from knorm import Policy, bench_cli, bench_worker, latency, versus
+from knorm.bench import policy_fields
 from knorm.cli import main
 from knorm.counters import Counters
 from knorm.latency import Prompt
 from knorm.models import ASSETS
-from knorm.versus import Setup, Worker, changed_files, find_checkout, policy_fields, resolve, worktree
+from knorm.versus import Setup, Worker, changed_files, find_checkout, resolve, worktree
 
 ROOT = Path(knorm.__file__).parents[1]
 QUICK = ("--prompt-tokens", "9", "--new-tokens", "4", "--keep-ratio", "0.5", "--blocks", "8")

@@ -113,5 +113,8 @@ def test_streams_threads_and_views_do_not_mix():
     wide = torch.cat([keys, values], dim=-1)[..., :64]
     for other in (unaligned, wide):
         results.append(kernels.compress(other, values, None, 10_000))
+    positions = torch.arange(1 + 8 * 20_000, device="cuda")[1:].view(1, 8, 20_000)  # 8 bytes off
+    moved = kernels.compress(keys, values, positions, 10_000)
+    assert torch.equal(moved[2], positions.gather(-1, expected[2]))
     for result in results:
         assert all(torch.equal(one, other) for one, other in zip(result, expected, strict=True))
