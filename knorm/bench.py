@@ -93,8 +93,9 @@ def make_prompts(
     """
     if not lengths or not texts or len(new_tokens) not in (1, len(lengths)):
         raise ValueError(
-            f"{len(lengths)} prompt lengths and {len(new_tokens)} numbers of new tokens for {len(texts)} texts, but "
-            "there should be a text, a length for each prompt, and new tokens for each prompt or one number for all"
+            f"prompts of {[*lengths]} from {len(texts)} texts with {[*new_tokens]} new tokens, but there should be a "
+            "text, a prompt, and one number of new tokens for all prompts or one for each: see --text, "
+            "--prompt-characters and --new-tokens"
         )
     if batch < 1 or min(lengths) < 1:
         raise ValueError(f"--batch {batch} and prompts of {[*lengths]}, but both should be at least 1")

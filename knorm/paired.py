@@ -134,5 +134,5 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
 def check_share(name: str, value: float) -> float:
     """A margin as a share. Raises ValueError outside (0, 10)."""
     if not 0 < value < 10:
-        raise ValueError(f"{name} {value:g}, but should be a slowdown in per cent above 0, e.g. {name} 5")
+        raise ValueError(f"{name} {100 * value:g}, but should be a slowdown in per cent above 0, e.g. {name} 5")
     return value

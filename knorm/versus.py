@@ -52,7 +52,7 @@ def resolve(root: Path, ref: str) -> str:
         return _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     except subprocess.CalledProcessError:
         raise ValueError(
-            f"--against {ref}, but {root.name} has no such commit, branch or tag: git fetch it, or see git log"
+            f"--against {ref}, but {root} has no such commit, branch or tag: git fetch it, or see git log"
         ) from None
 
 

@@ -26,7 +26,10 @@ from knorm.versus import Setup, Worker, changed_files, find_checkout, resolve, w
 
 ROOT = Path(knorm.__file__).parents[1]
 QUICK = ("--prompt-tokens", "9", "--new-tokens", "4", "--keep-ratio", "0.5", "--blocks", "8")
-CI = pytest.mark.skipif(not os.environ.get("CI"), reason="starts processes that load PyTorch: where CI is set")
+CI = pytest.mark.skipif(
+    not (os.environ.get("CI") or os.environ.get("KNORM_PROCESSES")),
+    reason="starts processes that load PyTorch: where CI or KNORM_PROCESSES is set",
+)
 
 
 @pytest.fixture
@@ -123,12 +126,9 @@ def test_published_times_stand_beside_those_of_this_machine(bench):
         (("--plot", "a.gif"), "--plot a.gif, but should end in .png, .svg or .pdf"),
         (("--reported", "--protocol", "prefill"), "--reported is about streaming with --prune-after 32"),
         (("--reported", "--against", "HEAD"), "--reported is about policies, --against about commits: drop one"),
-        (("--against", "no/such"), "--against no/such, but "),
     ],
 )
 def test_wrong_usage_is_one_line_and_no_number(bench, monkeypatch, arguments, said):
-    if "no/such" in arguments and not (ROOT / ".git").exists():
-        pytest.skip("no git checkout here")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out, err = bench(*arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
@@ -198,6 +198,14 @@ def test_the_checkout_is_found_and_its_changes_are(project, monkeypatch, tmp_pat
         ValueError, match=r"neither .* nor the current folder is a git checkout of knorm: run it in one"
     ):
         find_checkout()
+
+
+def test_the_command_names_the_checkout_that_lacks_the_reference(bench, project, monkeypatch, tmp_path):
+    monkeypatch.setattr(versus, "_PACKAGE", tmp_path / "site-packages" / "knorm")
+    monkeypatch.chdir(project)
+    code, out, err = bench("--against", "no/such")
+    assert (code, out) == (2, "")
+    assert f"--against no/such, but {project.resolve()} has no such commit, branch or tag" in err
 
 
 @pytest.mark.parametrize("ref", ["nope", "--help", "HEAD~99", ""])

@@ -240,7 +240,7 @@ def test_prompts_are_cut_as_asked(embedded):
     (prompt,) = make_prompts(tokenizer, ["narrative"], [77], [5], characters=False).values()
     assert prompt.ids.shape == (1, 77)
     for arguments, said in (
-        ((["narrative"], [10, 20], [5, 6, 7]), "2 prompt lengths and 3 numbers of new tokens"),
+        ((["narrative"], [10, 20], [5, 6, 7]), r"prompts of \[10, 20\] from 1 texts with \[5, 6, 7\] new tokens"),
         ((["narrative"], [0], [5]), "but both should be at least 1"),
         ((["narrative"], [10**9], [5]), "narrative has no 1000000000 characters"),
         ((["narrative"], [10, 10], [5]), "two are the same"),
