@@ -3,7 +3,7 @@
 Norms become integers: a float that is not negative orders as its bits. A radix search over these finds the count-th
 lowest, and a prefix sum over the programs' shares keeps time order, so nothing is ever sorted. The programs of a row
 meet at barriers, so the second launch is cooperative: the whole grid is resident at once. The host waits for the norms
-alone: whether they are finite is known before anything has moved.
+alone: the kernels write whether they are finite into its memory before anything has moved.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ _SMALL_SCRATCH = 2**19  # int32 entries that stay allocated
 _COARSE_FROM = 16384  # tokens: a search through as many first looks which of 128 parts the cut lies in
 _WORTHWHILE = 2**16  # numbers in the keys: for less, nobody waits seconds for a compiler
 _PASSES = 4  # 7 bits at first, then 12 at a time, of 31
+_POLLS = 10_000  # looks at the host's memory, some 0.1 us each: what takes longer is waited for without looking
+_TICKETS = 2**28
 
 # Arguments that are not compiled for, so that another length compiles nothing.
 _NUMBERS = [
@@ -52,14 +54,14 @@ _NUMBERS = [
     "key_head",
     "key_token",
 ]
-_NUMBERS += ["value_batch", "value_head", "value_token"]
+_NUMBERS += ["value_batch", "value_head", "value_token", "ticket"]
 
 if triton is not None:
     _INFINITY = tl.constexpr(0x7F800000)
     _SMALL = tl.constexpr((127 - 100) << 23)  # 2^-100: below it, float32 squares have lost bits
 
     @triton.jit
-    def _measure(keys, order, control, flags, length, first, recent, start, end, key_token, KEYS: tl.constexpr):
+    def _measure(keys, order, control, counter, length, first, recent, start, end, key_token, KEYS: tl.constexpr):
         """The squared norms of a row's keys from start on as integers that order alike; protected ones are -1."""
         HIGHEST: tl.constexpr = KEYS[0]
         WIDTH: tl.constexpr = KEYS[1]
@@ -73,15 +75,15 @@ if triton is not None:
         key = tl.load(keys + offsets, mask=there[:, None] & (column < WIDTH), other=0.0).to(tl.float32)
         bits = tl.sum(key * key, 1).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         if tl.max(tl.where(there, bits, 0), 0) >= _INFINITY:
-            tl.store(flags, 1)
+            tl.atomic_or(control, 1, sem="relaxed")
         if tl.min(tl.where(there, bits, 0x7FFFFFFF), 0) < _SMALL:
-            tl.store(flags + 1, 1)
+            tl.atomic_or(control, 2, sem="relaxed")
         bits = tl.minimum(bits, _INFINITY)
         if HIGHEST:
             bits = _INFINITY - bits
         free = there & (token >= first) & (token < length - recent)
-        tl.atomic_max(control + 1, tl.max(tl.where(free, bits, 0), 0), sem="relaxed")
-        tl.atomic_max(control + 2, _INFINITY - tl.min(tl.where(free, bits, _INFINITY), 0), sem="relaxed")
+        tl.atomic_max(counter + 1, tl.max(tl.where(free, bits, 0), 0), sem="relaxed")
+        tl.atomic_max(counter + 2, _INFINITY - tl.min(tl.where(free, bits, _INFINITY), 0), sem="relaxed")
         tl.store(order + token, tl.where(free, bits, -1), mask=there)
 
     @triton.jit
@@ -95,7 +97,6 @@ if triton is not None:
         keys,
         control,
         scratch,
-        flags,
         heads,
         length,
         first,
@@ -112,8 +113,8 @@ if triton is not None:
         offset = (row // heads).to(tl.int64) * key_batch + (row % heads).to(tl.int64) * key_head
         order = scratch + wide_row * length
         start = tile * KEYS[4]
-        row_keys = keys + offset * KEYS[3]
-        _measure(row_keys, order, control + 4 * row, flags, length, first, recent, start, length, key_token, KEYS)
+        row_keys, counter = keys + offset * KEYS[3], control + 4 + 4 * row
+        _measure(row_keys, order, control, counter, length, first, recent, start, length, key_token, KEYS)
         _clear(scratch + wide_rows * length + wide_row * (PASSES * 4096), tile, tiles, PASSES)
 
     @triton.jit
@@ -124,6 +125,12 @@ if triton is not None:
         while tl.atomic_add(counter, 0, sem="acquire") < arrivals:
             pass
         tl.debug_barrier()
+
+    @triton.jit
+    def _tell(control, told, ticket):
+        """To the host, in one word: whose norms these are, and what is wrong with any of them."""
+        tl.store(told, ticket * 4 + tl.load(control, cache_modifier=".cg"), cache_modifier=".wt")
+        tl.store(control, 0)
 
     @triton.jit
     def _find(counts, wanted):
@@ -146,7 +153,8 @@ if triton is not None:
         kept_positions,
         control,
         scratch,
-        flags,
+        told,
+        ticket,
         rows,
         heads,
         length,
@@ -182,6 +190,9 @@ if triton is not None:
         end = tl.minimum(begin + share, length)
         key_column = tl.arange(0, KEYS[2])[None, :]
         value_column = tl.arange(0, VALUES[1])[None, :]
+        if not FUSED:  # noqa: SIM102
+            if tl.program_id(0) == 0:
+                _tell(control, told, ticket)
         for turn in range(0, tl.cdiv(rows - group, groups)):
             row = group + turn * groups
             batch, head, wide_row, wide_rows = (
@@ -196,15 +207,19 @@ if triton is not None:
             counts = scratch + wide_rows * length + wide_row * (PASSES * 4096)
             chosen = scratch + wide_rows * (length + PASSES * 4096) + wide_row * count
             shares = scratch + wide_rows * (length + PASSES * 4096 + count) + wide_row * (2 * members)
-            counter = control + 4 * row  # arrivals, the highest norm, the lowest one counted from above, departures
+            counter = control + 4 + 4 * row  # arrivals, the highest norm, the lowest one counted from above, departures
 
             met = 0
             if FUSED:
                 for start in range(begin, end, KEYS[4]):
-                    _measure(row_keys, order, counter, flags, length, first, recent, start, end, key_token, KEYS)
+                    _measure(row_keys, order, control, counter, length, first, recent, start, end, key_token, KEYS)
                 _clear(counts, member, members, PASSES)
                 met += members
                 _meet(counter, met)
+                if member == 0:  # noqa: SIM102 - `and` would count for every member
+                    if tl.atomic_add(control + 1, 1, sem="acq_rel") == rows - 1:
+                        tl.store(control + 1, 0)
+                        _tell(control, told, ticket)
 
             # The cut, from the highest bits down.
             wanted = count - first - recent
@@ -383,21 +398,30 @@ def _plan(
     )
 
 
-class _Held(NamedTuple):
+class _Held:
     """What a thread's launches on one stream share.
 
-    control   int32 [4 * rows], where programs meet; all zero: every launch leaves it as it was
-    flags     int32 [2] in memory that host and device share: a norm that is not finite, one that is too small
+    control   int32 [4 + 4 * rows], where programs meet; all zero: every launch leaves it as it was
     scratch   int32, for all that is small
-    measured  when the norms are there
-    stream    the same stream, as PyTorch has it
+    told      int32 [1] in memory that host and device share: four times a call's ticket, with what is wrong with the
+              norms: 1 one that is not finite, 2 one that is too small
     """
 
-    control: Tensor
-    flags: Tensor
-    scratch: Tensor
-    measured: torch.cuda.Event
-    stream: torch.cuda.Stream
+    def __init__(self, device: torch.device, rows: int) -> None:
+        self.control = torch.zeros(4 + 4 * rows, dtype=torch.int32, device=device)
+        self.scratch = self.control.new_empty(_SMALL_SCRATCH)
+        self.told = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.seen = self.told.numpy().data
+        self.stream = torch.cuda.current_stream(device)
+        self.rows, self.ticket = rows, 0
+
+    def wait(self) -> int:
+        """Until the norms of the last call are known: what is wrong with them."""
+        for _ in range(_POLLS):
+            if (said := self.seen[0]) >> 2 == self.ticket:
+                return said & 3
+        self.stream.synchronize()  # raises what broke a kernel off
+        return self.seen[0] & 3
 
 
 _held: dict[tuple[torch.device, int, int], _Held] = {}
@@ -407,24 +431,28 @@ _compiled: dict[tuple[object, ...], Any] = {}
 def _hold(device: torch.device, stream: int, rows: int) -> _Held:
     place = device, stream, threading.get_ident()
     held = _held.get(place)
-    if held is None or held.control.numel() < 4 * rows:
-        flags = torch.zeros(2, dtype=torch.int32).pin_memory() if held is None else held.flags
-        control = torch.zeros(4 * max(rows, 256), dtype=torch.int32, device=device)
-        scratch = control.new_empty(_SMALL_SCRATCH)
-        held = _held[place] = _Held(control, flags, scratch, torch.cuda.Event(), torch.cuda.current_stream(device))
+    if held is None or held.rows < rows:
+        held = _held[place] = _Held(device, max(rows, 256))
     return held
 
 
 def _start(
-    kernel: Any, kind: object, tensors: tuple[Tensor, ...], launch: _Launch, stream: int, **options: Any
+    kernel: Any,
+    kind: object,
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    launch: _Launch,
+    stream: int,
+    **options: Any,
 ) -> None:
     """Launch, past the compiler's own look at each argument where that was done before: it outlasts the kernel."""
     key = kernel, kind, launch.constants, launch.wide
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[launch.grid](*tensors, *launch.numbers, *launch.constants, **options)
-    else:
-        compiled[launch.grid](*tensors, *launch.numbers, *launch.constants, stream=stream)
+        _compiled[key] = kernel[launch.grid](*tensors, *numbers, *launch.numbers, *launch.constants, **options)
+    else:  # an address is taken as it is, a tensor is looked up by the driver
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        compiled[launch.grid](*addresses, *numbers, *launch.numbers, *launch.constants, stream=stream)
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -472,27 +500,24 @@ def compress(
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
         held = _hold(device, stream, batch * heads)
         scratch = held.scratch if plan.scratch <= _SMALL_SCRATCH else held.scratch.new_empty(plan.scratch)
-        tensors = held.control, scratch, held.flags
         if plan.norms is not None:
-            _start(_norms, kind, (keys, *tensors), plan.norms, stream, num_warps=_NORM_WARPS)
-            held.measured.record(held.stream)
+            _start(_norms, kind, (keys, held.control, scratch), (), plan.norms, stream, num_warps=_NORM_WARPS)
         kept = (
             keys.new_empty((batch, heads, count, width)),
             values.new_empty((batch, heads, count, value_width)),
             scratch.new_empty((batch, heads, count), dtype=torch.int64),
         )
+        held.ticket = held.ticket % _TICKETS + 1
+        given = keys, values, scratch if positions is None else _aligned(positions.contiguous())
         _start(
             _gather,
             kind,
-            (keys, values, scratch if positions is None else _aligned(positions.contiguous()), *kept, *tensors),
+            (*given, *kept, held.control, scratch, held.told),
+            (held.ticket,),
             plan.gather,
             stream,
             num_warps=_WARPS,
             maxnreg=65536 // (32 * _WARPS * _PER_PROCESSOR),
             launch_cooperative_grid=True,
         )
-        (held.stream if plan.norms is None else held.measured).synchronize()
-    if any(held.flags.tolist()):
-        held.flags.zero_()
-        return None
-    return kept
+        return None if held.wait() else kept
