@@ -8,7 +8,6 @@ alone: the kernels write whether they are finite into its memory before anything
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import threading
@@ -36,6 +35,7 @@ _FUSED_BYTES = 2**24  # of keys up to which launches are what takes time: one do
 _SMALL_SCRATCH = 2**19  # int32 entries that stay allocated
 _COARSE_FROM = 16384  # tokens: a search through as many first looks which of 128 parts the cut lies in
 _WORTHWHILE = 2**16  # numbers in the keys: for less, nobody waits seconds for a compiler
+_WHOLE = 8192  # norms that a program looks at by itself
 _PASSES = 4  # 7 bits at first, then 12 at a time, of 31
 _POLLS = 10_000  # looks at the host's memory, some 0.1 us each: what takes longer is waited for without looking
 _TICKETS = 2**28
@@ -143,6 +143,28 @@ if triton is not None:
         fine = tl.sum((tl.cumsum(bins, 0) < wanted).to(tl.int32), 0)
         return coarse * 64 + fine, wanted - tl.sum(tl.where(line < fine, bins, 0), 0)
 
+    @triton.jit
+    def _search(order, length, begin, end, cut, span, wanted, WHOLE: tl.constexpr):
+        """In all norms of a row at once: the wanted-th from `cut` on, which of its equals it is, what lies where."""
+        every, bins, shift = tl.arange(0, WHOLE), tl.arange(0, 128), 0
+        bits = tl.load(order + every, mask=every < length, other=0x7FFFFFFF, cache_modifier=".cg")
+        while (span >> shift) >= 128:
+            shift += 1
+        searching = (span > 0) & (wanted > 0)
+        while searching:
+            above = bits - cut
+            inside = (above >= 0) & ((above >> shift) < 128)
+            own = tl.histogram(tl.where(inside, above >> shift, 0), 128, mask=inside)
+            bin = tl.sum((tl.cumsum(own, 0) < wanted).to(tl.int32), 0)
+            wanted -= tl.sum(tl.where(bins < bin, own, 0), 0)
+            cut += bin << shift
+            searching = shift > 0
+            shift = tl.maximum(shift - 7, 0)
+        both = (bits < cut).to(tl.int32) + ((bits == cut).to(tl.int32) << 16)  # two counts in one sum
+        before = tl.sum(tl.where(every < begin, both, 0), 0)
+        own_share = tl.sum(tl.where((every >= begin) & (every < end), both, 0), 0)
+        return cut, wanted, before & 0xFFFF, before >> 16, own_share & 0xFFFF, own_share >> 16
+
     @triton.jit(do_not_specialize=_NUMBERS)
     def _gather(
         keys,
@@ -177,6 +199,7 @@ if triton is not None:
         SHARES: tl.constexpr,
         PASSES: tl.constexpr,
         COARSE: tl.constexpr,
+        WHOLE: tl.constexpr,
     ):
         """Of each row, the protected tokens and those of the lowest norms, in time order; FUSED: the norms too."""
         KEY_WIDTH: tl.constexpr = KEYS[1]
@@ -213,7 +236,8 @@ if triton is not None:
             if FUSED:
                 for start in range(begin, end, KEYS[4]):
                     _measure(row_keys, order, control, counter, length, first, recent, start, end, key_token, KEYS)
-                _clear(counts, member, members, PASSES)
+                if not WHOLE:
+                    _clear(counts, member, members, PASSES)
                 met += members
                 _meet(counter, met)
                 if member == 0:  # noqa: SIM102 - `and` would count for every member
@@ -225,59 +249,66 @@ if triton is not None:
             wanted = count - first - recent
             cut = _INFINITY - tl.load(counter + 2, cache_modifier=".cg")
             span = tl.load(counter + 1, cache_modifier=".cg") - cut
-            shift = 0
-            searching = (span > 0) & (wanted > 0)
-            if COARSE:
-                while (span >> shift) >= 128:
-                    shift += 1
-                if searching:
-                    own = tl.zeros([128], tl.int32)
+            if WHOLE:  # each program finds it in all norms of the row: nobody waits
+                cut, wanted, less_before, equal_before, less, equal = _search(
+                    order, length, begin, end, cut, span, wanted, WHOLE
+                )
+            else:
+                shift = 0
+                searching = (span > 0) & (wanted > 0)
+                if COARSE:
+                    while (span >> shift) >= 128:
+                        shift += 1
+                    if searching:
+                        own = tl.zeros([128], tl.int32)
+                        for start in range(begin, end, MANY):
+                            token = start + tl.arange(0, MANY)
+                            above = tl.load(order + token, mask=token < end, other=-1) - cut
+                            own += tl.histogram(tl.maximum(above, 0) >> shift, 128, mask=above >= 0)
+                        bins = tl.arange(0, 128)
+                        tl.atomic_add(counts + bins, own, mask=own > 0, sem="relaxed")
+                        met += members
+                        _meet(counter, met)
+                        own = tl.load(counts + bins, cache_modifier=".cg")
+                        bin = tl.sum((tl.cumsum(own, 0) < wanted).to(tl.int32), 0)
+                        wanted -= tl.sum(tl.where(bins < bin, own, 0), 0)
+                        cut += bin << shift
+                        counts += 4096
+                        searching = shift > 0
+                        shift = tl.maximum(shift - 12, 0)
+                else:
+                    while (span >> shift) >= 4096:
+                        shift += 1
+                while searching:
                     for start in range(begin, end, MANY):
                         token = start + tl.arange(0, MANY)
                         above = tl.load(order + token, mask=token < end, other=-1) - cut
-                        own += tl.histogram(tl.maximum(above, 0) >> shift, 128, mask=above >= 0)
-                    bins = tl.arange(0, 128)
-                    tl.atomic_add(counts + bins, own, mask=own > 0, sem="relaxed")
+                        inside = (above >= 0) & ((above >> shift) < 4096)
+                        tl.atomic_add(counts + (above >> shift), 1, mask=inside, sem="relaxed")
                     met += members
                     _meet(counter, met)
-                    own = tl.load(counts + bins, cache_modifier=".cg")
-                    bin = tl.sum((tl.cumsum(own, 0) < wanted).to(tl.int32), 0)
-                    wanted -= tl.sum(tl.where(bins < bin, own, 0), 0)
+                    bin, wanted = _find(counts, wanted)
                     cut += bin << shift
                     counts += 4096
                     searching = shift > 0
                     shift = tl.maximum(shift - 12, 0)
-            else:
-                while (span >> shift) >= 4096:
-                    shift += 1
-            while searching:
+
+                # Where each program's share starts: below the cut all are kept, at the cut the first `wanted`.
+                less, equal = 0, 0
                 for start in range(begin, end, MANY):
                     token = start + tl.arange(0, MANY)
-                    above = tl.load(order + token, mask=token < end, other=-1) - cut
-                    inside = (above >= 0) & ((above >> shift) < 4096)
-                    tl.atomic_add(counts + (above >> shift), 1, mask=inside, sem="relaxed")
+                    bits = tl.load(order + token, mask=token < end, other=0x7FFFFFFF)
+                    less += tl.sum((bits < cut).to(tl.int32), 0)
+                    equal += tl.sum((bits == cut).to(tl.int32), 0)
+                tl.store(shares + 2 * member, less)
+                tl.store(shares + 2 * member + 1, equal)
                 met += members
                 _meet(counter, met)
-                bin, wanted = _find(counts, wanted)
-                cut += bin << shift
-                counts += 4096
-                searching = shift > 0
-                shift = tl.maximum(shift - 12, 0)
-
-            # Where each program's share starts: below the cut all are kept, at the cut the first `wanted`.
-            less, equal = 0, 0
-            for start in range(begin, end, MANY):
-                token = start + tl.arange(0, MANY)
-                bits = tl.load(order + token, mask=token < end, other=0x7FFFFFFF)
-                less += tl.sum((bits < cut).to(tl.int32), 0)
-                equal += tl.sum((bits == cut).to(tl.int32), 0)
-            tl.store(shares + 2 * member, less)
-            tl.store(shares + 2 * member + 1, equal)
-            met += members
-            _meet(counter, met)
-            who = tl.arange(0, SHARES)
-            less_before = tl.sum(tl.load(shares + 2 * who, mask=who < member, other=0, cache_modifier=".cg"), 0)
-            equal_before = tl.sum(tl.load(shares + 2 * who + 1, mask=who < member, other=0, cache_modifier=".cg"), 0)
+                who = tl.arange(0, SHARES)
+                less_before = tl.sum(tl.load(shares + 2 * who, mask=who < member, other=0, cache_modifier=".cg"), 0)
+                equal_before = tl.sum(
+                    tl.load(shares + 2 * who + 1, mask=who < member, other=0, cache_modifier=".cg"), 0
+                )
             slot_begin = less_before + tl.minimum(equal_before, wanted)
             slot_end = less_before + less + tl.minimum(equal_before + equal, wanted)
 
@@ -330,23 +361,34 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _Launch(NamedTuple):
-    """A kernel's grid, its arguments after the tensors, and what it is compiled for."""
+class _Launch:
+    """A kernel for one shape: its arguments after the addresses and the ticket."""
 
-    grid: tuple[int, int, int]
-    numbers: tuple[int, ...]
-    constants: tuple[Any, ...]
-    wide: tuple[bool, ...]  # which numbers take 64 bits: it is compiled for that as well
+    def __init__(
+        self, kernel: Any, programs: int, numbers: tuple[int, ...], constants: tuple[Any, ...], **options: Any
+    ):
+        self.kernel, self.grid, self.rest, self.options = kernel, (programs, 1, 1), (*numbers, *constants), options
+        self.run: Any = None
 
-
-def _launch(programs: int, numbers: tuple[int, ...], constants: tuple[Any, ...]) -> _Launch:
-    return _Launch((programs, 1, 1), numbers, constants, tuple(number >= 2**31 for number in numbers))
+    def __call__(self, stream: int, tensors: tuple[Tensor, ...], *ticket: int) -> None:
+        if self.run is None:  # compiles, where no other shape has
+            self.run = self.kernel[self.grid](*tensors, *ticket, *self.rest, **self.options)[self.grid]
+        else:  # past the compiler's look at each argument; an address is taken as it is, a tensor is looked up
+            self.run(*[tensor.data_ptr() for tensor in tensors], *ticket, *self.rest, stream=stream)
 
 
 class _Plan(NamedTuple):
-    norms: _Launch | None  # None: the other kernel does all
+    """What all calls of one shape share.
+
+    norms     None: the other kernel does all
+    scratch   int32 entries
+    kept      positions, keys and values to be, a number each, expanded: the fast way to allocate such
+    """
+
+    norms: _Launch | None
     gather: _Launch
-    scratch: int  # int32 entries
+    scratch: int
+    kept: list[Tensor]
 
 
 def _power(least: int) -> int:
@@ -355,46 +397,53 @@ def _power(least: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
     shape: tuple[int, int, int, int],
     value_width: int,
     key_strides: tuple[int, ...],
     value_strides: tuple[int, ...],
-    sizes: tuple[int, int],
     count: int,
-    protected: tuple[int, int],
+    first: int,
+    recent: int,
     highest: bool,
     given_positions: bool,
-    processors: int,
 ) -> _Plan:
-    _, heads, length, width = shape
-    rows = shape[0] * shape[1]
+    batch, heads, length, width = shape
+    rows, processors, (size, value_size) = batch * heads, _processors(device), (dtype.itemsize for dtype in dtypes)
     # Strides in units of a power of two, which tells the compiler of alignment.
     unit, value_unit = math.gcd(16, *key_strides[:3]), math.gcd(16, *value_strides[:3])
     key_strides = tuple(stride // unit for stride in key_strides[:3])
     value_strides = tuple(stride // value_unit for stride in value_strides[:3])
-    fused = rows * length * width * sizes[0] <= _FUSED_BYTES
-    tokens = max(1, _NORM_BYTES // (_power(width) * sizes[0]))
+    fused = rows * length * width * size <= _FUSED_BYTES
+    tokens = max(1, _NORM_BYTES // (_power(width) * size))
     tiles = -(-length // tokens)
     keys = highest, width, _power(width), unit, tokens
     members = max(1, min(_PER_PROCESSOR * processors // rows, length // _LEAST))
     groups = min(rows, _PER_PROCESSOR * processors // members)
-    gather = (
+    norms = (heads, length, first, recent, tiles, *key_strides), (keys, _PASSES)
+    numbers = rows, heads, length, count, first, recent, members, *key_strides, *value_strides
+    constants = (
         fused,
         given_positions,
         keys,
         (value_width, _power(value_width), value_unit),
-        max(1, _MOVE_BYTES // max(_power(width) * sizes[0], _power(value_width) * sizes[1])),
+        max(1, _MOVE_BYTES // max(_power(width) * size, _power(value_width) * value_size)),
         min(_MANY, max(256, _power(-(-length // members)))),
         _power(members),
         _PASSES,
         length >= _COARSE_FROM,
+        _power(length) if fused and length <= _WHOLE else 0,
     )
-    norms = _launch(rows * tiles, (heads, length, *protected, tiles, *key_strides), (keys, _PASSES))
-    numbers = rows, heads, length, count, *protected, members, *key_strides, *value_strides
+    registers = 65536 // (32 * _WARPS * _PER_PROCESSOR)
+    options = {"num_warps": _WARPS, "maxnreg": registers, "launch_cooperative_grid": True}
+    shapes = (batch, heads, count), (batch, heads, count, width), (batch, heads, count, value_width)
+    kept = zip(shapes, (torch.int64, *dtypes), strict=True)
     return _Plan(
-        None if fused else norms,
-        _launch(groups * members, numbers, gather),
+        None if fused else _Launch(_norms, rows * tiles, *norms, num_warps=_NORM_WARPS),
+        _Launch(_gather, groups * members, numbers, constants, **options),
         rows * (length + _PASSES * 4096 + count + 2 * members),
+        [torch.empty(1, dtype=dtype, device=device).expand(shape) for shape, dtype in kept],
     )
 
 
@@ -425,7 +474,6 @@ class _Held:
 
 
 _held: dict[tuple[torch.device, int, int], _Held] = {}
-_compiled: dict[tuple[object, ...], Any] = {}
 
 
 def _hold(device: torch.device, stream: int, rows: int) -> _Held:
@@ -434,25 +482,6 @@ def _hold(device: torch.device, stream: int, rows: int) -> _Held:
     if held is None or held.rows < rows:
         held = _held[place] = _Held(device, max(rows, 256))
     return held
-
-
-def _start(
-    kernel: Any,
-    kind: object,
-    tensors: tuple[Tensor, ...],
-    numbers: tuple[int, ...],
-    launch: _Launch,
-    stream: int,
-    **options: Any,
-) -> None:
-    """Launch, past the compiler's own look at each argument where that was done before: it outlasts the kernel."""
-    key = kernel, kind, launch.constants, launch.wide
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = kernel[launch.grid](*tensors, *numbers, *launch.numbers, *launch.constants, **options)
-    else:  # an address is taken as it is, a tensor is looked up by the driver
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        compiled[launch.grid](*addresses, *numbers, *launch.numbers, *launch.constants, stream=stream)
 
 
 def _aligned(rows: Tensor) -> Tensor:
@@ -481,43 +510,21 @@ def compress(
     Returns what is kept of the three; None where a squared norm is no finite float32, or lies below 2^-100, where
     float32 has lost bits. Waits for the norms, not for what is kept.
     """
+    device = keys.device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return compress(keys, values, positions, count, first, recent, highest=highest)
     keys, values = _aligned(keys), _aligned(values)
-    (batch, heads, _, width), value_width, device = keys.shape, values.shape[3], keys.device
-    plan = _plan(
-        keys.shape,
-        value_width,
-        keys.stride(),
-        values.stride(),
-        (keys.element_size(), values.element_size()),
-        count,
-        (first, recent),
-        highest,
-        positions is not None,
-        _processors(device),
-    )
+    dtypes, widths, given = (keys.dtype, values.dtype), values.shape[3], positions is not None
+    shape, strides = keys.shape, (keys.stride(), values.stride())
+    plan = _plan(device, dtypes, shape, widths, *strides, count, first, recent, highest, given)
     stream = driver.active.get_current_stream(device.index)
-    kind = device, keys.dtype, values.dtype
-    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
-        held = _hold(device, stream, batch * heads)
-        scratch = held.scratch if plan.scratch <= _SMALL_SCRATCH else held.scratch.new_empty(plan.scratch)
-        if plan.norms is not None:
-            _start(_norms, kind, (keys, held.control, scratch), (), plan.norms, stream, num_warps=_NORM_WARPS)
-        kept = (
-            keys.new_empty((batch, heads, count, width)),
-            values.new_empty((batch, heads, count, value_width)),
-            scratch.new_empty((batch, heads, count), dtype=torch.int64),
-        )
-        held.ticket = held.ticket % _TICKETS + 1
-        given = keys, values, scratch if positions is None else _aligned(positions.contiguous())
-        _start(
-            _gather,
-            kind,
-            (*given, *kept, held.control, scratch, held.told),
-            (held.ticket,),
-            plan.gather,
-            stream,
-            num_warps=_WARPS,
-            maxnreg=65536 // (32 * _WARPS * _PER_PROCESSOR),
-            launch_cooperative_grid=True,
-        )
-        return None if held.wait() else kept
+    held = _hold(device, stream, shape[0] * shape[1])
+    scratch = held.scratch if plan.scratch <= _SMALL_SCRATCH else held.scratch.new_empty(plan.scratch)
+    if plan.norms is not None:
+        plan.norms(stream, (keys, held.control, scratch))
+    kept_positions, *kept = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in plan.kept]
+    held.ticket = held.ticket % _TICKETS + 1
+    where = scratch if positions is None else _aligned(positions.contiguous())
+    plan.gather(stream, (keys, values, where, *kept, kept_positions, held.control, scratch, held.told), held.ticket)
+    return None if held.wait() else (kept[0], kept[1], kept_positions)
