@@ -30,12 +30,11 @@ _NORM_BYTES, _NORM_WARPS = 32768, 8  # of keys that a program reads; how many wa
 _MOVE_BYTES = 16384  # that a program moves at once
 _WARPS, _PER_PROCESSOR = 8, 2  # programs on each multiprocessor: all of the grid has to fit
 _MANY = 2048  # norms that a program looks at at once
-_LEAST = 64  # tokens of a program's share at least
+_LEAST = 128  # tokens of a program's share at least
 _FUSED_BYTES = 2**24  # of keys up to which launches are what takes time: one does all
 _SMALL_SCRATCH = 2**19  # int32 entries that stay allocated
 _COARSE_FROM = 16384  # tokens: a search through as many first looks which of 128 parts the cut lies in
 _WORTHWHILE = 2**16  # numbers in the keys: for less, nobody waits seconds for a compiler
-_WHOLE = 8192  # norms that a program looks at by itself
 _PASSES = 4  # 7 bits at first, then 12 at a time, of 31
 _POLLS = 10_000  # looks at the host's memory, some 0.1 us each: what takes longer is waited for without looking
 _TICKETS = 2**28
@@ -143,28 +142,6 @@ if triton is not None:
         fine = tl.sum((tl.cumsum(bins, 0) < wanted).to(tl.int32), 0)
         return coarse * 64 + fine, wanted - tl.sum(tl.where(line < fine, bins, 0), 0)
 
-    @triton.jit
-    def _search(order, length, begin, end, cut, span, wanted, WHOLE: tl.constexpr):
-        """In all norms of a row at once: the wanted-th from `cut` on, which of its equals it is, what lies where."""
-        every, bins, shift = tl.arange(0, WHOLE), tl.arange(0, 128), 0
-        bits = tl.load(order + every, mask=every < length, other=0x7FFFFFFF, cache_modifier=".cg")
-        while (span >> shift) >= 128:
-            shift += 1
-        searching = (span > 0) & (wanted > 0)
-        while searching:
-            above = bits - cut
-            inside = (above >= 0) & ((above >> shift) < 128)
-            own = tl.histogram(tl.where(inside, above >> shift, 0), 128, mask=inside)
-            bin = tl.sum((tl.cumsum(own, 0) < wanted).to(tl.int32), 0)
-            wanted -= tl.sum(tl.where(bins < bin, own, 0), 0)
-            cut += bin << shift
-            searching = shift > 0
-            shift = tl.maximum(shift - 7, 0)
-        both = (bits < cut).to(tl.int32) + ((bits == cut).to(tl.int32) << 16)  # two counts in one sum
-        before = tl.sum(tl.where(every < begin, both, 0), 0)
-        own_share = tl.sum(tl.where((every >= begin) & (every < end), both, 0), 0)
-        return cut, wanted, before & 0xFFFF, before >> 16, own_share & 0xFFFF, own_share >> 16
-
     @triton.jit(do_not_specialize=_NUMBERS)
     def _gather(
         keys,
@@ -199,7 +176,6 @@ if triton is not None:
         SHARES: tl.constexpr,
         PASSES: tl.constexpr,
         COARSE: tl.constexpr,
-        WHOLE: tl.constexpr,
     ):
         """Of each row, the protected tokens and those of the lowest norms, in time order; FUSED: the norms too."""
         KEY_WIDTH: tl.constexpr = KEYS[1]
@@ -236,8 +212,7 @@ if triton is not None:
             if FUSED:
                 for start in range(begin, end, KEYS[4]):
                     _measure(row_keys, order, control, counter, length, first, recent, start, end, key_token, KEYS)
-                if not WHOLE:
-                    _clear(counts, member, members, PASSES)
+                _clear(counts, member, members, PASSES)
                 met += members
                 _meet(counter, met)
                 if member == 0:  # noqa: SIM102 - `and` would count for every member
@@ -249,66 +224,59 @@ if triton is not None:
             wanted = count - first - recent
             cut = _INFINITY - tl.load(counter + 2, cache_modifier=".cg")
             span = tl.load(counter + 1, cache_modifier=".cg") - cut
-            if WHOLE:  # each program finds it in all norms of the row: nobody waits
-                cut, wanted, less_before, equal_before, less, equal = _search(
-                    order, length, begin, end, cut, span, wanted, WHOLE
-                )
-            else:
-                shift = 0
-                searching = (span > 0) & (wanted > 0)
-                if COARSE:
-                    while (span >> shift) >= 128:
-                        shift += 1
-                    if searching:
-                        own = tl.zeros([128], tl.int32)
-                        for start in range(begin, end, MANY):
-                            token = start + tl.arange(0, MANY)
-                            above = tl.load(order + token, mask=token < end, other=-1) - cut
-                            own += tl.histogram(tl.maximum(above, 0) >> shift, 128, mask=above >= 0)
-                        bins = tl.arange(0, 128)
-                        tl.atomic_add(counts + bins, own, mask=own > 0, sem="relaxed")
-                        met += members
-                        _meet(counter, met)
-                        own = tl.load(counts + bins, cache_modifier=".cg")
-                        bin = tl.sum((tl.cumsum(own, 0) < wanted).to(tl.int32), 0)
-                        wanted -= tl.sum(tl.where(bins < bin, own, 0), 0)
-                        cut += bin << shift
-                        counts += 4096
-                        searching = shift > 0
-                        shift = tl.maximum(shift - 12, 0)
-                else:
-                    while (span >> shift) >= 4096:
-                        shift += 1
-                while searching:
+            shift = 0
+            searching = (span > 0) & (wanted > 0)
+            if COARSE:
+                while (span >> shift) >= 128:
+                    shift += 1
+                if searching:
+                    own = tl.zeros([128], tl.int32)
                     for start in range(begin, end, MANY):
                         token = start + tl.arange(0, MANY)
                         above = tl.load(order + token, mask=token < end, other=-1) - cut
-                        inside = (above >= 0) & ((above >> shift) < 4096)
-                        tl.atomic_add(counts + (above >> shift), 1, mask=inside, sem="relaxed")
+                        own += tl.histogram(tl.maximum(above, 0) >> shift, 128, mask=above >= 0)
+                    bins = tl.arange(0, 128)
+                    tl.atomic_add(counts + bins, own, mask=own > 0, sem="relaxed")
                     met += members
                     _meet(counter, met)
-                    bin, wanted = _find(counts, wanted)
+                    own = tl.load(counts + bins, cache_modifier=".cg")
+                    bin = tl.sum((tl.cumsum(own, 0) < wanted).to(tl.int32), 0)
+                    wanted -= tl.sum(tl.where(bins < bin, own, 0), 0)
                     cut += bin << shift
                     counts += 4096
                     searching = shift > 0
                     shift = tl.maximum(shift - 12, 0)
-
-                # Where each program's share starts: below the cut all are kept, at the cut the first `wanted`.
-                less, equal = 0, 0
+            else:
+                while (span >> shift) >= 4096:
+                    shift += 1
+            while searching:
                 for start in range(begin, end, MANY):
                     token = start + tl.arange(0, MANY)
-                    bits = tl.load(order + token, mask=token < end, other=0x7FFFFFFF)
-                    less += tl.sum((bits < cut).to(tl.int32), 0)
-                    equal += tl.sum((bits == cut).to(tl.int32), 0)
-                tl.store(shares + 2 * member, less)
-                tl.store(shares + 2 * member + 1, equal)
+                    above = tl.load(order + token, mask=token < end, other=-1) - cut
+                    inside = (above >= 0) & ((above >> shift) < 4096)
+                    tl.atomic_add(counts + (above >> shift), 1, mask=inside, sem="relaxed")
                 met += members
                 _meet(counter, met)
-                who = tl.arange(0, SHARES)
-                less_before = tl.sum(tl.load(shares + 2 * who, mask=who < member, other=0, cache_modifier=".cg"), 0)
-                equal_before = tl.sum(
-                    tl.load(shares + 2 * who + 1, mask=who < member, other=0, cache_modifier=".cg"), 0
-                )
+                bin, wanted = _find(counts, wanted)
+                cut += bin << shift
+                counts += 4096
+                searching = shift > 0
+                shift = tl.maximum(shift - 12, 0)
+
+            # Where each program's share starts: below the cut all are kept, at the cut the first `wanted`.
+            less, equal = 0, 0
+            for start in range(begin, end, MANY):
+                token = start + tl.arange(0, MANY)
+                bits = tl.load(order + token, mask=token < end, other=0x7FFFFFFF)
+                less += tl.sum((bits < cut).to(tl.int32), 0)
+                equal += tl.sum((bits == cut).to(tl.int32), 0)
+            tl.store(shares + 2 * member, less)
+            tl.store(shares + 2 * member + 1, equal)
+            met += members
+            _meet(counter, met)
+            who = tl.arange(0, SHARES)
+            less_before = tl.sum(tl.load(shares + 2 * who, mask=who < member, other=0, cache_modifier=".cg"), 0)
+            equal_before = tl.sum(tl.load(shares + 2 * who + 1, mask=who < member, other=0, cache_modifier=".cg"), 0)
             slot_begin = less_before + tl.minimum(equal_before, wanted)
             slot_end = less_before + less + tl.minimum(equal_before + equal, wanted)
 
@@ -433,7 +401,6 @@ def _plan(
         _power(members),
         _PASSES,
         length >= _COARSE_FROM,
-        _power(length) if fused and length <= _WHOLE else 0,
     )
     registers = 65536 // (32 * _WARPS * _PER_PROCESSOR)
     options = {"num_warps": _WARPS, "maxnreg": registers, "launch_cooperative_grid": True}
