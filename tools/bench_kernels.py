@@ -97,11 +97,9 @@ def main() -> None:
         if shape == SHAPES[0]:
             host, short = idle, kernel
     print(
-        f"\nOf the shortest call, the kernels take {short:.3f} ms. Three allocations, a fill of one number and a wait, from"
+        f"\nOf the shortest call, the kernels take {short:.3f} ms. Three allocations, a fill of one number and a wait,"
     )
-    print(
-        f"the same Python, take {host:.3f} ms: what is left between these and the call is Python that checks and launches."
-    )
+    print(f"from the same Python, take {host:.3f} ms. What is left is Python that checks and launches.")
 
 
 if __name__ == "__main__":
