@@ -162,7 +162,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
 
 
 def resample(logs: dict, kind: str, size: int) -> tuple[Counter, float]:
-    """Verdicts of runs drawn from live blocks, `size` in a row each; the TPOT slowdown that the median one could see."""
+    """Verdicts of runs drawn from live blocks, `size` in a row; the TPOT slowdown that the median one could see."""
     rng, verdicts, mdes = np.random.default_rng(0), Counter(), []
     for start in rng.integers(0, len(logs[GATED[0]]) - size + 1, RESAMPLED):
         verdict, compared = judge({metric: values[start : start + size] for metric, values in logs.items()}, kind)
