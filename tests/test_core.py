@@ -151,6 +151,26 @@ def test_shapes_that_do_not_agree_are_refused(keys, values, message):
         compress(torch.zeros(keys), torch.zeros(values), 0.5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_of_many_bytes_are_those_of_a_gather(dtype):
+    keys, values = (torch.randn(2, 3, 6000, 128).to(dtype) for _ in "kv")  # NumPy allocates what is kept
+    kept = compress(keys, values, 0.5)
+    for one, other in zip(kept[:2], (keys, values), strict=True):
+        assert one.dtype == dtype
+        assert one.is_contiguous()
+        assert torch.equal(one, other.gather(2, kept.positions[..., None].expand_as(one)))
+
+
+@pytest.mark.parametrize("length", [100, 40_000])
+def test_gradients_reach_the_tokens_that_are_kept(length):
+    keys, values = (torch.randn(1, 1, length, 64, requires_grad=True) for _ in "kv")
+    kept = compress(keys, values, 0.5)
+    (kept.keys.sum() + 2 * kept.values.sum()).backward()
+    chosen = torch.zeros(1, 1, length, 1).index_fill(2, kept.positions.flatten(), 1.0).expand_as(keys)
+    assert torch.equal(keys.grad, chosen)
+    assert torch.equal(values.grad, 2 * chosen)
+
+
 def test_integer_keys_and_foreign_positions_are_refused():
     keys = torch.zeros(1, 1, 4, 2)
     with pytest.raises(ValueError, match="both should be float16, bfloat16"):
