@@ -314,13 +314,14 @@ if triton is not None:
 
 
 def available(keys: Tensor, values: Tensor) -> bool:
-    """Whether these kernels are for this cache: on CUDA, 16 or 32 bits a number, Triton at hand, worth compiling."""
+    """Whether these kernels are for this cache: on CUDA, 16 or 32 bits a number, without gradients, worth compiling."""
     return (
         triton is not None
         and keys.is_cuda
         and keys.dtype in DTYPES
         and values.dtype in DTYPES
         and keys.numel() >= _WORTHWHILE
+        and not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad))
     )
 
 

@@ -333,21 +333,45 @@ def _ask(which: str, query: str) -> list[str] | None:
 
 
 def check_fits(model: Any, prompts: Mapping[str, Prompt]) -> None:
-    """Raises ValueError for a prompt that, with its new tokens, is longer than the model's context, or too short."""
+    """Raises ValueError for a prompt that is too short, or with its new tokens longer than the model's context; and
+    where the uncompressed cache alone takes more memory than the device has at all.
+    """
     most = getattr(model.config, "max_position_embeddings", None)
     for name, prompt in prompts.items():
         length = prompt.ids.shape[1]
+        total = length + prompt.new_tokens
         if prompt.new_tokens < 2:
             raise ValueError(
                 f"{prompt.new_tokens} new tokens, but should be at least 2: TPOT is of those after the first"
             )
         if length < 1:
             raise ValueError(f"{name}: the prompt has no tokens: give more characters")
-        if most is not None and length + prompt.new_tokens > most:
+        if most is not None and total > most:
             raise ValueError(
-                f"{name}: {length} tokens of prompt and {prompt.new_tokens} new ones are {length + prompt.new_tokens}, "
+                f"{name}: {length} tokens of prompt and {prompt.new_tokens} new ones are {total}, "
                 f"but the model's context is {most}: give a shorter prompt, or fewer new tokens"
             )
+        need, there = _cache_bytes(model, prompt), _memory(model.device)
+        if need > there:
+            raise ValueError(
+                f"{name}: the uncompressed cache of {len(prompt.ids):,} sequences of {total} tokens "
+                f"takes {need / 2**30:,.0f} GiB, but {model.device} has {there / 2**30:,.0f} GiB: give a smaller "
+                "batch, a shorter prompt, or fewer new tokens"
+            )
+
+
+def _cache_bytes(model: Any, prompt: Prompt) -> int:
+    config, (batch, length) = model.config, prompt.ids.shape
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = batch * (length + prompt.new_tokens)
+    return int(2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize)
+
+
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @contextmanager

@@ -209,6 +209,8 @@ def test_a_prompt_that_does_not_fit_is_refused():
         check_fits(model, {"a": Prompt(tokens(1, 100), 29)})
     with pytest.raises(ValueError, match="1 new tokens, but should be at least 2"):
         check_fits(model, {"a": Prompt(tokens(1, 10), 1)})
+    with pytest.raises(ValueError, match=r"a: the uncompressed cache of 1,000,000,000 .* GiB: give a smaller batch"):
+        check_fits(model, {"a": Prompt(tokens(1, 10).expand(1_000_000_000, 10), 2)})
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,13 @@ def test_norms_too_small_for_float32_are_told_apart_in_float64():
     assert torch.equal(compress(keys, keys, "1/64").positions[0, 0], torch.arange(4000, 4064, device="cuda"))
 
 
+def test_gradients_reach_the_tokens_that_are_kept():
+    keys, values = (torch.randn(1, 2, 4096, 64, device="cuda", requires_grad=True) for _ in "kv")
+    kept = compress(keys, values, 0.5)
+    kept.values.sum().backward()
+    assert torch.equal(values.grad[..., 0].nonzero()[:, -1].view(1, 2, 2048), kept.positions)
+
+
 def test_streams_threads_and_views_do_not_mix():
     keys, values = (whole_numbers((1, 8, 20_000, 64), torch.float16, seed) for seed in (1, 2))
     expected = plainly(keys, values, None, 10_000)
