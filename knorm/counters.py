@@ -6,6 +6,7 @@ Imports nothing of knorm at run time: `knorm bench --against` counts older commi
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,8 +51,10 @@ def count(arm: Arm, index: int, stored: Stored) -> Counters:
 
 def _count(work: Callable[[], Any], cuda: bool) -> tuple[int, int | None]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
-    with profile(activities=activities) as found:
-        work()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Profiler clears events")  # torch 2.11: said of every profile
+        with profile(activities=activities) as found:
+            work()
     raw: Any = found.profiler  # its own events(), which builds a tree of objects, takes a hundred times as long
     events = raw.kineto_results.events()
     launches = sum("LaunchKernel" in event.name() for event in events)  # the runtime's and the driver's

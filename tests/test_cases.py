@@ -529,8 +529,8 @@ def test_the_latency_cases_measure_what_they_say(embedded, monkeypatch):
     on = tiny("gpt_neox", vocab_size=4096), embedded[1]
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     monkeypatch.setattr(latency_cases, "CHARACTERS", (40, 60))
-    monkeypatch.setattr(latency_cases, "NEW_TOKENS", (3, 4))
-    monkeypatch.setattr(latency_cases, "BLOCKS", 8)
+    monkeypatch.setattr(latency_cases, "NEW_TOKENS", {"cpu": (3, 4)})
+    monkeypatch.setattr(latency_cases, "BLOCKS", {"cpu": 8})
     monkeypatch.setattr(latency_cases, "COUNTED_TOKENS", 3)
     found = latency_cases.measure_latency(*on)
     assert {metric.name for metric in found.metrics} == {*found.tensors}

@@ -29,10 +29,6 @@ def test_the_golden_of_this_device_class(golden):
     golden("latency", device="cuda")
 
 
-def test_the_counters_are_those_of_the_golden(golden):
-    golden("counters", device="cuda")
-
-
 def test_reported_times_beside_those_of_this_device(on_cuda):
     """On the model in the box: a TTFT that falls by 90% is the report's baseline, whatever the model."""
     model, tokenizer = on_cuda
