@@ -415,7 +415,6 @@ CASES["counters"] = Case(
     "tokens, bytes, operators and kernel launches of a prompt pass and of decoding",
     lambda: _latency_configuration(COUNTED_SHAPE),
     lambda device, _: measure_counters(*_embedded(device)),
-    optional=True,
 )
 CASES["latency"] = Case(
     "latency",

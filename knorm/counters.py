@@ -52,7 +52,7 @@ def count(arm: Arm, index: int, stored: Stored) -> Counters:
 def _count(work: Callable[[], Any], cuda: bool) -> tuple[int, int | None]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Profiler clears events")  # torch 2.11: said of every profile
+        warnings.filterwarnings("ignore", ".*Profiler clears events")  # torch 2.11: said of every profile
         with profile(activities=activities) as found:
             work()
     raw: Any = found.profiler  # its own events(), which builds a tree of objects, takes a hundred times as long
