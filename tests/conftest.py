@@ -16,6 +16,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("thorough" if os.
 torch.set_num_threads(1)  # pytest -n auto has a worker per core
 
 
+def pytest_collection_modifyitems(items):
+    if not (os.environ.get("CI") or os.environ.get("KNORM_PROCESSES")):
+        reason = "starts processes that load PyTorch: where CI or KNORM_PROCESSES is set, as .ci/run does"
+        for item in items:
+            if item.get_closest_marker("processes"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_downloads(tmp_path_factory):
     """No test reaches a network, or writes to anyone's cache."""

@@ -26,10 +26,6 @@ from knorm.versus import Setup, Worker, changed_files, find_checkout, resolve, w
 
 ROOT = Path(knorm.__file__).parents[1]
 QUICK = ("--prompt-tokens", "9", "--new-tokens", "4", "--keep-ratio", "0.5", "--blocks", "8")
-CI = pytest.mark.skipif(
-    not (os.environ.get("CI") or os.environ.get("KNORM_PROCESSES")),
-    reason="starts processes that load PyTorch: where CI or KNORM_PROCESSES is set",
-)
 
 
 @pytest.fixture
@@ -332,7 +328,7 @@ def test_counters_that_rose_fail_unless_they_may(bench, monkeypatch, project, al
     assert "against good (" in out
 
 
-@CI
+@pytest.mark.processes
 def test_two_real_processes_of_two_commits(project):
     with worktree(project, resolve(project, "good")) as tree:
         found = versus.against((tree, project), ("old", "new"), setup(), rounds=1, blocks=2)

@@ -110,6 +110,7 @@ def test_law_tests_fail_and_pass_as_laws_do(run):
     assert not [frame for frame in frames if "laws/" in frame], "knorm's own frames are hidden"
 
 
+@pytest.mark.processes
 def test_options_reach_the_checks_also_under_xdist(run):
     which = ("-k", "good-dtype or good-at_least_one")
     result, tried = run("test_laws.py", *which, "-n", "2", "--knorm-seed", "7", "--knorm-profile", "thorough")
