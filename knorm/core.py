@@ -6,6 +6,7 @@ Compression", EMNLP 2024. Keys of low norm draw high attention, so they are the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import lru_cache
 from typing import NamedTuple
@@ -96,7 +97,7 @@ def select(scores: Tensor, count: int, protect_first: int = 0, protect_recent: i
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised, on a CPU. NumPy asks for huge pages: the first touch of small ones takes longer than the copy."""
+    """Uninitialised, on a CPU; not to be resized. NumPy asks for huge pages: touching small ones outlasts the copy."""
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
@@ -105,10 +106,11 @@ def _take(rows: Tensor, indices: Tensor) -> Tensor:
     batch, heads, length, width = rows.shape
     offsets = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * length
     flat, index = rows.reshape(-1, width), (offsets + indices).flatten()
-    learning = torch.is_grad_enabled() and rows.requires_grad
-    large = len(index) * width * rows.itemsize >= _HUGE and rows.device.type == "cpu" and not learning
-    out = _empty((len(index), width), rows.dtype) if large else None
-    return torch.index_select(flat, 0, index, out=out).view(batch, heads, -1, width)
+    shape = batch, heads, indices.shape[-1], width
+    if len(index) * width * rows.itemsize >= _HUGE and rows.device.type == "cpu":
+        with contextlib.suppress(RuntimeError):  # derivatives and vmap know no out=
+            return torch.index_select(flat, 0, index, out=_empty((len(index), width), rows.dtype)).view(shape)
+    return flat.index_select(0, index).view(shape)
 
 
 def _check(keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
@@ -131,6 +133,8 @@ def _check(keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
             f"positions {list(positions.shape)} {positions.dtype}, but should be int64 {list(keys.shape[:3])}, "
             "as the compression before returned them"
         )
+    if positions is not None and positions.device != keys.device:
+        raise ValueError(f"positions on {positions.device}, but should be on {keys.device}, as the keys are")
 
 
 def _given(keys: Tensor, values: Tensor) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ _SMALL_SCRATCH = 2**19  # int32 entries that stay allocated
 _COARSE_FROM = 16384  # tokens: a search through as many first looks which of 128 parts the cut lies in
 _WORTHWHILE = 2**16  # numbers in the keys: for less, nobody waits seconds for a compiler
 _PASSES = 4  # 7 bits at first, then 12 at a time, of 31
-_POLLS = 10_000  # looks at the host's memory, some 0.1 us each: what takes longer is waited for without looking
+_POLLS = 10_000  # looks at the host's memory, some 0.1 us each, before other threads get a turn
 _TICKETS = 2**28
 
 # Arguments that are not compiled for, so that another length compiles nothing.
@@ -427,7 +428,7 @@ class _Held:
     def __init__(self, device: torch.device, rows: int) -> None:
         self.control = torch.zeros(4 + 4 * rows, dtype=torch.int32, device=device)
         self.scratch = self.control.new_empty(_SMALL_SCRATCH)
-        self.told = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.told = torch.zeros(1, dtype=torch.int32, device="cpu").pin_memory()
         self.seen = self.told.numpy().data
         self.stream = torch.cuda.current_stream(device)
         self.rows, self.ticket = rows, 0
@@ -437,7 +438,8 @@ class _Held:
         for _ in range(_POLLS):
             if (said := self.seen[0]) >> 2 == self.ticket:
                 return said & 3
-        self.stream.synchronize()  # raises what broke a kernel off
+        while self.seen[0] >> 2 != self.ticket and not self.stream.query():  # raises what broke a kernel off
+            time.sleep(0)  # to other threads
         return self.seen[0] & 3
 
 
@@ -448,6 +450,8 @@ def _hold(device: torch.device, stream: int, rows: int) -> _Held:
     place = device, stream, threading.get_ident()
     held = _held.get(place)
     if held is None or held.rows < rows:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph cannot wait for the norms of keys: compress outside of its capture")
         held = _held[place] = _Held(device, max(rows, 256))
     return held
 

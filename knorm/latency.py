@@ -352,26 +352,35 @@ def check_fits(model: Any, prompts: Mapping[str, Prompt]) -> None:
                 f"but the model's context is {most}: give a shorter prompt, or fewer new tokens"
             )
         need, there = _cache_bytes(model, prompt), _memory(model.device)
-        if need > there:
+        if there is not None and need > there:
             raise ValueError(
                 f"{name}: the uncompressed cache of {len(prompt.ids):,} sequences of {total} tokens "
-                f"takes {need / 2**30:,.0f} GiB, but {model.device} has {there / 2**30:,.0f} GiB: give a smaller "
+                f"takes {need / 2**30:,.1f} GiB, but {model.device} has {there / 2**30:,.1f} GiB: give a smaller "
                 "batch, a shorter prompt, or fewer new tokens"
             )
 
 
 def _cache_bytes(model: Any, prompt: Prompt) -> int:
-    config, (batch, length) = model.config, prompt.ids.shape
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = batch * (length + prompt.new_tokens)
-    return int(2 * config.num_hidden_layers * heads * width * tokens * model.dtype.itemsize)
+    """Of keys and values in the end; 0 where the configuration does not tell by the usual names."""
+    config, (batch, length) = model.config.get_text_config(), prompt.ids.shape
+    layers, heads, hidden = (
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    if not (layers and heads and hidden) or getattr(config, "multi_query", False):
+        return 0
+    width = getattr(config, "head_dim", None) or hidden // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * layers * heads * width * batch * (length + prompt.new_tokens - 1) * model.dtype.itemsize)
 
 
-def _memory(device: torch.device) -> int:
+def _memory(device: torch.device) -> int | None:
+    """All that the device has; None where Python cannot tell."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 @contextmanager

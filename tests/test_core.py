@@ -171,6 +171,22 @@ def test_gradients_reach_the_tokens_that_are_kept(length):
     assert torch.equal(values.grad, 2 * chosen)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_derivatives_forwards_and_maps_work_at_every_size():
+    keys = torch.randn(1, 1, 40_000, 64)
+    positions = compress(keys, keys, 0.5).positions
+    summed = lambda values: compress(keys, values, 0.5).values.sum()  # noqa: E731
+    assert torch.func.jvp(summed, (keys,), (torch.ones_like(keys),))[1] == positions.numel() * 64
+    both = torch.func.vmap(lambda values: compress(keys, values, 0.5).values)(torch.stack([keys, 2 * keys]))
+    assert torch.equal(2 * both[0], both[1])
+
+
+def test_positions_elsewhere_are_refused():
+    keys, positions = torch.randn(1, 1, 4, 8), torch.arange(4, device="meta").view(1, 1, 4)
+    with pytest.raises(ValueError, match="positions on meta, but should be on cpu, as the keys are"):
+        compress(keys, keys, 0.5, positions=positions)
+
+
 def test_integer_keys_and_foreign_positions_are_refused():
     keys = torch.zeros(1, 1, 4, 2)
     with pytest.raises(ValueError, match="both should be float16, bfloat16"):

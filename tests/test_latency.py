@@ -211,6 +211,8 @@ def test_a_prompt_that_does_not_fit_is_refused():
         check_fits(model, {"a": Prompt(tokens(1, 10), 1)})
     with pytest.raises(ValueError, match=r"a: the uncompressed cache of 1,000,000,000 .* GiB: give a smaller batch"):
         check_fits(model, {"a": Prompt(tokens(1, 10).expand(1_000_000_000, 10), 2)})
+    model.config.multi_query = True  # heads that the usual names do not tell: nothing is said of memory
+    check_fits(model, {"a": Prompt(tokens(1, 10).expand(1_000_000_000, 10), 2)})
 
 
 @pytest.mark.parametrize(

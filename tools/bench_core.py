@@ -83,7 +83,10 @@ def milliseconds(call: Callable[..., object], *arguments: Tensor) -> float:
 def main() -> None:
     print("# One compression on a CPU\n\nWritten by `python tools/bench_core.py`. Half of a layer's cache is kept;")
     print(f"milliseconds, medians of {ROUNDS} rounds in which all alternate, each after a call of its own.")
-    print(f"{torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}.\n")
+    print(f"{torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__.split('+')[0]}.")
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    said = pages.read_text().split("[")[1].split("]")[0] if pages.exists() else "none"
+    print(f"Huge pages: {said} (with madvise NumPy asks for them, and so does knorm; with always all get them).\n")
     heads = ["keys", "dtype", "knorm", "floor", "knorm / floor", "top-k + gather / knorm", "argsort + gather / knorm"]
     heads += ["peak memory / retained"]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")

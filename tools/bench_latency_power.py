@@ -192,7 +192,8 @@ Written by `tools/bench_latency_power.py` (its first lines say how). Two arms of
 with a calibrated delay in every decode step: a busy wait, on CUDA together with a kernel that spins as long. A run is \
 a fixed number of blocks in a fresh process and gives one verdict on TTFT and TPOT, at a nominal {alpha:.0%}; \
 {resampled:,} more runs are as many blocks in a row, drawn from the live ones, and {resampled:,} longer ones {more} \
-times as many. INCONCLUSIVE counts as not caught.
+times as many. They overlap: {live} live blocks are {cpu_runs} runs on a CPU and {cuda_runs} on CUDA that share none. \
+INCONCLUSIVE counts as not caught.
 
 A slowdown of twice the margin is to be caught: 5% on CUDA, where the margin is {cuda:.1%}, and 10% on a CPU, where \
 it is {cpu:.0%}. One below the margin may pass; one between them is slower, and FAILs where that is shown.
@@ -206,7 +207,18 @@ COLUMNS = (
 
 def table(files: list[str]) -> None:
     """The document."""
-    lines = [HEAD.format(alpha=ALPHA, resampled=RESAMPLED, more=MORE, cuda=MARGIN["cuda"], cpu=MARGIN["cpu"])]
+    lines = [
+        HEAD.format(
+            alpha=ALPHA,
+            resampled=RESAMPLED,
+            more=MORE,
+            live=400,
+            cpu_runs=400 // RUN_BLOCKS["cpu"],
+            cuda_runs=400 // RUN_BLOCKS["cuda"],
+            cuda=MARGIN["cuda"],
+            cpu=MARGIN["cpu"],
+        )
+    ]
     for file in files:
         found = json.loads(Path(file).read_text())
         kind, here = found["kind"], found["environment"]
