@@ -41,20 +41,8 @@ _POLLS = 10_000  # looks at the host's memory, some 0.1 us each, before other th
 _TICKETS = 2**28
 
 # Arguments that are not compiled for, so that another length compiles nothing.
-_NUMBERS = [
-    "heads",
-    "length",
-    "first",
-    "recent",
-    "tiles",
-    "rows",
-    "count",
-    "members",
-    "key_batch",
-    "key_head",
-    "key_token",
-]
-_NUMBERS += ["value_batch", "value_head", "value_token", "ticket"]
+_NUMBERS = ["heads", "length", "first", "recent", "tiles", "rows", "count", "members", "ticket"]
+_NUMBERS += [f"{of}_{stride}" for of in ("key", "value") for stride in ("batch", "head", "token")]
 
 if triton is not None:
     _INFINITY = tl.constexpr(0x7F800000)
@@ -447,11 +435,11 @@ _held: dict[tuple[torch.device, int, int], _Held] = {}
 
 
 def _hold(device: torch.device, stream: int, rows: int) -> _Held:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a CUDA graph is being captured, which cannot wait for norms: compress before or after that")
     place = device, stream, threading.get_ident()
     held = _held.get(place)
     if held is None or held.rows < rows:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph cannot wait for the norms of keys: compress outside of its capture")
         held = _held[place] = _Held(device, max(rows, 256))
     return held
 

@@ -200,7 +200,7 @@ def test_the_gpu_that_is_asked_about_is_the_visible_one(monkeypatch):
     assert set(asked) == {"GPU-abc"}
 
 
-def test_a_prompt_that_does_not_fit_is_refused():
+def test_a_prompt_that_does_not_fit_is_refused(monkeypatch):
     model = tiny("llama")  # a context of 128
     check_fits(model, {"a": Prompt(tokens(1, 100), 28)})
     with pytest.raises(
@@ -210,6 +210,9 @@ def test_a_prompt_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="1 new tokens, but should be at least 2"):
         check_fits(model, {"a": Prompt(tokens(1, 10), 1)})
     with pytest.raises(ValueError, match=r"a: the uncompressed cache of 1,000,000,000 .* GiB: give a smaller batch"):
+        check_fits(model, {"a": Prompt(tokens(1, 10).expand(1_000_000_000, 10), 2)})
+    with monkeypatch.context() as elsewhere:
+        elsewhere.delattr(latency.os, "sysconf")
         check_fits(model, {"a": Prompt(tokens(1, 10).expand(1_000_000_000, 10), 2)})
     model.config.multi_query = True  # heads that the usual names do not tell: nothing is said of memory
     check_fits(model, {"a": Prompt(tokens(1, 10).expand(1_000_000_000, 10), 2)})

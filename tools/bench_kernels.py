@@ -97,9 +97,9 @@ def main() -> None:
         if shape == SHAPES[0]:
             host, short = idle, kernel
     print(
-        f"\nOf the shortest call, the kernels take {short:.3f} ms. Three allocations, a fill of one number and a wait,"
+        f"\nOf the shortest call, the kernels take {short:.3f} ms. Three allocations, a fill of one number and a wait"
     )
-    print(f"from the same Python, take {host:.3f} ms. All times are of a shape seen before: a new one is compiled for,")
+    print(f"take {host:.3f} ms from the same Python. All times are of a shape seen before: a new one is compiled for,")
     print("or at least planned.")
 
 
