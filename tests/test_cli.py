@@ -281,6 +281,26 @@ def test_help_loads_nothing_heavy(arguments):
     assert result.stdout.endswith("\nset()\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("--version", 0, f"python -m knorm, version {package.__version__}"),
+        ("golden list --help", 0, "Usage: python -m knorm golden list [OPTIONS]"),
+        ("ppl --window few", 2, "Usage: python -m knorm ppl [OPTIONS]"),
+    ],
+)
+def test_the_package_runs_as_the_command_does(arguments, code, words, tmp_path):
+    command = [sys.executable, "-m", "knorm", *arguments.split()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert result.returncode == code
+    assert (result.stderr if code else result.stdout).splitlines()[0] == words
+
+
+def test_importing_what_python_m_runs_runs_nothing():
+    assert in_a_new_process("import knorm.__main__").returncode == 0
+
+
 def test_somebody_elses_table_is_judged(knorm):
     Path("seed.csv").write_text("keep_ratio,ppl\n1.0,51.91\n0.9,165.81\n0.5,122.10\n")
     code, out, _ = knorm("ppl", "--reported", "seed.csv", "--json", "out.json")

@@ -49,6 +49,7 @@ ORDER = [
     "bench_cli",
     "golden_cli",
     "cli",
+    "__main__",
 ]
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
