@@ -1,0 +1,29 @@
+"""What surrounds the package: its citation, its pins, the hooks and the jobs that GitHub runs."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import yaml
+
+import knorm
+from knorm import core
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def load(file):
+    return yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper_that_the_core_names():
+    citation = load("CITATION.cff")
+    assert citation["version"] == knorm.__version__
+    assert citation["license"] == PROJECT["project"]["license"]
+    assert citation["authors"] == PROJECT["project"]["authors"]
+    (paper,) = citation["references"]
+    source = " ".join(core.__doc__.split())
+    assert f'"{paper["title"]}", {paper["conference"]["name"]}' in source
+    assert ", ".join(author["family-names"] for author in paper["authors"]) in source
