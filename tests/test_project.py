@@ -27,3 +27,15 @@ def test_the_citation_is_of_this_version_and_of_the_paper_that_the_core_names():
     source = " ".join(core.__doc__.split())
     assert f'"{paper["title"]}", {paper["conference"]["name"]}' in source
     assert ", ".join(author["family-names"] for author in paper["authors"]) in source
+
+
+def test_the_source_distribution_has_what_its_tests_read():
+    sdist = {*PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    assert {f"/{PROJECT['tool']['pytest']['ini_options']['testpaths'][0]}", "/golden", "/docs", "/examples"} <= sdist
+    assert {"/CITATION.cff", "/.ci", "/.github", "/.pre-commit-config.yaml", "/noxfile.py", "/tox.ini"} <= sdist
+
+
+def test_an_index_finds_the_plugin_and_the_types():
+    assert {"Framework :: Pytest", "Typing :: Typed"} <= {*PROJECT["project"]["classifiers"]}
+    assert (Path(knorm.__file__).parent / "py.typed").is_file()
+    assert PROJECT["project"]["entry-points"]["pytest11"]
