@@ -39,3 +39,19 @@ def test_an_index_finds_the_plugin_and_the_types():
     assert {"Framework :: Pytest", "Typing :: Typed"} <= {*PROJECT["project"]["classifiers"]}
     assert (Path(knorm.__file__).parent / "py.typed").is_file()
     assert PROJECT["project"]["entry-points"]["pytest11"]
+
+
+def test_the_hooks_run_the_pinned_versions():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    hooks = {repo["repo"].split("/")[-1]: repo for repo in load(".pre-commit-config.yaml")["repos"]}
+    assert {name: repo["rev"] for name, repo in hooks.items()} == {
+        "ruff-pre-commit": f"v{pins['ruff']}",
+        "codespell": f"v{pins['codespell']}",
+    }
+    assert [hook["id"] for hook in hooks["ruff-pre-commit"]["hooks"]] == ["ruff-check", "ruff-format"]
+
+
+def test_what_the_hooks_run_is_what_tox_and_nox_run():
+    for file in ("tox.ini", "noxfile.py"):
+        words = " ".join((ROOT / file).read_text().replace('", "', " ").split())
+        assert all(command in words for command in ("ruff check .", "ruff format --check .", "codespell")), file
