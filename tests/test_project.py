@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -72,6 +73,18 @@ def test_what_the_hooks_run_is_what_tox_and_nox_run():
     for command in ("ruff check .", "ruff format --check .", "codespell"):
         assert command in tox
         assert f"session.run({', '.join(map(json.dumps, command.split()))})" in nox
+
+
+def test_two_test_modules_of_one_name_are_two_and_find_what_lies_in_tests(tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for folder, number in (("tests", 1), ("tests/gpu", 2), ("tests/laws", 2)):
+        (tmp_path / folder).mkdir()
+        test = f"from helper import number\n\ndef test_{number}():\n    assert number({number}) == {number}\n"
+        (tmp_path / folder / "test_same.py").write_text(test)
+    (tmp_path / "tests" / "helper.py").write_text("def number(n):\n    return n\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1].startswith("3 passed"), result.stdout
 
 
 def run_lines(workflow):
