@@ -87,6 +87,14 @@ def test_two_test_modules_of_one_name_are_two_and_find_what_lies_in_tests(tmp_pa
     assert result.stdout.splitlines()[-1].startswith("3 passed"), result.stdout
 
 
+def test_contributors_are_told_which_tests_a_desk_skips():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    marked = [file for file in (ROOT / "tests").rglob("test_*.py") if "\n@pytest.mark.processes\n" in file.read_text()]
+    assert len(marked) >= 2
+    for words in ("KNORM_PROCESSES=1", "`tests/gpu`", "`tests/presses`", *(f"`{file.name}`" for file in marked)):
+        assert words in contributing, words
+
+
 def run_lines(workflow):
     """The lines of a workflow's run steps."""
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
