@@ -1,8 +1,9 @@
-"""Hypothesis profiles, and models to test on."""
+"""Hypothesis profiles, a model to test on, and the command."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -40,3 +41,21 @@ def embedded():
     from knorm import load_embedded
 
     return load_embedded()
+
+
+@pytest.fixture
+def run_knorm(monkeypatch, capfd, tmp_path):
+    """Run a command in a folder of its own; returns exit code, stdout and stderr, those of its processes included."""
+    from knorm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["knorm", *arguments])
+        try:
+            code = main() or 0
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capfd.readouterr()
+
+    return run

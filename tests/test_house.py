@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from commands import in_a_new_process
 
 import knorm
 from knorm import laws
@@ -85,10 +84,7 @@ COMMANDS = ("__init__", "options", "setting", "verify", "check", "ppl", "explain
 
 
 def run(code):
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    return json.loads(
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout
-    )
+    return json.loads(in_a_new_process(code, check=True).stdout)
 
 
 def test_every_module_has_its_place_in_the_house():

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
+from commands import in_a_new_process, new_environment
 from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -249,9 +246,7 @@ def test_a_pinned_revision_comes_from_the_hubs_cache_and_what_is_not_there_is_re
         (repository / "refs" / "main").write_text(OTHER)
 
     places = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    package = {"PYTHONPATH": str(Path(knorm.__file__).parents[1])}
-    command, environment = [sys.executable, "-c", FROM_THE_HUB], {**os.environ, **places, **package}
-    result = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
+    result = in_a_new_process(FROM_THE_HUB, env=new_environment(**places), cwd=tmp_path, check=True)
     said = json.loads(result.stdout)
     assert said["weight"] == 0.25
     assert said["ids"] == embedded[1]("One two.").input_ids
