@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.evaluation import NEWEST, Row, Windows, check_prompt, evaluate, mean_recent
@@ -20,11 +19,10 @@ from knorm.interval import interval
 from knorm.masked_attention import attend_seen
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, Score
+from knorm.rounding import ROUNDING, OrderProbe, Rounding, attend_shuffled
 from knorm.schedule import cache_lengths, evicted_at
 
 SINKS = 4  # tokens at the start that are protected
-# Nats of any token that rounding may do; else 1e-4. Seen: 1.1 in bfloat16, on a CPU without instructions for it.
-NO_EFFECT = {torch.float16: 0.25, torch.bfloat16: 2.0}
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
 NO_REMEDY = ("slots shuffled", "positions collapsed")
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
@@ -38,6 +36,7 @@ class Effect:
     recovered   share of the loss (run - full cache) that it takes back; None where nothing was lost
     largest     largest change of any token
     proves      the sentence
+    is_rounding rounding explains all of it; of the order of slots: float64 has shown that it has no effect
     """
 
     name: str
@@ -48,6 +47,7 @@ class Effect:
     recovered: float | None
     largest: float
     proves: str
+    is_rounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,22 +85,6 @@ class Explanation:
     def loss(self) -> float:
         """What compression costs, in nats per token."""
         return self.nll - self.nll_full
-
-
-def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-    """What attention.attend_seen computes, over slots in an order that has nothing to do with time."""
-    (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(query.device)
-    lost = torch.full((1, 1, length), length, device=query.device) if evicted is None else evicted[..., order]
-    key, value = (x[:, :, order].repeat_interleave(heads // kv_heads, 1) for x in (key, value))
-    blocks = []
-    for queries in torch.arange(length, device=query.device).split(max(1, 2**27 // (batch * heads * length))):
-        seen = (order <= queries[:, None]) & (queries[:, None] < lost[..., None, :])
-        seen = seen.repeat_interleave(heads // seen.shape[1] if seen.shape[1] > 1 else 1, 1)
-        blocks.append(
-            functional.scaled_dot_product_attention(query[:, :, queries], key, value, attn_mask=seen, scale=scale)
-        )
-    return torch.cat(blocks, 2)
 
 
 @dataclass(frozen=True)
@@ -186,20 +170,22 @@ def interventions(
     yield "as many tokens, the newest", policy, prompt_length, {"schedule": _newest_kept(policy, prompt_length)}
 
 
-def _proves(name: str, effect: Effect, policy: Policy, rounding: float) -> str:
-    """One sentence per intervention; `rounding` is what a token's NLL may change by without meaning anything."""
-    none = effect.largest <= rounding
+def _proves(name: str, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
+    """One sentence per intervention."""
+    none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
     share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
     if effect.change < 0 and effect.recovered is not None:
         share = f"recovers {effect.recovered:.0%} of the loss"
     if none:
-        share = "has no effect"
+        share = "has no effect" if effect.largest <= ROUNDING else "has no effect beyond rounding"
     elif effect.low is not None and effect.high is not None and effect.low < 0 < effect.high:
         share += " (the interval includes none)"
     if name == "slots shuffled":
         seen = "attention does not see slot order" if none else "attention must not see slot order"
-        within = " (the rounding of half precision)" if none and effect.largest > 1e-4 else ""
+        kind = str(dtype).removeprefix("torch.")
+        agree = f"in float64 attention's outputs agree to {order.difference:.0e}"
+        within = f" (the rounding of {kind}: {agree})" if none and effect.largest > ROUNDING else ""
         return f"order: {gain}, at most {effect.largest:.0e} per token{within}: {seen}"
     if name == "positions corrected":
         return f"positions: {'none was wrong' if none else f'counting them from the tokens seen {share}'}"
@@ -245,7 +231,7 @@ def _cause(found: Explanation) -> str:
     return said[0].upper() + said[1:]
 
 
-def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
+def _verdict(found: Explanation) -> tuple[str, ...]:
     """Plain words: the cause, and what is acquitted."""
     if found.loss > NO_LOSS:
         said = [_cause(found)]
@@ -257,7 +243,7 @@ def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
             f"Compression gains {-found.loss:.3f} nats a token here; what takes most of that away again is "
             f"{undoing.name} ({undoing.change:+.3f})."
         ]
-    if next(e for e in found.effects if e.name == "slots shuffled").largest <= rounding:
+    if next(e for e in found.effects if e.name == "slots shuffled").is_rounding:
         said.append("The order of the cache plays no part in it.")
     chance = next((e for e in found.effects if e.name.startswith("random")), None)
     if found.loss > NO_LOSS and chance and chance.high is not None and chance.high < 0:
@@ -311,7 +297,7 @@ def explain(
     """
     first, length = prompt_length - 1, windows.input_ids.shape[1]
     check_prompt(windows, prompt_length)
-    rounding = NO_EFFECT.get(model.dtype, 1e-4)
+    order, rounding = OrderProbe(), Rounding()
 
     def nll(name: str, case: _Case) -> tuple[Tensor, list[Run]]:
         on_step(name)
@@ -335,22 +321,27 @@ def explain(
             name, options = "positions corrected", {}  # noqa: PLW2901
         else:
             options = placed(changed, prompt, options)  # noqa: PLW2901
+        if name == "slots shuffled":
+            options["attend"] = order
         changes, _ = nll(name, _Case(changed, prompt, options))  # whatever its prompt, the same tokens are scored
         difference = changes - own
         change, (low, high) = float(difference.mean()), interval(difference.mean(1).cpu())
+        if name == "slots shuffled" and order.holds:  # it comes first: attention is summed otherwise, and that is all
+            rounding = Rounding.measured(difference)
         effect = Effect(
             name, float(changes.mean()), change, low, high,
             -change / loss if loss > NO_LOSS and name not in NO_REMEDY else None, float(difference.abs().max()), "",
+            order.holds if name == "slots shuffled" else rounding.covers(difference),
         )  # fmt: skip
-        effects.append(replace(effect, proves=_proves(name, effect, policy, rounding)))
+        effects.append(replace(effect, proves=_proves(name, effect, policy, order, model.dtype)))
     effects.sort(key=lambda effect: effect.change)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
         mean_recent(runs, policy, prompt_length), tuple(effects),
-        tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy)), (),
+        tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy, rounding)), (),
     )  # fmt: skip
-    return replace(found, verdict=_verdict(found, rounding))
+    return replace(found, verdict=_verdict(found))
 
 
 def _worst(
@@ -363,13 +354,14 @@ def _worst(
     prompt_length: int,
     most: int,
     policy: Policy,
+    rounding: Rounding,
 ) -> Iterator[TokenView]:
     """The tokens whose NLL rose most, each with the evicted token that the full model attends to most in its place."""
     rise = own - full
     schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
     for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
         window, at = divmod(flat, rise.shape[1])
-        if rise[window, at] <= NO_EFFECT.get(model.dtype, 1e-4):
+        if rise[window, at] <= rounding.largest:
             return
         query = at + prompt_length - 1
         weights = _attention_of(model, windows.input_ids[window : window + 1], query)

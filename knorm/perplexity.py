@@ -49,7 +49,7 @@ class Run(NamedTuple):
 
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model whose compressed run knorm cannot evaluate exactly."""
-    config, reason = model.config, None
+    config, reason, device = model.config, None, model.device.type
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in MODELS:
         reason = f"{config.model_type!r} is not one of {', '.join(MODELS)}, whose attention is known"
@@ -63,6 +63,12 @@ def refuse_model(model: PreTrainedModel) -> None:
         reason = "it is in training mode: call model.eval()"
     elif model.get_output_embeddings() is None:
         reason = "it has no language-model head"
+    elif torch.is_autocast_enabled(device):
+        given, own = (str(x).removeprefix("torch.") for x in (torch.get_autocast_dtype(device), model.dtype))
+        reason = (
+            f"torch.autocast computes in {given} here, but a run is in its weights' dtype, {own}: leave autocast, or "
+            f"load the model in {given}"
+        )
     if reason:
         raise ValueError(f"{type(model).__name__} cannot be evaluated exactly: {reason}")
 

@@ -27,11 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicLayer
 
 from knorm.cache import KnormCache, KnormLayer, attention_through, cache_keyword
-from knorm.explain import attend_shuffled
 from knorm.latency import METRICS, Arm, Prompt, Sample, attending, measure
 from knorm.models import HUB_TEXTS, hub_files, load_model, read_rows
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, exact_ratio, retained_count
+from knorm.rounding import attend_shuffled
 from knorm.strict import Strict, first_error, no_field_twice
 
 PYTHIA = "EleutherAI/pythia-70m-deduped@e93a9faa9c77e5d09219f6c868bfc7a1bd65593c"

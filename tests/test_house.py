@@ -21,6 +21,7 @@ ORDER = [
     "core",
     "schedule",
     "masked_attention",
+    "rounding",
     "cache",
     "perplexity",
     "models",

@@ -284,3 +284,14 @@ def test_training_mode_is_refused_wherever_it_is():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="no language-model head"):
         exact_nll(tiny("llama").model, tokens(1, 9), Policy())
+
+
+@pytest.mark.parametrize("nll", [exact_nll, stream_nll])
+def test_autocast_is_refused_by_the_one_pass_and_by_the_loop(nll):
+    model, ids = tiny("llama"), tokens(2, 24)
+    should = nll(model, ids, SHORT_STREAM)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"torch\.autocast computes in bfloat16 .* weights' dtype, float32"):
+            nll(model, ids, SHORT_STREAM)
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(nll(model, ids, SHORT_STREAM), should)
