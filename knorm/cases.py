@@ -443,9 +443,7 @@ def environment(device: str, how: How | None = None) -> Environment:
         device=torch.cuda.get_device_name(device) if cuda else _processor(),
         driver=_driver() if cuda else None,
         cuda=torch.version.cuda if cuda else None,
-        capability=".".join(map(str, torch.cuda.get_device_capability(device)))
-        if cuda
-        else torch.backends.cpu.get_cpu_capability(),
+        capability=".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else _instructions(),
         threads=torch.get_num_threads(),
         numerics=(how or How()).numerics,
         torch=torch.__version__,
@@ -453,6 +451,17 @@ def environment(device: str, how: How | None = None) -> Environment:
         numpy=np.__version__,
         python=platform.python_version(),
     )
+
+
+# Variables that keep a CPU's libraries from its newest instructions. PyTorch's own, ATEN_CPU_CAPABILITY, is in what
+# it says of itself; float32 matrix products follow MKL's.
+_LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+
+
+def _instructions() -> str:
+    """Which instructions the CPU's kernels are chosen for, and what limits the choice."""
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
 
 
 def _processor() -> str:

@@ -27,6 +27,8 @@ from knorm.perplexity import exact_run, stream_nll
 from knorm.rounding import OrderProbe, Rounding, attend_shuffled
 from knorm.schedule import cache_lengths
 
+pytestmark = pytest.mark.cpus
+
 STARVING = Policy("0.9", 32, (0,), protocol="streaming")
 
 

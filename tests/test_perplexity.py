@@ -14,6 +14,8 @@ from knorm.models import load_text
 from knorm.perplexity import agreement, exact_run, stream_run
 from knorm.schedule import evicted_at
 
+pytestmark = pytest.mark.cpus
+
 POLICIES = {
     "streaming": (Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0,)), 1),
     "protected": (Policy(0.6, prune_after=10, protocol="streaming", protect_first=1, protect_recent=3), 20),
