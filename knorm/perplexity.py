@@ -298,7 +298,8 @@ def exact_nll(
     schedule        schedule(layer, keys [batch, kv_heads, T, head_dim]) -> evicted_at overrides the policy's
 
     Returns float32 [batch, T-1] in nats, entry t for token t+1; nan where the token or its context is padding.
-    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason.
+    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason; under
+    autocast too, which leaves the dtype of the weights.
     """
     return exact_run(
         model,

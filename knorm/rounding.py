@@ -12,6 +12,7 @@ from torch.nn import functional
 from knorm.masked_attention import attend_seen
 
 ROUNDING = 1e-4  # nats of a token that rounding may do in any dtype; one pass and loop agree within it in float32
+_SCORES = 2**26  # of attention in float64 at most, where one head has fewer: half a gigabyte
 
 
 def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
@@ -49,18 +50,23 @@ class OrderProbe:
         self, query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None
     ) -> Tensor:
         """Arguments and result are those of masked_attention.attend_seen; rounded once, to the query's dtype."""
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        heads = max(1, _SCORES // (groups * length**2))  # of keys, at a time
         rows = []
-        for row in range(len(query)):  # one at a time: scores in float64 are large
-            at = slice(row, row + 1)
-            q, k, v = (x[at].double() for x in (query, key, value))
-            lost = None if evicted is None else evicted[at]
-            shuffled, ordered = (attend(q, k, v, lost, scale) for attend in (attend_shuffled, attend_seen))
-            size = float(v.abs().max())
-            difference = float((shuffled - ordered).abs().max())
-            self.holds &= difference <= size * _order_bound(q, k, scale)  # False for nan
-            self.difference = max(self.difference, difference / size if size else 0.0)
-            rows.append(shuffled.to(query.dtype))
+        for row in range(len(query)):
+            given = (query[row : row + 1], key[row : row + 1], value[row : row + 1])
+            q, k, v = (x.split(n, 1) for x, n in zip(given, (heads * groups, heads, heads), strict=True))
+            lost = [None] * len(k) if evicted is None else evicted[row : row + 1].split(heads, 1)
+            rows.append(torch.cat([self._compare(*some, scale) for some in zip(q, k, v, lost, strict=True)], 1))
         return torch.cat(rows)
+
+    def _compare(self, query: Tensor, key: Tensor, value: Tensor, lost: Tensor | None, scale: float | None) -> Tensor:
+        q, k, v = query.double(), key.double(), value.double()
+        shuffled, ordered = (attend(q, k, v, lost, scale) for attend in (attend_shuffled, attend_seen))
+        size, difference = float(v.abs().max()), float((shuffled - ordered).abs().max())
+        self.holds &= difference <= size * _order_bound(q, k, scale)  # False for nan
+        self.difference = max(self.difference, difference / size if size else 0.0)
+        return shuffled.to(query.dtype)
 
 
 def _order_bound(query: Tensor, key: Tensor, scale: float | None) -> float:

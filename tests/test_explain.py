@@ -339,6 +339,20 @@ def test_the_probe_knows_rounding_from_order_at_any_size(dtype, size, monkeypatc
     assert not nan.holds
 
 
+@pytest.mark.parametrize("evicts", [True, False])
+def test_the_probe_takes_few_heads_at_a_time_where_scores_are_many(evicts, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    query, (key, value) = torch.randn(2, 6, 40, 16, generator=draw), torch.randn(2, 2, 3, 40, 16, generator=draw)
+    lost = evicted_at(squared_norms(key), Policy(0.5, prune_after=8, protocol="streaming")) if evicts else None
+    whole, by_head = OrderProbe(), OrderProbe()
+    out = whole(query, key, value, lost, 0.3)
+    monkeypatch.setattr("knorm.rounding._SCORES", 1)
+    assert (by_head(query, key, value, lost, 0.3) - out).abs().max() <= 1e-6
+    assert (out - attend_seen(query, key, value, lost, 0.3)).abs().max() <= 1e-5
+    assert whole.holds
+    assert by_head.holds
+
+
 def test_an_eviction_that_rounding_moved_is_no_effect_of_order(embedded, monkeypatch):
     """Near-ties fall either way: here every norm does, so the two runs evict differently, and the order is innocent."""
     draw = torch.Generator().manual_seed(0)
