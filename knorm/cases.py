@@ -445,7 +445,7 @@ def environment(device: str, how: How | None = None) -> Environment:
         cuda=torch.version.cuda if cuda else None,
         capability=".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else _instructions(),
         threads=torch.get_num_threads(),
-        numerics=(how or How()).numerics,
+        numerics=(how or How()).numerics + _products(cuda),
         torch=torch.__version__,
         transformers=transformers.__version__,
         numpy=np.__version__,
@@ -462,6 +462,12 @@ def _instructions() -> str:
     """Which instructions the CPU's kernels are chosen for, and what limits the choice."""
     limits = [f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)]
     return " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
+
+
+def _products(cuda: bool) -> str:
+    """In what products of float32 matrices are computed, where PyTorch was told to use less; else nothing."""
+    precision = (torch.backends.cuda if cuda else torch.backends.mkldnn).matmul.fp32_precision
+    return "" if precision in ("none", "ieee") else f"; products of float32 in {precision}"
 
 
 def _processor() -> str:

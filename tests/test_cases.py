@@ -271,6 +271,16 @@ def test_a_cpu_whose_instructions_are_limited_is_another_environment(accepted, m
     assert environment("cpu").capability.endswith(f"{name}=AVX2,STRICT")
 
 
+def test_products_of_less_precision_are_another_environment():
+    before = environment("cpu").numerics
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert environment("cpu").numerics == before + "; products of float32 in bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert environment("cpu").numerics == before
+
+
 def test_a_golden_of_another_device_class_is_not_compared(accepted, monkeypatch):
     monkeypatch.setattr(cases, "device_class", lambda device: "cpu-riscv")
     code, out, _ = accepted("verify", "tiny")
