@@ -12,8 +12,6 @@ import knorm
 from knorm import KnormCache, Policy
 from knorm.cache import attention_through, cache_keyword
 
-pytestmark = pytest.mark.cpus
-
 STREAMING = Policy(0.5, prune_after=12, protocol="streaming")
 SKIPPING = Policy(0.5, prune_after=12, protocol="streaming", skip_layers=(0,), protect_first=2, protect_recent=2)
 CLOSE = {"sdpa": 1e-9, "eager": 1e-4}  # eager attention takes its softmax in float32

@@ -438,8 +438,10 @@ def test_the_environment_names_no_host():
     assert platform.node() not in here.model_dump_json()
 
 
-def test_nothing_moved_in_what_was_accepted(golden):
-    assert golden("selections").verdict == "holds"
+@pytest.mark.cpus
+@pytest.mark.parametrize("case", ["selections", "streaming-32"])
+def test_nothing_moved_in_what_was_accepted(golden, case):
+    assert golden(case).verdict == "holds"
 
 
 def test_pythias_case_is_measured_from_a_folder_and_two_files(monkeypatch):

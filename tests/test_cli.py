@@ -213,7 +213,6 @@ def test_json_is_strict_where_a_column_has_no_number(knorm):
     assert strict_json("out.json")["rows"][0]["recent"] is None
 
 
-@pytest.mark.cpus
 def test_verify_gives_a_verdict_for_every_claim_and_all_hold(knorm, monkeypatch):
     monkeypatch.setattr(verify, "verify", partial(verify.verify, windows=2, length=256))  # .ci/run does it in full
     code, out, err = knorm("verify", "--json", "out.json")

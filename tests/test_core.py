@@ -9,8 +9,6 @@ from knorm import Policy, compress, retained_count
 from knorm.core import select, squared_norms
 from knorm.laws.strategies import Cache, caches, larger_ratio, tagged_values
 
-pytestmark = pytest.mark.cpus
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -10,8 +10,6 @@ from knorm import Policy, exact_nll, retained_count
 from knorm.evaluation import Windows, cut_windows, evaluate
 from knorm.models import load_text
 
-pytestmark = pytest.mark.cpus
-
 TEXT = load_text("encyclopedia")
 
 

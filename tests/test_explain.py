@@ -27,8 +27,6 @@ from knorm.perplexity import exact_run, stream_nll
 from knorm.rounding import OrderProbe, Rounding, attend_shuffled
 from knorm.schedule import cache_lengths
 
-pytestmark = pytest.mark.cpus
-
 STARVING = Policy("0.9", 32, (0,), protocol="streaming")
 
 
@@ -63,6 +61,7 @@ def test_each_effect_is_the_run_with_that_one_change(starved, embedded):
         assert got.largest == pytest.approx(float(change.abs().max()), abs=1e-5)
 
 
+@pytest.mark.cpus
 def test_the_newest_tokens_are_found_to_be_starved_and_order_is_acquitted(starved):
     found, _ = starved
     assert effect(found, "newest 14").recovered > 0.6
@@ -282,15 +281,13 @@ def test_the_verdict_names_only_what_is_certain(found, said):
     assert _verdict(found)[0].startswith(said)
 
 
-HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-
-
 def explained_in(dtype, tokenizer):
-    windows = cut_windows(tokenizer, load_text("narrative"), 96, 2)
+    windows = cut_windows(tokenizer, load_text("narrative"), 64, 2)
     return explain(load_embedded(dtype=dtype)[0], tokenizer, windows, STARVING, worst=1)
 
 
-@HALF
+@pytest.mark.cpus
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_rounding_is_no_effect_of_order(embedded, dtype):
     found = explained_in(dtype, embedded[1])
     order = effect(found, "slots")
@@ -301,20 +298,20 @@ def test_in_half_precision_rounding_is_no_effect_of_order(embedded, dtype):
     assert not effect(found, "newest 14").is_rounding, "an effect is seen through the rounding"
 
 
-@HALF
-def test_in_half_precision_an_effect_of_order_is_seen_though_rounding_hides_it(embedded, dtype, monkeypatch):
+def test_in_half_precision_an_effect_of_order_is_seen_though_rounding_hides_it(embedded, monkeypatch):
     def sees_slots(query, key, value, evicted, scale):
         out = attend_shuffled(query, key, value, evicted, scale)
         return out + 1e-9 * out.roll(1, 2)
 
     monkeypatch.setattr("knorm.rounding.attend_shuffled", sees_slots)
-    found = explained_in(dtype, embedded[1])
+    found = explained_in(torch.bfloat16, embedded[1])
     order = effect(found, "slots")
     assert not order.is_rounding
     assert order.proves.endswith("attention must not see slot order")
     assert "The order of the cache plays no part in it." not in found.verdict
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_probe_knows_rounding_from_order_at_any_size(dtype, size, monkeypatch):

@@ -9,8 +9,6 @@ from knorm import Policy, compress, evicted_at
 from knorm.core import squared_norms
 from knorm.schedule import cache_lengths, recent_cached
 
-pytestmark = pytest.mark.cpus
-
 
 @st.composite
 def policies(draw):

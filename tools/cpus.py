@@ -63,6 +63,12 @@ def possible(setting: Setting, able: str) -> bool:
     return setting.aten is None or setting.aten.upper() in CAPABILITIES[: CAPABILITIES.index(able) + 1]
 
 
+def marked() -> list[str]:
+    """The files that have a test with the mark: importing all the others takes longer than the tests."""
+    files = sorted(Path("tests").rglob("test_*.py"))
+    return [str(file) for file in files if "mark.cpus" in file.read_text(encoding="utf-8")]
+
+
 def main(arguments: list[str]) -> int:
     short = "--short" in arguments
     given = [argument for argument in arguments if argument != "--short"]
@@ -71,7 +77,7 @@ def main(arguments: list[str]) -> int:
         print(f"no settings for {platform.machine()} ({able}): they limit MKL, oneDNN and ATen on x86_64")
         return 0
     pytest = str(Path(sys.executable).with_name("pytest"))  # not -m: what is installed is tested, not this folder
-    command = [pytest, "-q", "-n", "auto", *(("-m", "cpus") if short else ()), *given]
+    command = [pytest, "-q", "-n", "auto", *(("-m", "cpus", *marked()) if short else ()), *given]
     failed = []
     for setting in SETTINGS[:SHORT] if short else SETTINGS:
         title = " ".join(f"{name}={value}" for name, value in setting.variables().items())
