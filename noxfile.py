@@ -40,6 +40,13 @@ def transformers(session: nox.Session, version: str) -> None:
 
 
 @nox.session
+def cpus(session: nox.Session) -> None:
+    """The tests as other makes of CPU would run them; `-- --short` as .ci/run does."""
+    session.install("-c", PINS, ".[test]")
+    session.run("python", "tools/cpus.py", *session.posargs, env=NO_CUDA)
+
+
+@nox.session
 def matrix(session: nox.Session) -> None:
     """Every law on every mutant: fails where docs/laws.md changes, or a check has no mutant of its own."""
     session.install("-c", PINS, ".[test]")

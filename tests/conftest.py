@@ -14,7 +14,8 @@ settings.register_profile("quick", max_examples=40, **slow_is_fine)
 settings.register_profile("thorough", max_examples=150, **slow_is_fine)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("thorough" if os.environ.get("CI") else "quick"))
 
-torch.set_num_threads(1)  # pytest -n auto has a worker per core
+# One, since pytest -n auto has a worker per core; `nox -s cpus` asks for others.
+torch.set_num_threads(int(os.environ.get("KNORM_THREADS") or 1))
 
 
 def pytest_collection_modifyitems(items):

@@ -82,6 +82,7 @@ def slower_attention(monkeypatch):
 # What is measured
 
 
+@pytest.mark.cpus
 def test_a_curve_says_what_the_loop_says():
     model, ids = tiny("gpt_neox"), tokens(4, 40)
     found = curve(model, ids, POLICIES, 1, How(batch=3))
@@ -112,6 +113,7 @@ def test_the_schedules_hash_is_of_every_layer():
     assert value.split() == [golden_format.digest(layer.numpy().tobytes())[:12] for layer in run.evicted_at]
 
 
+@pytest.mark.cpus
 def test_batches_and_order_of_windows_do_not_matter():
     one, other = measure_tiny("cpu", How()), measure_tiny("cpu", How(batch=1, order=lambda n: [2, 0, 3, 1]))
     assert [m for m in one.metrics if m.kind == "count"] == [m for m in other.metrics if m.kind == "count"]
@@ -246,13 +248,33 @@ def test_the_life_of_a_golden(run_golden, monkeypatch):
 
 
 def test_verify_in_another_environment_says_so(accepted):
-    torch.set_num_threads(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
     try:
         code, out, _ = accepted("verify")
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     assert code == 0
     assert "in another environment (threads)" in out
+
+
+@pytest.mark.parametrize("name", ["MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_a_cpu_whose_instructions_are_limited_is_another_environment(accepted, monkeypatch, name):
+    monkeypatch.setenv(name, "AVX2,STRICT")
+    code, out, _ = accepted("verify")
+    assert code == 0
+    assert "in another environment (capability)" in out
+    assert environment("cpu").capability.endswith(f"{name}=AVX2,STRICT")
+
+
+def test_products_of_less_precision_are_another_environment():
+    before = environment("cpu").numerics
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert environment("cpu").numerics == before + "; products of float32 in bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert environment("cpu").numerics == before
 
 
 def test_a_golden_of_another_device_class_is_not_compared(accepted, monkeypatch):
@@ -409,12 +431,14 @@ def test_a_case_that_needs_cuda_is_not_compared_when_it_is_named(few, tmp_path):
 
 def test_the_environment_names_no_host():
     here = environment("cpu")
-    assert (here.torch, here.threads) == (torch.__version__, 1)
+    assert (here.torch, here.threads) == (torch.__version__, torch.get_num_threads())
     assert platform.node() not in here.model_dump_json()
 
 
-def test_nothing_moved_in_what_was_accepted(golden):
-    assert golden("selections").verdict == "holds"
+@pytest.mark.cpus
+@pytest.mark.parametrize("case", ["selections", "streaming-32"])
+def test_nothing_moved_in_what_was_accepted(golden, case):
+    assert golden(case).verdict == "holds"
 
 
 def test_pythias_case_is_measured_from_a_folder_and_two_files(monkeypatch):

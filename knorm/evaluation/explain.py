@@ -20,10 +20,9 @@ from knorm.evaluation.windows import Windows, check_prompt
 from knorm.masked_attention import attend_seen
 from knorm.perplexity import Run, exact_run
 from knorm.policy import Policy
+from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
-# Nats of any token that rounding may do; else 1e-4. Seen: 1.1 in bfloat16, on a CPU without instructions for it.
-NO_EFFECT = {torch.float16: 0.25, torch.bfloat16: 2.0}
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
 NO_REMEDY = ("slots shuffled", "positions collapsed")
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
@@ -37,6 +36,7 @@ class Effect:
     recovered   share of the loss (run - full cache) that it takes back; None where nothing was lost
     largest     largest change of any token
     proves      the sentence
+    is_rounding rounding explains all of it; of the order of slots: float64 has shown that it has no effect
     """
 
     name: str
@@ -47,6 +47,7 @@ class Effect:
     recovered: float | None
     largest: float
     proves: str
+    is_rounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,20 +87,22 @@ class Explanation:
         return self.nll - self.nll_full
 
 
-def _proves(name: str, effect: Effect, policy: Policy, rounding: float) -> str:
-    """One sentence per intervention; `rounding` is what a token's NLL may change by without meaning anything."""
-    none = effect.largest <= rounding
+def _proves(name: str, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
+    """One sentence per intervention."""
+    none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
     share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
     if effect.change < 0 and effect.recovered is not None:
         share = f"recovers {effect.recovered:.0%} of the loss"
     if none:
-        share = "has no effect"
+        share = "has no effect" if effect.largest <= ROUNDING else "has no effect beyond rounding"
     elif effect.low is not None and effect.high is not None and effect.low < 0 < effect.high:
         share += " (the interval includes none)"
     if name == "slots shuffled":
         seen = "attention does not see slot order" if none else "attention must not see slot order"
-        within = " (the rounding of half precision)" if none and effect.largest > 1e-4 else ""
+        kind = str(dtype).removeprefix("torch.")
+        agree = f"in float64 attention's outputs agree to {order.difference:.0e}"
+        within = f" (the rounding of {kind}: {agree})" if none and effect.largest > ROUNDING else ""
         return f"order: {gain}, at most {effect.largest:.0e} per token{within}: {seen}"
     if name == "positions corrected":
         return f"positions: {'none was wrong' if none else f'counting them from the tokens seen {share}'}"
@@ -145,7 +148,7 @@ def _cause(found: Explanation) -> str:
     return said[0].upper() + said[1:]
 
 
-def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
+def _verdict(found: Explanation) -> tuple[str, ...]:
     """Plain words: the cause, and what is acquitted."""
     if found.loss > NO_LOSS:
         said = [_cause(found)]
@@ -157,7 +160,7 @@ def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
             f"Compression gains {-found.loss:.3f} nats a token here; what takes most of that away again is "
             f"{undoing.name} ({undoing.change:+.3f})."
         ]
-    if next(e for e in found.effects if e.name == "slots shuffled").largest <= rounding:
+    if next(e for e in found.effects if e.name == "slots shuffled").is_rounding:
         said.append("The order of the cache plays no part in it.")
     chance = next((e for e in found.effects if e.name.startswith("random")), None)
     if found.loss > NO_LOSS and chance and chance.high is not None and chance.high < 0:
@@ -211,7 +214,7 @@ def explain(
     """
     first, length = prompt_length - 1, windows.input_ids.shape[1]
     check_prompt(windows, prompt_length)
-    rounding = NO_EFFECT.get(model.dtype, 1e-4)
+    order, rounding = OrderProbe(), Rounding()
 
     def nll(name: str, case: _Case) -> tuple[Tensor, list[Run]]:
         on_step(name)
@@ -235,22 +238,27 @@ def explain(
             name, options = "positions corrected", {}  # noqa: PLW2901
         else:
             options = placed(changed, prompt, options)  # noqa: PLW2901
+        if name == "slots shuffled":
+            options["attend"] = order
         changes, _ = nll(name, _Case(changed, prompt, options))  # whatever its prompt, the same tokens are scored
         difference = changes - own
         change, (low, high) = float(difference.mean()), interval(difference.mean(1).cpu())
+        if name == "slots shuffled" and order.holds:  # it comes first: attention is summed otherwise, and that is all
+            rounding = Rounding.measured(difference)
         effect = Effect(
             name, float(changes.mean()), change, low, high,
             -change / loss if loss > NO_LOSS and name not in NO_REMEDY else None, float(difference.abs().max()), "",
+            order.holds if name == "slots shuffled" else rounding.covers(difference),
         )  # fmt: skip
-        effects.append(replace(effect, proves=_proves(name, effect, policy, rounding)))
+        effects.append(replace(effect, proves=_proves(name, effect, policy, order, model.dtype)))
     effects.sort(key=lambda effect: effect.change)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
         mean_recent(runs, policy, prompt_length), tuple(effects),
-        tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy)), (),
+        tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy, rounding)), (),
     )  # fmt: skip
-    return replace(found, verdict=_verdict(found, rounding))
+    return replace(found, verdict=_verdict(found))
 
 
 def _worst(
@@ -263,13 +271,14 @@ def _worst(
     prompt_length: int,
     most: int,
     policy: Policy,
+    rounding: Rounding,
 ) -> Iterator[TokenView]:
     """The tokens whose NLL rose most, each with the evicted token that the full model attends to most in its place."""
     rise = own - full
     schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
     for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
         window, at = divmod(flat, rise.shape[1])
-        if rise[window, at] <= NO_EFFECT.get(model.dtype, 1e-4):
+        if rise[window, at] <= rounding.largest:
             return
         query = at + prompt_length - 1
         weights = _attention_of(model, windows.input_ids[window : window + 1], query)

@@ -8,31 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from knorm.evaluation.windows import Windows
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, Score
+from knorm.rounding import attend_shuffled
 from knorm.schedule import cache_lengths, evicted_at
 
 SINKS = 4  # tokens at the start that are protected
-
-
-def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-    """What attention.attend_seen computes, over slots in an order that has nothing to do with time."""
-    (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(query.device)
-    lost = torch.full((1, 1, length), length, device=query.device) if evicted is None else evicted[..., order]
-    key, value = (x[:, :, order].repeat_interleave(heads // kv_heads, 1) for x in (key, value))
-    blocks = []
-    for queries in torch.arange(length, device=query.device).split(max(1, 2**27 // (batch * heads * length))):
-        seen = (order <= queries[:, None]) & (queries[:, None] < lost[..., None, :])
-        seen = seen.repeat_interleave(heads // seen.shape[1] if seen.shape[1] > 1 else 1, 1)
-        blocks.append(
-            functional.scaled_dot_product_attention(query[:, :, queries], key, value, attn_mask=seen, scale=scale)
-        )
-    return torch.cat(blocks, 2)
 
 
 @dataclass(frozen=True)

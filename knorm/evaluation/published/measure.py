@@ -18,12 +18,12 @@ from transformers.cache_utils import DynamicLayer
 
 from knorm.bench.latency import METRICS, Arm, Prompt, Sample, attending, measure
 from knorm.cache import KnormCache, KnormLayer
-from knorm.evaluation.interventions import attend_shuffled
 from knorm.evaluation.published.schema import FULL, Protocol
 from knorm.model_attention import attention_through, cache_keyword
 from knorm.models import HUB_TEXTS, hub_files, read_rows
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, retained_count
+from knorm.rounding import attend_shuffled
 
 ROUNDS = 7  # blocks of timing, after one for warm-up
 
