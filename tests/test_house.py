@@ -20,7 +20,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format gates environment store latency cases verify",
-    "laws": "traits registry strategies subjects model presses adapters loading reproduce catalogue runner process",
+    "laws": "traits registry strategies subjects model presses adapters loading snippets catalogue runner process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "worker supervisor",
@@ -167,6 +167,12 @@ def test_public_names_resolve_and_are_those_that_type_checkers_see():
     assert {*knorm.__all__} <= {*dir(knorm)}
     with pytest.raises(AttributeError, match="module 'knorm' has no attribute 'compres'"):
         knorm.compres  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [knorm, laws])
+def test_a_public_name_is_not_a_modules_which_would_take_its_place_once_imported(package):
+    folder = Path(package.__file__).parent
+    assert not {*package.__all__} & {file.stem for file in folder.iterdir()}
 
 
 REGISTRIES = """
