@@ -16,6 +16,7 @@ PACKAGE = Path(knorm.__file__).parent
 ORDER = [
     "policy",
     "strict",
+    "files",
     "interval",
     "kernels",
     "core",
@@ -23,6 +24,7 @@ ORDER = [
     "masked_attention",
     "cache",
     "perplexity",
+    "weights",
     "models",
     "latency",
     "counters",
