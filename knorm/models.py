@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from knorm.files import file_size, read_text
 from knorm.weights import INDEX, SMALL_FILES, WEIGHTS, checked_folder, read_index
 
 ASSETS = Path(__file__).parent / "assets"
@@ -28,6 +30,7 @@ HUB_TEXTS = {
     "wikitext2": "hub:Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3:wikitext-2-raw-v1/test-*.parquet",
     "pg19": "hub:emozilla/pg19@c021754c8e01c5b1cc83a1f549c1f97fbbb756b8:data/test-*.parquet",
 }
+MOST_TEXT = 2**28  # bytes of a file, and characters of a column: several times PG-19's test set
 _PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
@@ -200,7 +203,7 @@ def load_text(source: str, column: str = "text") -> str:
         text = "".join(read_rows(hub_files(source), "parquet", column))
     else:
         file = Path(source)
-        if not file.is_file():
+        if not os.path.lexists(file) or file.is_dir():
             raise ValueError(
                 f"text {source!r} is no file here, and none of {', '.join((*EMBEDDED_TEXTS, *HUB_TEXTS))}; "
                 "a data set is written hub:organisation/name@commit:files"
@@ -208,10 +211,7 @@ def load_text(source: str, column: str = "text") -> str:
         if file.suffix in (".parquet", ".jsonl"):
             text = "\n".join(read_rows([str(file)], "parquet" if file.suffix == ".parquet" else "json", column))
         else:
-            try:
-                text = file.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"text {source!r} is not UTF-8: {error}") from None
+            text = read_text(file, MOST_TEXT)
     text = text.replace("\r\n", "\n")
     return detokenize_wikitext(text) if " @-@ " in text else text
 
@@ -239,20 +239,31 @@ def read_rows(files: list[str], kind: str, column: str) -> Iterable[str]:
         import datasets
     except ImportError:
         raise ValueError("reading parquet and jsonl needs the package datasets: pip install 'knorm[data]'") from None
+    for file in files:
+        file_size(Path(file), MOST_TEXT)
+    texts, characters = [], 0
+    for number, row in enumerate(_dataset(datasets, files, kind)):
+        if not number and column not in row:
+            raise ValueError(f"{files[0]} has no column {column!r}, but {', '.join(row)}")
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"{files[0]}: row {number} has {column}={row.get(column)!r}, but should have a text")
+        texts.append(row[column])
+        characters += len(row[column])
+        if characters > MOST_TEXT:
+            raise ValueError(f"{files[0]} has more than {MOST_TEXT:,} characters of text, the most that is read")
+    if not texts:
+        raise ValueError(f"{files[0]} has no rows")
+    return texts
+
+
+def _dataset(datasets: Any, files: list[str], kind: str) -> Iterator[dict[str, Any]]:
+    """The rows of data files, one at a time."""
     try:
-        rows = list(datasets.load_dataset(kind, data_files=files, split="train", streaming=True))
-    except StopIteration:
-        rows = []
+        yield from datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+    except StopIteration:  # no rows
+        return
     except Exception as error:  # datasets raises what pyarrow, fsspec or its own builders raise
         raise ValueError(f"{files[0]} cannot be read as {kind}: {_first_line(error)}") from None
-    if not rows:
-        raise ValueError(f"{files[0]} has no rows")
-    if column not in rows[0]:
-        raise ValueError(f"{files[0]} has no column {column!r}, but {', '.join(rows[0])}")
-    for number, row in enumerate(rows):
-        if not isinstance(row[column], str):
-            raise ValueError(f"{files[0]}: row {number} has {column}={row[column]!r}, but should have a text")
-    return [row[column] for row in rows]
 
 
 _WIKITEXT = [
