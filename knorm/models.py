@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.files import file_size, read_text
+from knorm.paths import ASSETS
 from knorm.weights import INDEX, SMALL_FILES, WEIGHTS, checked_folder, read_index
 
-ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_TEXTS = ("narrative", "encyclopedia")
 HUB_TEXTS = {
     "wikitext2": "hub:Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3:wikitext-2-raw-v1/test-*.parquet",

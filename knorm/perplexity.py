@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from knorm.cache import KnormCache, attention_through, cache_keyword
+from knorm.cache import KnormCache
 from knorm.core import squared_norms, token_scores
 from knorm.masked_attention import Attend, attend_seen
+from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
 from knorm.schedule import schedule_scores
 

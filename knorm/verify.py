@@ -8,16 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
-from knorm.cases import CASES, verify_goldens
 from knorm.core import compress
-from knorm.evaluation import Row, cut_windows, evaluate
-from knorm.explain import attend_shuffled
+from knorm.evaluation.curve import Row, evaluate
+from knorm.evaluation.doubts import Suspicion, judge_measured, measure_empty, measure_with
+from knorm.evaluation.interventions import attend_shuffled
+from knorm.evaluation.windows import cut_windows
+from knorm.golden.cases import CASES
+from knorm.golden.store import Store
+from knorm.golden.verify import verify_goldens
 from knorm.laws import KNORM, Subject, iter_results
 from knorm.models import EMBEDDED_TEXTS, load_embedded, load_text
 from knorm.perplexity import agreement, exact_nll, exact_run
 from knorm.policy import Policy
-from knorm.sanity import Suspicion, judge_measured, measure_empty, measure_with
-from knorm.store import Store
 
 CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from knorm import retained_count
-from knorm.cache import attention_through
+from knorm.model_attention import attention_through
 
 
 def visible(keys, policy, layer, calls):

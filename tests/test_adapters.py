@@ -18,8 +18,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import knorm
 from knorm.laws import KNORM, Traits, check_compressor
-from knorm.laws.adapters import KINDS, adapt, load_target, through_attention
+from knorm.laws.adapters import KINDS, adapt
+from knorm.laws.loading import load_target
 from knorm.laws.model import small_model
+from knorm.laws.presses import through_attention
 from knorm.laws.strategies import DTYPES, tagged_values
 
 KEYS = torch.tensor([[[3.0], [1.0], [4.0], [1.5], [5.0], [9.0]]]).unsqueeze(0).transpose(1, 2).reshape(1, 1, 6, 1)

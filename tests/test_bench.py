@@ -16,13 +16,17 @@ import torch
 from tiny import tiny, tokens
 
 import knorm
-from knorm import Policy, bench_cli, bench_worker, latency, versus
-from knorm.bench import policy_fields
+from knorm import Policy
+from knorm.bench import commits as versus
+from knorm.bench import latency
+from knorm.bench import worker as bench_worker
+from knorm.bench.commits import Setup, Worker, changed_files, find_checkout, resolve, worktree
+from knorm.bench.counters import Counters
+from knorm.bench.latency import Prompt
+from knorm.bench.policies import policy_fields
+from knorm.cli import bench as bench_cli
 from knorm.cli import main
-from knorm.counters import Counters
-from knorm.latency import Prompt
 from knorm.models import ASSETS
-from knorm.versus import Setup, Worker, changed_files, find_checkout, resolve, worktree
 
 ROOT = Path(knorm.__file__).parents[1]
 QUICK = ("--prompt-tokens", "9", "--new-tokens", "4", "--keep-ratio", "0.5", "--blocks", "8")
@@ -75,7 +79,7 @@ def verdicts(monkeypatch, shift, spread):
     """Blocks whose log-ratios are given."""
     noise = torch.randn(8, generator=torch.Generator().manual_seed(0)) * spread
     logs = iter((math.log1p(shift) + noise).tolist() * 3)
-    monkeypatch.setattr("knorm.bench.log_ratio", lambda *_: next(logs))
+    monkeypatch.setattr("knorm.bench.policies.log_ratio", lambda *_: next(logs))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def project(tmp_path_factory):
 
 
 def test_the_checkout_is_found_and_its_changes_are(project, monkeypatch, tmp_path):
-    monkeypatch.setattr(versus, "_PACKAGE", tmp_path / "site-packages" / "knorm")
+    monkeypatch.setattr(versus, "PACKAGE", tmp_path / "site-packages" / "knorm")
     monkeypatch.chdir(project / "knorm")
     assert find_checkout() == project.resolve()
     assert changed_files(project) == 0
@@ -197,7 +201,7 @@ def test_the_checkout_is_found_and_its_changes_are(project, monkeypatch, tmp_pat
 
 
 def test_the_command_names_the_checkout_that_lacks_the_reference(bench, project, monkeypatch, tmp_path):
-    monkeypatch.setattr(versus, "_PACKAGE", tmp_path / "site-packages" / "knorm")
+    monkeypatch.setattr(versus, "PACKAGE", tmp_path / "site-packages" / "knorm")
     monkeypatch.chdir(project)
     code, out, err = bench("--against", "no/such")
     assert (code, out) == (2, "")
@@ -292,8 +296,8 @@ for line in sys.stdin:
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
     """Workers that load nothing: what they are called decides how fast they are."""
-    (tmp_path / "bench_worker.py").write_text(STUB)
-    monkeypatch.setattr(versus, "_PACKAGE", tmp_path)
+    (tmp_path / "worker.py").write_text(STUB)
+    monkeypatch.setattr(versus, "_WORKER", tmp_path / "worker.py")
     for name in ("as it was", "slow", "dies"):
         (tmp_path / name).mkdir()
     return tmp_path

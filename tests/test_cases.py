@@ -12,12 +12,18 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
-from knorm import Policy, cases, golden, latency_cases, retained_count, store
-from knorm.cases import CASES, RANDOM_SHA256, Case, How, curve, device_class, environment, record, verify_goldens
+from knorm import Policy, retained_count
 from knorm.cli import main
+from knorm.golden import cases, store, verify
+from knorm.golden import environment as environments
+from knorm.golden import format as golden_format
+from knorm.golden import latency as latency_cases
+from knorm.golden.cases import CASES, RANDOM_SHA256, Case, curve
+from knorm.golden.environment import How, device_class, environment
+from knorm.golden.store import Checkout, Store, hash_of_code
+from knorm.golden.verify import record, verify_goldens
 from knorm.models import ASSETS
 from knorm.perplexity import exact_run, stream_nll
-from knorm.store import Checkout, Store, hash_of_code
 
 POLICIES = tuple(Policy(ratio, 8, (0,), protocol="streaming") for ratio in ("1.0", "0.5"))
 CPU = f"cpu-{platform.machine().lower()}"
@@ -34,7 +40,8 @@ def few(monkeypatch):
     """Two real cases that take no time: fixed tensors, and a small model's tokens."""
     small = Case("tiny", "a small model", lambda: {"model": "tiny", "windows": 4}, measure_tiny)
     chosen = {"selections": CASES["selections"], "tiny": small}
-    monkeypatch.setattr(cases, "CASES", chosen)
+    for module in (cases, verify):
+        monkeypatch.setattr(module, "CASES", chosen)
     return chosen
 
 
@@ -113,7 +120,7 @@ def test_counts_follow_from_retained_count_alone():
 def test_the_schedules_hash_is_of_every_layer():
     run = exact_run(tiny("gpt_neox"), tokens(4, 40), POLICIES[1])
     (value,) = (m.value for m in measure_tiny("cpu", How()).metrics if m.name == "evicted_at/0.5")
-    assert value.split() == [golden.digest(layer.numpy().tobytes())[:12] for layer in run.evicted_at]
+    assert value.split() == [golden_format.digest(layer.numpy().tobytes())[:12] for layer in run.evicted_at]
 
 
 def test_batches_and_order_of_windows_do_not_matter():
@@ -260,7 +267,7 @@ def test_verify_in_another_environment_says_so(accepted):
 
 
 def test_a_golden_of_another_device_class_is_not_compared(accepted, monkeypatch):
-    monkeypatch.setattr(cases, "device_class", lambda device: "cpu-riscv")
+    monkeypatch.setattr(verify, "device_class", lambda device: "cpu-riscv")
     code, out, _ = accepted("verify", "tiny")
     assert code == 0
     assert f"no golden of device class cpu-riscv (there are: {CPU})" in out
@@ -358,7 +365,8 @@ def test_wrong_usage_is_one_line(knorm, arguments, words):
 
 def test_a_candidate_of_an_unrelated_case_is_refused(knorm, few, monkeypatch):
     assert knorm("record", "tiny")[0] == 0
-    monkeypatch.setattr(cases, "CASES", {"selections": few["selections"]})
+    for module in (cases, verify):
+        monkeypatch.setattr(module, "CASES", {"selections": few["selections"]})
     code, _, err = knorm("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
     assert code == 2
     assert "is of case 'tiny', which there is not; there are selections" in err
@@ -461,12 +469,12 @@ def timed(shift=0.0, noise=1.0):
 
     def measure(_device, _how):
         blocks = np.log1p(shift) + noise * BLOCKS
-        gate = golden.Gate(rule="timing", threshold=0.05)
+        gate = golden_format.Gate(rule="timing", threshold=0.05)
         value = float(np.exp(blocks.mean()))
-        made = golden.Metric(
+        made = golden_format.Metric(
             name="tpot/0.5", unit="s / s", direction="lower", kind="ratio", value=value, anchor=value, gate=gate
         )
-        return golden.Measured((made,), {"tpot/0.5": blocks})
+        return golden_format.Measured((made,), {"tpot/0.5": blocks})
 
     return Case("timed", "a ratio of times", lambda: {"policies": []}, measure, optional=True, timed=True)
 
@@ -493,7 +501,7 @@ def test_times_of_another_environment_are_shown(few, tmp_path, monkeypatch):
     made, measured = record(few["timed"], "cpu", HERE)
     store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
     few["timed"] = timed(0.9)
-    monkeypatch.setattr(cases, "_processor", lambda: "another")
+    monkeypatch.setattr(environments, "_processor", lambda: "another")
     (outcome,) = verify_goldens(store, ["timed"])
     assert outcome.verdict == "holds"
     assert "1 differ, which is not gated there: tpot/0.5" in outcome.evidence
@@ -508,20 +516,20 @@ def test_noise_that_hides_whether_runs_agree_is_not_recorded():
 
 def test_operators_are_gated_with_the_versions_they_were_counted_with(few, tmp_path, monkeypatch):
     def counted(operators):
-        made = golden.Metric(
+        made = golden_format.Metric(
             name="operators", unit="1", direction="lower", kind="count", value=operators, anchor=operators,
-            gate=golden.Gate(rule="same_versions"),
+            gate=golden_format.Gate(rule="same_versions"),
         )  # fmt: skip
-        return Case("counted", "operators", lambda: {"policies": []}, lambda *_: golden.Measured((made,)))
+        return Case("counted", "operators", lambda: {"policies": []}, lambda *_: golden_format.Measured((made,)))
 
     few["counted"] = counted(7)
     store = Store(tmp_path)
     made, _ = record(few["counted"], "cpu", HERE)
     store.accept(store.approve(made, {}, "why", now=HERE, allow_worse={}), {})
     few["counted"] = counted(8)
-    monkeypatch.setattr(cases, "_processor", lambda: "another")
+    monkeypatch.setattr(environments, "_processor", lambda: "another")
     assert next(verify_goldens(store, ["counted"])).verdict == "moved"
-    monkeypatch.setattr(cases.transformers, "__version__", "6.0")
+    monkeypatch.setattr(environments.transformers, "__version__", "6.0")
     assert next(verify_goldens(store, ["counted"])).verdict == "holds"
 
 
@@ -566,7 +574,7 @@ def test_the_fixture_compares_and_never_writes(accepted, pytester, monkeypatch, 
         result.assert_outcomes(failed=1)
         result.stdout.fnmatch_lines(["*MOVED*tiny*", "*nll/1.0*"])
     with monkeypatch.context() as patch:
-        patch.setattr(cases, "device_class", lambda device: "cpu-riscv")
+        patch.setattr(verify, "device_class", lambda device: "cpu-riscv")
         run("-rs").assert_outcomes(skipped=1)
         run("--require-goldens").assert_outcomes(failed=1)
     assert {file: file.read_bytes() for file in folder.rglob("*.json")} == before

@@ -17,12 +17,12 @@ import torch
 from click.testing import CliRunner
 
 import knorm as package
-from knorm import supervisor
 from knorm.cli import cli, main
 from knorm.laws import CHECKS, KNORM, Result, find
 from knorm.laws.adapters import KINDS
-from knorm.laws.worker import serve
-from knorm.supervisor import Board, Lost, Request, Supervisor, Worker
+from knorm.laws.process import supervisor
+from knorm.laws.process.supervisor import Board, Lost, Request, Supervisor, Worker
+from knorm.laws.process.worker import serve
 
 ROOT = Path(package.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -319,7 +319,7 @@ def test_a_worker_ends_with_its_parent(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = """
         import os
-        from knorm.supervisor import Request, Worker
+        from knorm.laws.process.supervisor import Request, Worker
         worker = Worker(Request("nowhere.py:f"))
         print(worker.process.pid, flush=True)
         os.kill(os.getpid(), 9)
@@ -495,7 +495,7 @@ def test_what_knorm_stumbles_over_is_no_success_and_no_crash(knorm, inline, monk
 def test_a_result_in_a_terminal_wraps_but_its_snippet_does_not():
     from rich.console import Console
 
-    from knorm.report import show_result
+    from knorm.cli.tables import show_result
 
     console = Console(force_terminal=True, width=40, color_system=None, highlight=False)
     found = {"counterexample": "word " * 20, "given": "keys", "snippet": "keys = [" + "0.0, " * 30 + "]"}
@@ -593,7 +593,7 @@ def test_wrong_usage_shows_the_usage_and_exits_with_2(knorm, arguments, words):
 def test_v_shows_the_traceback_of_the_targets_own_error(knorm, inline):
     code, out, err = knorm("-v", "check", "raises.py:compress")
     assert (code, out) == (2, "")
-    assert err.startswith("knorm.supervisor._Told: in the worker:\n\nTraceback (most recent call last)")
+    assert err.startswith("knorm.laws.process.supervisor._Told: in the worker:\n\nTraceback (most recent call last)")
     assert "    1 / 0\n" in err
     assert "ZeroDivisionError: division by zero\n" in err
 
@@ -618,7 +618,7 @@ def test_the_parent_loads_nothing_heavy(arguments):
         try:
             main()
         finally:
-            print(sorted({'torch', 'transformers', 'hypothesis', 'knorm.laws'} & {*sys.modules}))
+            print(sorted({'torch', 'transformers', 'hypothesis', 'knorm.laws.runner'} & {*sys.modules}))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     run = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)

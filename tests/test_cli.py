@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import knorm as package
-from knorm import Policy, compress, evaluation, exact_nll, retained_count, verify
-from knorm.cases import CASES
+from knorm import Policy, compress, exact_nll, retained_count, verify
 from knorm.cli import main
-from knorm.evaluation import cut_windows, evaluate
+from knorm.evaluation import curve
+from knorm.evaluation.curve import evaluate
+from knorm.evaluation.windows import cut_windows
+from knorm.golden.cases import CASES
 from knorm.laws import CHECKS, KNORM, Subject
 from knorm.laws.runner import applies
 from knorm.models import load_text
@@ -114,8 +116,8 @@ def test_stream_shows_the_loop_beside_the_one_pass(knorm):
 
 @pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
 def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(knorm, monkeypatch, dtype, code):
-    agreement = evaluation.agreement
-    monkeypatch.setattr(evaluation, "agreement", lambda *a, **k: agreement(*a, **k)._replace(difference=0.5))
+    agreement = curve.agreement
+    monkeypatch.setattr(curve, "agreement", lambda *a, **k: agreement(*a, **k)._replace(difference=0.5))
     ended, out, _ = knorm("ppl", *SHORT, "--keep-ratio", "1", "--stream", "--dtype", dtype, "--json", "out.json")
     assert ended == code
     assert strict_json("out.json")["holds"] is (code == 0)
@@ -346,7 +348,7 @@ def test_what_cannot_be_explained_is_one_line(knorm, arguments, words):
     ],
 )
 def test_what_would_fail_later_fails_before_the_work(knorm, monkeypatch, arguments, words):
-    monkeypatch.setattr(evaluation, "exact_run", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr(curve, "exact_run", lambda *_, **__: pytest.fail("it was run"))
     code, out, err = knorm("ppl", *SHORT, *arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err

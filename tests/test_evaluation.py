@@ -14,8 +14,10 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from knorm import Policy, evaluation, exact_nll, retained_count
-from knorm.evaluation import Windows, cut_windows, evaluate
+from knorm import Policy, exact_nll, retained_count
+from knorm.evaluation import windows as cutting
+from knorm.evaluation.curve import evaluate
+from knorm.evaluation.windows import Windows, cut_windows
 from knorm.models import load_text
 
 TEXT = load_text("encyclopedia")
@@ -140,8 +142,8 @@ def test_windows_are_those_of_the_whole_text_though_less_is_tokenised(embedded, 
     tokenizer = embedded[1] if kind == "embedded" else llama_like()
     assume(len(tokenizer(text, add_special_tokens=False).input_ids) >= 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "_BEYOND", 1 if kind == "embedded" else 12)  # so that texts this short have parts
-        patch.setattr(evaluation, "_PER_TOKEN", per_token)
+        patch.setattr(cutting, "_BEYOND", 1 if kind == "embedded" else 12)  # so that texts this short have parts
+        patch.setattr(cutting, "_PER_TOKEN", per_token)
         cut = cut_windows(tokenizer, text, length, most)
     ids, ends = uncut(tokenizer, text, length, most)
     assert cut.input_ids.tolist() == ids

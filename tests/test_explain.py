@@ -10,17 +10,9 @@ from tiny import ARCHITECTURES, tiny, tokens
 from knorm import Policy, evicted_at, exact_nll
 from knorm.cache import KnormLayer
 from knorm.core import squared_norms
-from knorm.evaluation import Windows, cut_windows
-from knorm.explain import (
-    Effect,
-    Explanation,
-    _verdict,
-    attend_shuffled,
-    explain,
-    interval,
-    interventions,
-    newest_to_protect,
-)
+from knorm.evaluation.explain import Effect, Explanation, _verdict, explain, interval
+from knorm.evaluation.interventions import attend_shuffled, interventions, newest_to_protect
+from knorm.evaluation.windows import Windows, cut_windows
 from knorm.masked_attention import attend_seen
 from knorm.models import load_embedded, load_text
 from knorm.perplexity import exact_run, stream_nll
@@ -154,7 +146,7 @@ def test_collapsed_positions_are_those_of_a_loop_that_reads_the_stored_length(mo
 @torch.no_grad()
 def unaware_loop(model, ids, policy):
     from knorm import KnormCache
-    from knorm.cache import cache_keyword
+    from knorm.model_attention import cache_keyword
 
     cache, logits = KnormCache(policy), []
     for token in ids.split(1, dim=1):

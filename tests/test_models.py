@@ -17,7 +17,7 @@ from tiny import tiny
 
 import knorm
 from knorm import exact_nll, files, load_embedded, models
-from knorm.evaluation import cut_windows
+from knorm.evaluation.windows import cut_windows
 from knorm.models import ASSETS, detokenize_wikitext, load_model, load_text
 
 SHIPPED = ["config.json", "encyclopedia.txt", "model.safetensors", "narrative.txt", "tokenizer.json"]

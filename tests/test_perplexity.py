@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from knorm import Policy, exact_nll, masked_attention, perplexity, stream_nll
 from knorm.core import squared_norms
-from knorm.evaluation import cut_windows
+from knorm.evaluation.windows import cut_windows
 from knorm.models import load_text
 from knorm.perplexity import agreement, exact_run, stream_run
 from knorm.schedule import evicted_at

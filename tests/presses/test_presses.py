@@ -10,7 +10,8 @@ pytest.importorskip("kvpress.presses", reason="kvpress is not installed: run tox
 import kvpress
 
 from knorm.laws import CHECKS, Refuted, Traits, check_compressor, reproduce
-from knorm.laws.adapters import adapt, load_target
+from knorm.laws.adapters import adapt
+from knorm.laws.loading import load_target
 from knorm.laws.strategies import Cache, tagged_values
 
 TOP_K = "top-k returns indices by score, and kvpress gathers them as they come"
