@@ -36,7 +36,11 @@ def file_size(file: Path, most: int | None = None) -> int:
     try:
         status = os.stat(file)
     except FileNotFoundError:
-        target = f"is a link to {os.readlink(file)}, which is not there" if os.path.islink(file) else "is not there"
+        target = (
+            f"is a link to {os.readlink(file)}, which is not there"
+            if os.path.islink(file)
+            else "cannot be read: it is not there"
+        )
         raise ValueError(f"{file} {target}") from None
     except (OSError, ValueError) as error:  # a loop of links, a name too long, a folder closed to us, a null byte
         raise ValueError(f"{str(file)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None

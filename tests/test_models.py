@@ -164,7 +164,7 @@ def without(*names):
         pytest.param(truncated, "are damaged (", id="truncated"),
         pytest.param(with_a_broken_header, "are damaged (", id="header"),
         pytest.param(pickled, "no file named model.safetensors", id="pickled"),
-        pytest.param(without("config.json"), "config.json is not there", id="no config"),
+        pytest.param(without("config.json"), "config.json cannot be read: it is not there", id="no config"),
         pytest.param(without("tokenizer.json"), "tokenizer", id="no tokenizer"),
         pytest.param(reconfigured(model_type="nope"), "nope", id="unknown type"),
         pytest.param(without("tokenizer.json", "tokenizer_config.json"), "tokenizer", id="no tokenizer at all"),
