@@ -21,13 +21,14 @@ from knorm.core import squared_norms, token_scores
 from knorm.masked_attention import Attend, attend_seen
 from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
-from knorm.schedule import schedule_scores
+from knorm.schedule import never, schedule_scores
 
 Schedule = Callable[[int, Tensor], Tensor]
 
 MODELS = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 _ROTATIONS = ("default", "linear", "llama3", "yarn")  # fixed for the run; others depend on the length of a call
 _LOGITS = 2**26  # at most so many at a time
+EQUAL = 1e-4  # nats: NLLs of a token this close are equal in float32 and float64, however the sums are ordered
 NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way
 
 
@@ -201,7 +202,7 @@ def _schedule(policy: Policy, prompt_length: int, padding: Tensor | None) -> Sch
 
     def schedule(layer: int, keys: Tensor) -> Tensor:
         if _spares(policy, layer):
-            return schedule_scores(torch.zeros(keys.shape[:3], device=keys.device), Policy(), 1, padding)
+            return never(keys.shape[:3], keys.device, padding=padding)
         positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
         if padding is not None:
             positions = positions - padding[:, None, None]
@@ -367,7 +368,7 @@ def _record(cache: KnormCache, schedules: list[Tensor], length: int, seen: int) 
     """Note which tokens, seen so far and not yet known as lost, each layer has ceased to store."""
     if not schedules:
         shapes = [(*cache.positions(layer).shape[:2], length) for layer in range(len(cache))]
-        schedules = [torch.full(shape, length, device=cache.positions(0).device) for shape in shapes]
+        schedules = [never(shape, cache.positions(0).device) for shape in shapes]
     for layer, lost in enumerate(schedules):
         stored = cache.positions(layer)
         if stored.shape[-1] < seen:
@@ -394,6 +395,11 @@ def stream_nll(
     return run.nll
 
 
+def agrees(difference: float, gap: float) -> bool:
+    """Tell whether two runs are equal as float32 and float64 can be, by Agreement's difference and gap."""
+    return difference <= EQUAL and gap <= NEAR_TIE
+
+
 class Agreement(NamedTuple):
     """The one pass beside the loop, on the same texts and policy.
 
@@ -411,8 +417,8 @@ class Agreement(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Equal as float32 and float64 can be: each token within 1e-4, evictions but for near-ties."""
-        return self.difference <= 1e-4 and self.gap <= NEAR_TIE
+        """Equal as float32 and float64 can be: each token within EQUAL, evictions but for near-ties."""
+        return agrees(self.difference, self.gap)
 
 
 def agreement(

@@ -14,6 +14,7 @@ from tiny import tiny, tokens
 
 from knorm import Policy, retained_count
 from knorm.cli import main
+from knorm.evaluation import runner
 from knorm.golden import cases, store, verify
 from knorm.golden import environment as environments
 from knorm.golden import format as golden_format
@@ -78,7 +79,7 @@ def accepted(knorm):
 
 def slower_attention(monkeypatch):
     """An intended change of the code: attention's scale."""
-    real = cases.exact_run
+    real = runner.exact_run
 
     def run(model, *arguments, attend=None, **options):
         return real(
@@ -87,7 +88,7 @@ def slower_attention(monkeypatch):
 
     from knorm.masked_attention import attend_seen
 
-    monkeypatch.setattr(cases, "exact_run", run)
+    monkeypatch.setattr(runner, "exact_run", run)
 
 
 # What is measured
