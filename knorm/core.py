@@ -79,8 +79,7 @@ def token_scores(keys: Tensor, policy: Policy, positions: Tensor, layer: int | N
     Depends on each key and its position alone, so it does not change as the cache does.
     """
     norms = squared_norms(keys, layer)
-    scores = SCORES[policy.score](norms, positions, lambda: _hash(policy.seed, layer or 0, positions))
-    return scores.expand_as(norms)
+    return SCORES[policy.score](norms, positions, lambda: _hash(policy.seed, layer or 0, positions).expand_as(norms))
 
 
 def select(scores: Tensor, count: int, protect_first: int = 0, protect_recent: int = 0) -> Tensor:

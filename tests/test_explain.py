@@ -307,7 +307,7 @@ def test_in_half_precision_an_effect_of_order_is_seen_though_rounding_hides_it(e
     found = explained_in(torch.bfloat16, embedded[1])
     order = effect(found, "slots")
     assert not order.is_rounding
-    assert order.proves.endswith("attention must not see slot order")
+    assert order.sentence.endswith("attention must not see slot order")
     assert "The order of the cache plays no part in it." not in found.verdict
 
 
