@@ -343,7 +343,7 @@ def test_what_cannot_be_explained_is_one_line(run_knorm, arguments, words):
         ("--keep-ratio 1.0,0.3 --prompt-length 20 --protect-recent 15", "retains 6 of 20"),
         ("--json same.svg --plot same.svg", "but should be two files"),
         ("--reported story.txt --plot out.png", "drop --plot and --stream"),
-        ("--reported story.txt --json story.txt", "would overwrite the table"),
+        ("--reported story.txt --json story.txt --force", "would overwrite the table"),
     ],
 )
 def test_what_would_fail_later_fails_before_the_work(run_knorm, monkeypatch, arguments, words):

@@ -21,14 +21,13 @@ from knorm.cli.options import (
     bundled,
     check_device,
     check_outputs,
-    file_option,
     make_console,
     model_options,
     policy_options,
     progress_bar,
     with_options,
-    write_json,
 )
+from knorm.cli.outputs import file_option, write_json
 from knorm.policy import Policy
 
 if TYPE_CHECKING:

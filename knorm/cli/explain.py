@@ -15,14 +15,13 @@ from knorm.cli.options import (
     HOLDS,
     ModelOptions,
     PolicyOptions,
-    file_option,
     make_console,
     model_options,
     policy_options,
     progress_bar,
     with_options,
-    write_json,
 )
+from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import TextOptions, load_setting, text_options
 
 

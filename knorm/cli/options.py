@@ -1,20 +1,16 @@
-"""What the commands share: exit codes, options, the console, results as JSON."""
+"""What the commands share: exit codes, options, the console."""
 
 from __future__ import annotations
 
 import functools
-import json
-import os
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from knorm import __version__
+from knorm.cli.outputs import file_option, force_option
 from knorm.policy import Policy, Protocol, Score
 
 if TYPE_CHECKING:
@@ -37,17 +33,6 @@ def make_console(quiet: bool) -> Console:
     return console
 
 
-def environment() -> dict[str, str]:
-    """What results depend on."""
-    packages = ("torch", "transformers", "numpy")
-    return {
-        "knorm": __version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **{p: metadata.version(p) for p in packages},
-    }
-
-
 def check_device(name: str) -> str:
     """A device that is there: refused otherwise, before anything is loaded."""
     if name == "cpu":
@@ -67,24 +52,9 @@ def check_device(name: str) -> str:
     return name
 
 
-def _writable(_context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
-    """Find out before the work, not after it, that a result cannot be written."""
-    if file is not None:
-        if file.is_dir() or not file.parent.is_dir():
-            problem = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-            raise click.BadParameter(f"cannot write {file}: {problem}", param=parameter)
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise click.BadParameter(f"cannot write {file}: no permission", param=parameter)
-    return file
-
-
-def file_option(flag: str, text: str) -> Decorator:
-    """An option that names a file to write."""
-    return click.option(flag, type=click.Path(path_type=Path), metavar="FILE", callback=_writable, help=text)
-
-
 COMMON = (
     file_option("--json", "Write the results as JSON."),
+    force_option,
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
 )
 
@@ -157,13 +127,6 @@ def check_outputs(json: Path | None, plot: Path | None) -> None:
         from knorm.cli.figures import check_plot
 
         check_plot(plot)
-
-
-def write_json(file: Path | None, result: Mapping[str, Any]) -> None:
-    """Write a result and its environment, as strict JSON, where a file is named."""
-    if file is not None:
-        text = json.dumps({"environment": environment(), **result}, indent=1, allow_nan=False)
-        file.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

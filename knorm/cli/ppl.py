@@ -17,14 +17,13 @@ from knorm.cli.options import (
     REFUTED,
     ModelOptions,
     PolicyOptions,
-    file_option,
     make_console,
     model_options,
     policy_options,
     progress_bar,
     with_options,
-    write_json,
 )
+from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import TextOptions, load_setting, text_options
 
 if TYPE_CHECKING:
