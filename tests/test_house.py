@@ -15,16 +15,17 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights models bench evaluation golden laws verify cli plugin __main__",
+    "model_attention cache perplexity weights models methods bench evaluation golden laws verify cli plugin __main__",
     "bench": "latency counters worker policies commits",
-    "evaluation": "windows runner curve interventions explain doubts facts published",
+    "methods": "kinds known budget restored watch targets method policies caches functions presses door",
+    "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format gates environment store latency cases verify",
     "laws": "traits registry strategies subjects model presses adapters loading snippets catalogue runner process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "worker supervisor",
-    "cli": "outputs figures options tables setting verify check ppl explain bench golden",
+    "cli": "outputs figures options tables setting compared verify check ppl explain bench golden",
 }
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
@@ -81,7 +82,19 @@ def too_early(name, imports):
 
 
 LIGHT = ("policy", "paths", "files")
-COMMANDS = ("__init__", "outputs", "options", "setting", "verify", "check", "ppl", "explain", "bench", "golden")
+COMMANDS = (
+    "__init__",
+    "outputs",
+    "options",
+    "setting",
+    "compared",
+    "verify",
+    "check",
+    "ppl",
+    "explain",
+    "bench",
+    "golden",
+)
 
 
 def run(code):

@@ -12,6 +12,7 @@ from knorm.cli.outputs import MADE_BY, replace_file
 
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
+    from knorm.evaluation.ways import Evaluation
     from knorm.statistics import Comparison
 
 
@@ -50,6 +51,26 @@ def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> 
     left.legend(fontsize="small")
     right.set(ylabel=f"newest {NEWEST} still cached", xlabel="keep_ratio", ylim=(0, NEWEST + 0.5))
     finish_figure(figure, (left, right), title, file)
+
+
+def plot_frontier(rows: Sequence[Evaluation], title: str, file: Path) -> None:
+    """Draw KL from the full cache against bytes per token; what lies in the band cannot be told from the full cache."""
+    from knorm.cli.compared import label
+
+    figure, axes = new_figure((9, 6), columns=1)
+    control, *methods = rows
+    floor = max(control.damage.kl, 1e-9)
+    for number, row in enumerate(methods):
+        damage = row.damage
+        kl, low, high = (max(x or 0, floor) for x in (damage.kl, damage.kl_low, damage.kl_high or damage.kl))
+        style = {"marker": "osD^vP*X"[number % 8], "capsize": 3, "label": label(row.method, row.budget)}
+        axes.errorbar([row.bytes_per_token], [kl], [[kl - min(low, kl)], [max(high, kl) - kl]], linestyle="", **style)
+    full = control.bytes_full / control.tokens_before
+    axes.axvline(full, color="gray", linestyle=":", label="full cache")
+    axes.set(xlabel="bytes of cache per token", ylabel="KL(full || compressed), nats per token", yscale="log")
+    axes.axhspan(axes.get_ylim()[0], floor, color="gray", alpha=0.2, label="the full cache run again")
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    finish_figure(figure, [axes], title, file)
 
 
 def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file: Path) -> None:

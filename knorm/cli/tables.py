@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from textwrap import indent
+from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
     from knorm.evaluation.doubts import Suspicion
     from knorm.evaluation.explain import Explanation
+    from knorm.evaluation.facts import Recall
+    from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
     from knorm.golden.verify import Change, Outcome
     from knorm.policy import Policy
@@ -128,6 +130,85 @@ def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
     """What does not make sense in a curve, and what was found or is to be run."""
     for doubt in doubts:
         print_text(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
+
+
+def show_methods(
+    console: Console,
+    rows: Sequence[Evaluation],
+    failed: Mapping[str, str],
+    title: str,
+    recalls: Mapping[str, Recall],
+    *,
+    verbose: bool,
+) -> None:
+    """Show what each method costs, how it was run, and which cannot be told apart."""
+    from knorm.cli.compared import label
+    from knorm.evaluation.distinct import NOISE, letters
+
+    first = rows[0]
+    print_text(console, Text(title))
+    full = first.bytes_full / first.tokens_before
+    said = f"Full cache: PPL {math.exp(float(first.per_token.nll_full.mean())):.3f}, {full:,.0f} bytes per token"
+    print_text(console, Text(f"{said}, {first.tokens_before:.0f} tokens seen by a query\n"))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("method, budget", overflow="fold", min_width=14)
+    for column in ("PPL", "ΔNLL", "±", "KL", "top", "B/token", "seen", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    apart = letters([row.per_token.kl for row in rows], max(NOISE, 2 * first.damage.kl))
+    for row, letter in zip(rows, apart, strict=True):
+        d = row.damage
+        half = "-" if d.delta_nll_high is None else f"{d.delta_nll_high - d.delta_nll:.3f}"
+        table.add_row(
+            label(row.method, row.budget), f"{d.ppl:.2f}", f"{d.delta_nll:+.3f}", half, _small(d.kl),
+            f"{d.same_top:.1%}", f"{row.bytes_per_token:.0f}", f"{float(row.tokens_seen.mean()):.0f}", letter,
+        )  # fmt: skip
+    console.print(table)
+    if any(apart):
+        print_text(
+            console, Text("Methods that share a letter cannot be told apart by KL (95%, paired by window).", "dim")
+        )
+    print_text(console, Text(""))
+    for row in rows:
+        note = row.how + (f"; {row.check}" if row.check else "")
+        print_wrapped(console, f"{label(row.method, row.budget)}: {note}", "dim")
+        if not row.changed and row is not first:
+            print_wrapped(console, "  no token's prediction changed: was the cache ever read?", "bold yellow")
+        if verbose:
+            print_wrapped(console, f"  {_tails(row)}", "dim")
+    for name, reason in failed.items():
+        print_wrapped(console, f"FAILED  {name}: {reason}", "bold red")
+    if recalls:
+        _show_recalls(console, recalls)
+
+
+def print_wrapped(console: Console, text: str, style: str = "") -> None:
+    """Print a line of text; what does not fit goes on below, indented."""
+    lines = wrap(text, console.width, subsequent_indent="    ", drop_whitespace=True, break_on_hyphens=False)
+    for line in lines:
+        print_text(console, Text(line, style), soft_wrap=True)
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.4f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _tails(row: Evaluation) -> str:
+    d = row.damage
+    median, high, higher, most = map(_small, (d.kl_median, d.kl_99, d.kl_999, d.kl_largest))
+    kl = f"KL median {median}, 99% {high}, 99.9% {higher}, largest {most}"
+    seen = ", ".join(f"{float(layer.mean()):.0f}" for layer in row.tokens_seen)
+    return f"{kl}; delta-p {d.delta_p:+.2%}, RMS {d.delta_p_rms:.2%}; seen by layer: {seen}"
+
+
+def _show_recalls(console: Console, recalls: Mapping[str, Recall]) -> None:
+    print_text(console, Text("\nNames that the story gives early and needs late:"))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("method, budget", overflow="fold")
+    for column in ("PPL of the names", "likeliest", "PPL of the rest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, recall in recalls.items():
+        table.add_row(name, f"{recall.ppl:.2f}", f"{recall.accuracy:.1%}", f"{recall.others:.2f}")
+    console.print(table)
 
 
 def show_explanation(console: Console, found: Explanation, title: str) -> None:

@@ -21,12 +21,13 @@ Head = Callable[[Tensor], Tensor]
 
 
 class PerToken(NamedTuple):
-    """What is compared for each scored token; all float64 [windows, scored] but for `same_top`.
+    """What is compared for each scored token; float64 [windows, scored] where nothing else is said.
 
     nll        of the run, in nats
     nll_full   of the full cache
     kl         KL(full || run) of the two predictions, in nats
     same_top   bool: both predict the same token as the likeliest
+    correct    bool: the run predicts the true token as the likeliest
     delta_p    probability of the true token, the run's less the full cache's
     """
 
@@ -34,6 +35,7 @@ class PerToken(NamedTuple):
     nll_full: Tensor
     kl: Tensor
     same_top: Tensor
+    correct: Tensor
     delta_p: Tensor
 
 
@@ -51,6 +53,7 @@ class Damage:
         kl: mean KL(full || run), in nats per token.
         kl_low: lower end of its interval; kl_high: the upper.
         kl_median: of the tokens; kl_99 and kl_999: their 99% and 99.9% quantiles; kl_largest: the largest.
+        accuracy: share of tokens that the run predicts as the likeliest.
         same_top: share of tokens for which both predict the same token as the likeliest.
         delta_p: mean change of the true token's probability; delta_p_rms: root of its mean square.
     """
@@ -69,6 +72,7 @@ class Damage:
     kl_99: float
     kl_999: float
     kl_largest: float
+    accuracy: float
     same_top: float
     delta_p: float
     delta_p_rms: float
@@ -82,7 +86,7 @@ def summed(tokens: PerToken) -> Damage:
 
     Example:
         >>> zero = torch.zeros(2, 3, dtype=torch.float64)
-        >>> summed(PerToken(zero, zero, zero, zero == 0, zero)).same_top
+        >>> summed(PerToken(zero, zero, zero, zero == 0, zero == 0, zero)).same_top
         1.0
     """
     change = tokens.nll - tokens.nll_full
@@ -106,6 +110,7 @@ def summed(tokens: PerToken) -> Damage:
         kl_99=at[1],
         kl_999=at[2],
         kl_largest=float(ordered[-1]),
+        accuracy=float(tokens.correct.double().mean()),
         same_top=float(tokens.same_top.double().mean()),
         delta_p=float(tokens.delta_p.mean()),
         delta_p_rms=float(tokens.delta_p.square().mean().sqrt()),
@@ -160,8 +165,9 @@ def compare(head: Head, full: Tensor, run: Tensor, targets: Tensor, vocabulary: 
     ):
         p, q = (head(states).double().log_softmax(-1) for states in (ours, theirs))
         chosen, given = (x.gather(-1, true[:, None])[:, 0] for x in (p, q))
-        top = p.argmax(-1) == q.argmax(-1)
+        likeliest = q.argmax(-1)
+        top, correct = p.argmax(-1) == likeliest, likeliest == true
         kl = (p.exp() * p.sub_(q)).sum(-1).clamp_(min=0)
-        parts.append((-given, -chosen, kl, top, given.exp() - chosen.exp()))
+        parts.append((-given, -chosen, kl, top, correct, given.exp() - chosen.exp()))
     columns = (torch.cat(column).view(targets.shape).cpu() for column in zip(*parts, strict=True))
     return PerToken(*columns)

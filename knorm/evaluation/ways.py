@@ -314,6 +314,43 @@ class Ways:
         return Pass(hidden.states[:, self.prompt_length - 1 : -1].clone(), seen, float(seen.sum()) * per_token)
 
 
+def evaluate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    method: Method,
+    *,
+    prompt_length: int,
+    how: How = "auto",
+    batch: int = 1,
+    tokenizer: Tokenizer | None = None,
+) -> Evaluation:
+    """Say what a method costs: run it on texts, and compare each prediction after the prompt with the full cache's.
+
+    Args:
+        model: a causal language model of transformers in eval mode, which attends by "sdpa" or "eager".
+        input_ids: int64 [texts, T], without padding; each row is a text of its own.
+        method: made by `knorm.method`.
+        prompt_length: tokens of the prompt, 2 to T - 1; those after it are scored.
+        how: "auto", "schedule", "two calls" or "loop"; see Ways.evaluate.
+        batch: texts at a time.
+        tokenizer: of the model, for methods that read text.
+
+    Returns:
+        An Evaluation: per_token [texts, T - prompt_length], damage, tokens seen by layer and head, bytes stored, and
+        how it was run and checked.
+
+    Raises:
+        MethodError: what the method's own code raised, with the place.
+        ValueError: for texts and models that cannot be run so.
+
+    Example:
+        costs = knorm.evaluate(model, input_ids, knorm.method(compress_keys, keep_ratio=0.5), prompt_length=256)
+        costs.damage.kl, costs.check
+    """
+    ways = Ways(model, Windows(input_ids), prompt_length, batch=batch, tokenizer=tokenizer)
+    return ways.evaluate(method, how)
+
+
 def stored_bytes(cache: Any) -> int:
     """Count the bytes of all tensors that a cache reaches: those that it stores, whatever they are called."""
     todo, done, tensors = [cache], set(), 0

@@ -11,6 +11,14 @@ from knorm.methods.kinds import TOKENS
 from knorm.policy import Ratio, exact_ratio, whole
 
 
+class NeedsBudget(ValueError):
+    """A method that has no budget of its own was given none."""
+
+
+class TakesNoBudget(ValueError):
+    """A method was given a budget that it does not take."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """What one compression retains: a share of the cache, or a number of tokens; never both.

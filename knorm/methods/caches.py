@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from knorm.methods.budget import Budget, budget_argument
+from knorm.methods.budget import Budget, TakesNoBudget, budget_argument
 from knorm.methods.kinds import budget_parameter
 from knorm.methods.method import Method, Session, Tokenizer
 
@@ -24,7 +24,7 @@ class CacheMethod(Method):
         self.make, self.given = make, dict(given)
         self.word = budget_parameter(inspect.signature(make).parameters)
         if budget is not None and (self.word is None or self.word in given):
-            raise ValueError(f"{name} takes no budget: drop keep_ratio and keep_tokens")
+            raise TakesNoBudget(f"{name} takes no budget: drop keep_ratio and keep_tokens")
 
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
         known = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from knorm.methods.budget import Budget, budget_argument
+from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget, budget_argument
 from knorm.methods.kinds import EXTRAS, budget_parameter, signature_of
 from knorm.methods.method import Method, MethodError, Session, Tokenizer
 from knorm.methods.watch import fitted, watching
@@ -31,9 +31,9 @@ class _Compressing(Method):
         self.word = budget_parameter(self.parameters)
         given = self.word is not None and self.word in self.options
         if budget is None and not given and (self.word is not None or not self.parameters):
-            raise ValueError(f"{name} is called with a budget: give keep_ratio or keep_tokens")
+            raise NeedsBudget(f"{name} is called with a budget: give keep_ratio or keep_tokens")
         if budget is not None and given:
-            raise ValueError(f"{name} names a budget of its own, {self.word}: drop keep_ratio and keep_tokens")
+            raise TakesNoBudget(f"{name} names a budget of its own, {self.word}: drop keep_ratio and keep_tokens")
 
     def budgeted(self, target: Any, leading: tuple[Any, ...], length: int, extras: Mapping[str, Any]) -> Any:
         """Call `target` with what it is given by position, its budget, and what it asks for by name."""

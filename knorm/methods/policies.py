@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from knorm.cache import KnormCache
-from knorm.methods.budget import Budget
+from knorm.methods.budget import Budget, TakesNoBudget
 from knorm.methods.method import Method, Session, Tokenizer
 from knorm.methods.watch import watching
 from knorm.policy import Policy
@@ -22,7 +22,7 @@ class PolicyMethod(Method):
     def __init__(self, name: str, policy: Policy, budget: Budget | None = None) -> None:
         if budget is not None:
             if budget.keep_ratio is None:
-                raise ValueError(f"{name} keeps a share of the cache: give keep_ratio, not keep_tokens")
+                raise TakesNoBudget(f"{name} keeps a share of the cache: give keep_ratio, not keep_tokens")
             policy = replace(policy, keep_ratio=budget.keep_ratio)
         super().__init__(name, Budget(policy.keep_ratio))
         self.policy = policy

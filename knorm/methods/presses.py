@@ -14,10 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from knorm.methods.budget import Budget
+from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
+from knorm.methods.kinds import is_press
+from knorm.methods.known import WEIGHTS
 from knorm.methods.method import Method, Session, Tokenizer
 
 _DECODING = {"DecodingPress", "PrefillDecodingPress"}  # open while tokens are decoded; DMSPress where it says so
+_EAGER = {"ObservedAttentionPress"}  # reads attention weights, which only eager attention has
 _RENUMBERS = {"KeyRerotationPress", "RestoreKVPress"}  # the next token's position is the cache's length
 
 
@@ -44,9 +47,39 @@ class PressMethod(Method):
         self.press = press
         if budget is not None:
             _give(name, copy.deepcopy(press), budget, 1000)  # refused now, not in the middle of a run
+        elif _compresses_nothing(press):
+            raise NeedsBudget(f"{name} removes nothing, at compression_ratio 0: give keep_ratio or keep_tokens")
 
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
+        if (
+            any(_bases(press) & _EAGER for press in _nested(self.press))
+            and model.config._attn_implementation != "eager"
+        ):
+            model.set_attn_implementation("eager")
         return _PressSession(self, copy.deepcopy(self.press), model, tokenizer)
+
+    def _blamed(self, error: Exception) -> str | None:
+        blamed = super()._blamed(error)
+        weights = next((WEIGHTS[type(x).__name__] for x in _nested(self.press) if type(x).__name__ in WEIGHTS), None)
+        if blamed is None or weights is None:
+            return blamed
+        return f"{self.name} reads {weights}; it raised {type(error).__name__}"
+
+
+def _compresses_nothing(press: Any) -> bool:
+    try:
+        return bool(press.compression_ratio == 0)
+    except (AttributeError, AssertionError, NotImplementedError):  # none, or one that is only known after a run
+        return False
+
+
+def _nested(press: Any) -> Iterator[Any]:
+    """Generate a press and those that it wraps."""
+    yield press
+    for value in vars(press).values():
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            if is_press(type(inner)):
+                yield from _nested(inner)
 
 
 def _base(press: Any) -> type:
@@ -72,12 +105,12 @@ def _give(name: str, press: Any, budget: Budget, length: int) -> None:
     """Set a press' budget for a prompt of `length` tokens. Raises ValueError for a press that takes none."""
     if "CompressionRatioDecodingPress" in _bases(press):
         if budget.keep_ratio is None:
-            raise ValueError(f"{name} keeps a share of the tokens seen: give keep_ratio, not keep_tokens")
+            raise TakesNoBudget(f"{name} keeps a share of the tokens seen: give keep_ratio, not keep_tokens")
         press.target_compression_ratio = budget.removed(length)
         return
     if "DecodingPress" in _bases(press):
         if budget.keep_tokens is None:
-            raise ValueError(f"{name} keeps a number of tokens: give keep_tokens, not keep_ratio")
+            raise TakesNoBudget(f"{name} keeps a number of tokens: give keep_tokens, not keep_ratio")
         press.target_size = budget.keep_tokens
         return
     kind = type(press)
@@ -88,7 +121,7 @@ def _give(name: str, press: Any, budget: Budget, length: int) -> None:
             raise AttributeError
         press.compression_ratio = budget.removed(length)
     except AttributeError:
-        raise ValueError(
+        raise TakesNoBudget(
             f"{name} takes no compression_ratio: drop keep_ratio and keep_tokens, and write its own budget into the "
             "target"
         ) from None
