@@ -268,7 +268,7 @@ def test_help_loads_nothing_heavy(arguments):
     [
         ("--version", 0, f"python -m knorm, version {knorm.__version__}"),
         ("golden list --help", 0, "Usage: python -m knorm golden list [OPTIONS]"),
-        ("ppl --window few", 2, "Usage: python -m knorm ppl [OPTIONS]"),
+        ("ppl --window few", 2, "Usage: python -m knorm ppl [OPTIONS] [TARGET]..."),
     ],
 )
 def test_the_package_runs_as_the_command_does(arguments, code, words, tmp_path):

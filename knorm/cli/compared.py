@@ -44,8 +44,8 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
     Raises:
         ValueError: for a target that is not there or takes no such budget.
     """
-    from knorm.methods.known import expanded
     from knorm.methods.policies import PolicyMethod
+    from knorm.methods.targets import expanded
 
     if asked.ratios is not None and asked.tokens is not None:
         raise ValueError("--keep-ratio and --keep-tokens are two budgets: give one of them")
@@ -166,17 +166,10 @@ def _recalled(methods: Sequence[Method], ways: Ways) -> dict[str, Any]:
     facts, found = fact_windows(ways.tokenizer, ways.ids.shape[1]), {}  # type: ignore[arg-type]
     for method in methods:
         try:
-            found[label(method.name, method.budget)] = recall_of(
-                ways.model, facts, method, tokenizer=ways.tokenizer, batch=ways.batch
-            )
+            found[method.label] = recall_of(ways.model, facts, method, tokenizer=ways.tokenizer, batch=ways.batch)
         except MethodError:
             continue  # said already
     return found
-
-
-def label(name: str, budget: Any) -> str:
-    """Name a method with its budget, as a table has it."""
-    return name if budget is None else f"{name} {budget}"
 
 
 def row_fields(row: Evaluation) -> dict[str, Any]:

@@ -142,7 +142,6 @@ def show_methods(
     verbose: bool,
 ) -> None:
     """Show what each method costs, how it was run, and which cannot be told apart."""
-    from knorm.cli.compared import label
     from knorm.evaluation.distinct import NOISE, letters
 
     first = rows[0]
@@ -159,7 +158,7 @@ def show_methods(
         d = row.damage
         half = "-" if d.delta_nll_high is None else f"{d.delta_nll_high - d.delta_nll:.3f}"
         table.add_row(
-            label(row.method, row.budget), f"{d.ppl:.2f}", f"{d.delta_nll:+.3f}", half, _small(d.kl),
+            row.label, f"{d.ppl:.2f}", f"{d.delta_nll:+.3f}", half, _small(d.kl),
             f"{d.same_top:.1%}", f"{row.bytes_per_token:.0f}", f"{float(row.tokens_seen.mean()):.0f}", letter,
         )  # fmt: skip
     console.print(table)
@@ -170,7 +169,7 @@ def show_methods(
     print_text(console, Text(""))
     for row in rows:
         note = row.how + (f"; {row.check}" if row.check else "")
-        print_wrapped(console, f"{label(row.method, row.budget)}: {note}", "dim")
+        print_wrapped(console, f"{row.label}: {note}", "dim")
         if not row.changed and row is not first:
             print_wrapped(console, "  no token's prediction changed: was the cache ever read?", "bold yellow")
         if verbose:

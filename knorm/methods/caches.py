@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from knorm.methods.budget import Budget, TakesNoBudget, budget_argument
-from knorm.methods.kinds import budget_parameter
+from knorm.methods.kinds import budget_parameter, signature_of
 from knorm.methods.method import Method, Session, Tokenizer
 
 
@@ -22,7 +21,9 @@ class CacheMethod(Method):
     def __init__(self, name: str, make: Callable[..., Any], budget: Budget | None, given: dict[str, Any]) -> None:
         super().__init__(name, budget, make)
         self.make, self.given = make, dict(given)
-        self.word = budget_parameter(inspect.signature(make).parameters)
+        signature = signature_of(make)
+        self.parameters = signature.parameters if signature else {}
+        self.word = budget_parameter(self.parameters)
         if budget is not None and (self.word is None or self.word in given):
             raise TakesNoBudget(f"{name} takes no budget: drop keep_ratio and keep_tokens")
 
@@ -37,7 +38,7 @@ class CacheMethod(Method):
         }
         filled = {
             name: known[name]
-            for name, parameter in inspect.signature(self.make).parameters.items()
+            for name, parameter in self.parameters.items()
             if name in known and name not in self.given and (name == "config" or parameter.default is parameter.empty)
         }
         if self.budget is not None and self.word is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 # Presses that are not opened by their class and a ratio alone: how kvpress' own documentation opens them.
 PRESSES: Mapping[str, str] = {
@@ -42,28 +41,3 @@ WEIGHTS: Mapping[str, str] = {
 
 # Caches of transformers that keep all that they are given, and those that do not.
 CACHES = ("DynamicCache", "StaticCache", 'QuantizedCache(backend="fp8")')
-
-
-def expanded(spec: str) -> list[str]:
-    """Return the targets that "kvpress:*" or "transformers:*" stands for; any other target alone.
-
-    Raises:
-        ValueError: where the package is not installed.
-    """
-    where, _, name = spec.partition(":")
-    if name != "*":
-        return [spec]
-    if where == "transformers":
-        return [f"transformers:{cache}" for cache in CACHES]
-    if where != "kvpress":
-        raise ValueError(f"target {spec!r}: * stands for all that kvpress or transformers ships, no other module")
-    import importlib
-
-    from knorm.methods.targets import KVPRESS
-
-    try:
-        kvpress: Any = importlib.import_module("kvpress")
-    except ModuleNotFoundError:
-        raise ValueError(f"target {spec!r}: kvpress is not there; {KVPRESS}") from None
-    names = sorted(name for name in vars(kvpress) if name.endswith("Press") and name not in ABSTRACT)
-    return [f"kvpress:{PRESSES.get(name, name)}" for name in names]

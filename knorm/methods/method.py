@@ -109,6 +109,11 @@ class Method(ABC):
     def __init__(self, name: str, budget: Budget | None, code: Any = None) -> None:
         self.name, self.budget, self.home = name, budget, _home(code)
 
+    @property
+    def label(self) -> str:
+        """The name and the budget, as tables have them."""
+        return self.name if self.budget is None else f"{self.name} {self.budget}"
+
     @abstractmethod
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
         """Open the method on a model, ready for the prompt.
@@ -129,20 +134,26 @@ class Method(ABC):
         Raises:
             MethodError: what the method's own code raised, with the place.
         """
-        with restored(model):
-            session = None
-            try:
-                session = self.start(model, length, batch, tokenizer)
+        try:
+            with self._opened(model, length, batch, tokenizer) as session:
                 yield session
-            except MethodError:
+        except MethodError:
+            raise
+        except Exception as error:
+            if (blamed := self._blamed(error)) is None:
                 raise
-            except Exception as error:
-                if (blamed := self._blamed(error)) is None:
-                    raise
-                raise MethodError(blamed) from error
+            raise MethodError(blamed) from error
+
+    @contextmanager
+    def _opened(
+        self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None
+    ) -> Iterator[Session]:
+        with restored(model):
+            session = self.start(model, length, batch, tokenizer)
+            try:
+                yield session
             finally:
-                if session is not None:
-                    session.close()
+                session.close()
 
     @contextmanager
     def open(
@@ -165,8 +176,7 @@ class Method(ABC):
         Yields:
             The cache to give to the model, with explicit position_ids.
 
-        Raises:
-            MethodError: what the method's own code raised, with the place.
+        Whatever the method's own code raises is raised as it is.
 
         Example:
             with knorm.method("kvpress:KnormPress", keep_ratio=0.5).open(model) as cache:
@@ -175,7 +185,7 @@ class Method(ABC):
         """
         most = length or int(getattr(model.config, "max_position_embeddings", 0) or 4096)
         calls, inside = 0, False
-        with self.session(model, length=most, batch=batch, tokenizer=tokenizer) as session:
+        with self._opened(model, most, batch, tokenizer) as session:
 
             def before(module: Any, args: Any, keywords: dict[str, Any]) -> None:
                 nonlocal calls, inside

@@ -69,7 +69,12 @@ class PressMethod(Method):
 def _compresses_nothing(press: Any) -> bool:
     try:
         return bool(press.compression_ratio == 0)
-    except (AttributeError, AssertionError, NotImplementedError):  # none, or one that is only known after a run
+    except (
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+        ValueError,
+    ):  # none, or one that is only known after a run
         return False
 
 

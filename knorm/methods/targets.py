@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from knorm.methods.known import ABSTRACT, CACHES, PRESSES
+
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
 KVPRESS = "install it with pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
 _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", re.DOTALL)
@@ -233,3 +235,24 @@ def _named(where: str, path: str, module: ModuleType) -> Any:
             raise _Missing(f"{'.'.join([where, *path.split('.')[:done]])} has no {part!r}; it has {known}")
         target = getattr(target, part)
     return target
+
+
+def expanded(spec: str) -> list[str]:
+    """Return the targets that "kvpress:*" or "transformers:*" stands for; any other target alone.
+
+    Raises:
+        ValueError: where the package is not installed.
+    """
+    where, _, name = spec.partition(":")
+    if name != "*":
+        return [spec]
+    if where == "transformers":
+        return [f"transformers:{cache}" for cache in CACHES]
+    if where != "kvpress":
+        raise ValueError(f"target {spec!r}: * stands for all that kvpress or transformers ships, no other module")
+    try:
+        kvpress: Any = importlib.import_module("kvpress")
+    except ModuleNotFoundError:
+        raise ValueError(f"target {spec!r}: kvpress is not there; {KVPRESS}") from None
+    names = sorted(name for name in vars(kvpress) if name.endswith("Press") and name not in ABSTRACT)
+    return [f"kvpress:{PRESSES.get(name, name)}" for name in names]
