@@ -19,19 +19,10 @@ from knorm.cache import KnormCache
 from knorm.core import compress
 from knorm.laws.presses import _is_press, through_attention
 from knorm.laws.subjects import Subject, takes_layer
+from knorm.laws.targets import CALLED_AS, KINDS
 from knorm.laws.traits import KNORM, Traits, traits_of
 from knorm.perplexity import exact_nll, stream_nll
 
-_SHOULD = {
-    "function": "(keys, values, keep_ratio)",
-    "class": "(keep_ratio), its instances as (keys, values)",
-    "legacy": "(past_key_values, keep_ratio, prune_after, skip_layers)",
-    "cache function": "(cache, keep_ratio)",
-    "cache": "(keep_ratio), for a transformers cache",
-    "evaluator": "(model, input_ids, keep_ratio, prompt_length)",
-    "press": "(compression_ratio), for a press of kvpress",
-}
-KINDS = tuple(_SHOULD)
 _LEADING = {"function": 2, "legacy": 1, "cache function": 1, "evaluator": 2}  # arguments before the ratio
 _RATIOS = ("keep_ratio", "ratio", "compression_ratio", "policy")
 
@@ -112,7 +103,7 @@ def _subject(target: Any, traits: Any, kind: str | None, name: str, source: _Sou
     if kind not in (None, *KINDS):
         raise ValueError(f"kind={kind!r}, but should be one of {', '.join(KINDS)}")
     if not callable(target):
-        raise TypeError(f"{name} is not callable, but should be called as {name}{_SHOULD['function']}")
+        raise TypeError(f"{name} is not callable, but should be called as {name}{CALLED_AS['function']}")
     told = _kind_of(target)
     kind = kind or told
     own = any(target is mine for mine in (compress, KnormCache, exact_nll, stream_nll))
@@ -208,7 +199,7 @@ def _fit(name: str, signature: inspect.Signature, kind: str, *arguments: Any, **
     except TypeError:
         found, target = " ".join(f"{name}{signature}".split()), name.removesuffix(".__call__")
         raise TypeError(
-            f"{found} does not fit: a target of kind {kind!r} is called as {target}{_SHOULD[kind]}. "
+            f"{found} does not fit: a target of kind {kind!r} is called as {target}{CALLED_AS[kind]}. "
             f"The other kinds are {', '.join(other for other in KINDS if other != kind)}"
         ) from None
 

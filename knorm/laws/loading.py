@@ -13,13 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from knorm.laws.adapters import _importable, _Source, _subject
-from knorm.laws.subjects import Subject
+from knorm.laws.subjects import Subject, in_words
+from knorm.laws.targets import KVPRESS, find_target, no_module
 from knorm.laws.traits import Traits
-
-_KVPRESS = "pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
-
-
-_FORMS = "path/to/file.py:name, package.module:name, or kvpress:PressName"
 
 
 def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str, Any] | None = None) -> Subject:
@@ -31,10 +27,7 @@ def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str
 
     Raises ValueError, in one line, for a target that does not exist, does not import or cannot be called.
     """
-    where, _, path = spec.rpartition(":")
-    if not where or not path:
-        raise ValueError(f"target {spec!r}, but should be {_FORMS}")
-    file = Path(where).resolve() if where.endswith(".py") or os.sep in where else None
+    where, path, file = find_target(spec)
     try:
         module = _imported(where, file)
         return _subject(_named(where, path, module), traits, kind, path, _origin(module, path, file))
@@ -49,26 +42,21 @@ class _Missing(Exception):
 
 
 def _imported(where: str, file: Path | None) -> ModuleType:
-    if file and (file.suffix != ".py" or not file.is_file()):
-        raise _Missing(f"there is no Python file {file}; it should be {_FORMS}")
     folder = str(file.parent) if file else os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    kvpress = f"install it with {_KVPRESS}"
     try:
         module = _run(file) if file else importlib.import_module(where)
         if getattr(module, "__file__", "") is None:
             raise ModuleNotFoundError(name=where)  # a folder of that name
         return module
     except ModuleNotFoundError as error:
-        missing = error.name or where
-        todo = kvpress if missing.startswith("kvpress") else f"install it, or run this in the folder that has {missing}"
-        raise _Missing(f"importing {where}: there is no module {missing!r}; {todo}") from error
+        raise _Missing(no_module(where, error.name or where)) from error
     except SyntaxError as error:
         raise _Missing(f"{error.filename}, line {error.lineno}, is not valid Python: {error.msg}") from error
     except (Exception, SystemExit) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        todo = kvpress if where.startswith("kvpress") else "mend that first"
+        said = " ".join(in_words(error).split())
+        todo = KVPRESS if where.partition(".")[0] == "kvpress" else "mend that first"
         raise _Missing(f"importing {where} raised {said}; {todo}") from error
 
 
