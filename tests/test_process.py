@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import in_a_new_process
 
-import knorm as package
 from knorm.laws import KNORM, Result, find
 from knorm.laws.process import supervisor, worker
 from knorm.laws.process.protocol import (
@@ -33,8 +31,6 @@ from knorm.laws.process.protocol import (
 )
 from knorm.laws.process.supervisor import Lost, Relay, Supervisor, Worker
 
-ROOT = Path(package.__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 TOKEN = bytes(range(16))
 RESULT = Result("accepts", "Law.", "provenance", "holds", 60, 0.5, needs=("ragged",))
 
@@ -341,9 +337,7 @@ def test_a_worker_ends_with_its_parent(tmp_path, monkeypatch):
         print(worker.process.pid, flush=True)
         os.kill(os.getpid(), 9)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=ENVIRONMENT, check=False, capture_output=True, text=True
-    )
+    run = in_a_new_process(code)
     end = time.monotonic() + 10
     while alive(int(run.stdout)):
         assert time.monotonic() < end

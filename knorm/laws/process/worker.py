@@ -16,9 +16,9 @@ from knorm.laws.loading import load_target
 from knorm.laws.process.protocol import Board, Done, Message, Packed, Plan, Request, Wrong, pack_call, unpack_call
 from knorm.laws.process.usage import promised
 from knorm.laws.registry import Check, find
-from knorm.laws.reproduce import MOST_NUMBERS, snippet
 from knorm.laws.results import Result
 from knorm.laws.runner import _chosen, applies, run_check, unasked
+from knorm.laws.snippets import MOST_NUMBERS, snippet
 from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Call, Subject, in_words, takes_layer
 from knorm.laws.traits import Traits
