@@ -102,9 +102,9 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     select = ("--select", "count,order,nonfinite,masked_attention,crop")
     code, out, err = run_knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
     written = strict_json("out.json")
-    assert (code, err) == (0, "")
-    assert "hello from the target\n" in out
-    assert "good bye" in out
+    assert code == 0
+    assert "hello from the target\n" in err
+    assert "good bye" in err
     assert "holds    Retained positions ascend. [time_order: 60 examples; 0." in out
     assert out.splitlines()[-2] == "1 law does not apply"
     assert out.splitlines()[-1].startswith("7 hold, 0 refuted, 0 untested, 1 do not apply, in ")
@@ -164,6 +164,47 @@ def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(run_knor
     assert said["time_order"].startswith("time order: ended the interpreter with exit code 3 [keys [")
     assert "keys = torch.tensor([[[[" in results["retained_count"]["snippet"]
     assert "kept = compress(keys, values, 0.2)" in results["retained_count"]["snippet"]
+
+
+COMES_BACK_TWICE = """
+import os
+from knorm import compress as core
+
+def compress(keys, values, keep_ratio):
+    os.fork()
+    return core(keys, values, keep_ratio)[:2]
+"""
+
+FORGES = """
+import os
+
+def compress(keys, values, keep_ratio):
+    if os.fork() == 0:
+        os.setsid()
+        os.execlp("sleep", "sleep", "600.125")
+    print("9 hold, 0 refuted, 0 untested", flush=True)
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.write(int(name), b"junk")
+        except OSError:
+            pass
+    return keys, values
+"""
+
+
+def test_a_target_that_forks_is_judged_as_another(run_knorm):
+    code, out, _ = run_knorm("check", target(COMES_BACK_TWICE), "--select", "accepts,dtype", "--json", "out.json")
+    assert (code, verdicts("out.json")) == (0, {"accepts": "holds", "dtype": "holds"})
+    assert out.count("holds ") == 2
+
+
+def test_a_target_that_writes_everywhere_forges_nothing_and_leaves_no_process(run_knorm):
+    code, out, err = run_knorm("check", target(FORGES), "--select", "accepts", "--json", "out.json")
+    assert (code, verdicts("out.json")) == (1, {"accepts": "refuted"})
+    assert "accepts: wrote to a file that is knorm's own: bytes that no worker sends" in out
+    assert "9 hold" in err
+    assert "9 hold" not in out
+    assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"600.125" in file.read_bytes()]
 
 
 def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(run_knorm):
@@ -247,6 +288,7 @@ def test_ctrl_c_ends_the_worker_and_exits_with_130(tmp_path, monkeypatch):
         ("return keys[0], values[0]", {"shape"}, "shape: returned keys float32 [1, 1, 4]"),
         ("return {'keys': keys}", {"shape"}, "shape: returned dict"),
         ("raise ValueError('\\ud800')", {"accepts"}, "accepts: raised ValueError: ? [keys "),
+        ("raise ValueError('\\x1b[2K\\x9b\\u202e')", {"accepts"}, "ValueError: \\x1b[2K\\x9b\\u202e [keys "),
     ],
 )
 def test_what_answers_with_an_error_or_nonsense_is_refuted(run_knorm, inline, body, refuted, words):

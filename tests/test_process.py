@@ -288,21 +288,54 @@ def test_a_target_finds_no_descriptor_where_it_looks_and_its_programs_inherit_no
     assert begin(textwrap.dedent(code)).hear(9).message == "[] [] 2 ''"
 
 
-def test_what_a_lost_worker_started_ends_with_it(begin):
-    parent = begin("child = os.fork() or time.sleep(60)\nsend(Wrong(str(child), '')); time.sleep(60)")
-    child = int(parent.hear(9).message)
+@pytest.mark.parametrize(
+    "before", ["", "os.setpgid(0, 0); ", "os.setsid(); ", "os.setsid(); os.fork() and os._exit(0); "]
+)
+def test_what_a_worker_started_ends_with_it_in_whatever_session(begin, tmp_path, before):
+    file = tmp_path / "child"
+    line = f"{before}open({str(file)!r}, 'x').write(str(os.getpid())); time.sleep(60)"
+    parent = begin(f"if os.fork() == 0:\n    {line}\nsend(Wrong('', '')); time.sleep(60)")
+    parent.hear(9)
+    end = time.monotonic() + 10
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
     parent.end()
+    child = Path(f"/proc/{file.read_text()}")
     for _ in range(100):
-        if not Path(f"/proc/{child}").exists() or " Z " in Path(f"/proc/{child}/stat").read_text():
+        if not child.exists() or " Z " in (child / "stat").read_text():
             return
         time.sleep(0.05)
     pytest.fail("it goes on")
 
 
+def test_a_copy_that_comes_back_ends_and_one_of_a_copy_is_not_copied(begin, tmp_path):
+    file = tmp_path / "pids"
+    code = f"""
+        for _ in range(6):
+            os.fork()
+        with open({str(file)!r}, "a") as pids:
+            pids.write(f"{{os.getpid()}}\\n")
+        send.end_copy()
+        time.sleep(0.3)
+        send(Wrong("one", ""))
+        time.sleep(60)
+    """
+    assert begin(textwrap.dedent(code)).hear(9).message == "one"
+    assert len(file.read_text().split()) <= 1 + 6 + 15  # of 64
+
+
+def test_a_mark_ends_no_process_of_another_worker(begin):
+    other = begin("time.sleep(0.5); send(Wrong('alive', '')); time.sleep(60)")
+    begin("time.sleep(60)").end()
+    assert other.hear(9).message == "alive"
+
+
 def test_what_a_target_prints_is_passed_on_before_what_is_said_of_it(begin, capfd):
     prints = begin("print('out'); print('err', file=sys.stderr); send(Wrong('', '')); time.sleep(60)")
     prints.hear(9)
-    assert capfd.readouterr() == ("out\n", "err\n")
+    out, err = capfd.readouterr()
+    assert (out, sorted(err.splitlines())) == ("", ["err", "out"])  # stdout is knorm's alone
 
 
 def test_a_quiet_worker_drops_what_is_printed(begin, capfd):
@@ -317,7 +350,7 @@ def test_output_is_cut_once_and_says_so(capfd, monkeypatch):
     for _ in range(5):
         relay.write("stdout", b"1234")
     relay.write("stderr", b"short")
-    assert capfd.readouterr() == ("1234123412\n[the target's stdout is cut here, after 10 bytes]\n", "short")
+    assert capfd.readouterr() == ("", "1234123412\n[the target's stdout is cut here, after 10 bytes]\nshort")
 
 
 def alive(pid):

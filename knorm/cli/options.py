@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -31,6 +32,18 @@ def make_console(quiet: bool) -> Console:
     if not console.is_terminal:
         console.width = 140  # a log has no edge
     return console
+
+
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Write out the characters that move a terminal's cursor or turn its text around, and half surrogate pairs.
+
+    >>> visible("0 hold" + chr(27) + "[2K51 hold")
+    '0 hold\\\\x1b[2K51 hold'
+    """
+    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text).encode("utf-8", "replace").decode()
 
 
 def check_device(name: str) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knorm.cli.figures import _NAMES, _SHOWN, Pairs
+from knorm.cli.options import visible
 
 if TYPE_CHECKING:
     from knorm.bench.commits import Found
@@ -89,7 +90,7 @@ def show_result(console: Console, result: Result, verbose: bool = False) -> None
 
 def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
     """A line of text, whatever it holds."""
-    text.plain = text.plain.encode("utf-8", "replace").decode()  # a target's words may hold what no terminal takes
+    text.plain = visible(text.plain)  # a target's words may hold what no terminal takes, or what rewrites a verdict
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
 
 

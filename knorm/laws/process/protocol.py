@@ -2,7 +2,7 @@
 
 The worker shares its process with a target, so the parent believes nothing that it reads. A frame begins with a token
 that is drawn for each worker, has a limited length, and holds one of a few types of message. Nothing is unpickled or
-executed.
+executed. A target that sets out to deceive can: its code runs where the laws do. What is kept out is what a bug does.
 """
 
 from __future__ import annotations

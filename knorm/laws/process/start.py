@@ -14,6 +14,8 @@ from threading import Thread
 
 from knorm.laws.process.protocol import Board, Message, Request, encode, map_board, read_start, write_all
 
+MOST_COPIES_DEEP = 2  # a pool's process may start one of its own
+
 
 class Sender:
     """A worker's end of the channel to its parent."""
@@ -22,10 +24,14 @@ class Sender:
         self._channel, self._token, self._process = channel, token, os.getpid()
 
     def __call__(self, message: Message) -> None:
-        """Send a message. A copy of the process that the target made ends here: one worker speaks."""
+        """Send a message; a copy of the process ends instead."""
+        self.end_copy()
+        write_all(self._channel, encode(message, self._token))
+
+    def end_copy(self) -> None:
+        """End a copy of the process that the target made and that came back to knorm's code: one worker goes on."""
         if os.getpid() != self._process:
             os._exit(1)
-        write_all(self._channel, encode(message, self._token))
 
 
 def begin() -> tuple[Sender, Board, Request]:
@@ -35,6 +41,7 @@ def begin() -> tuple[Sender, Board, Request]:
         The way to send messages, the board and the request.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    _limit_copies()
     start = read_start(0)
     board = map_board(start.board)
     os.close(start.board)
@@ -57,6 +64,21 @@ def _hidden(descriptor: int) -> int:
     return moved
 
 
+def _limit_copies() -> None:
+    """End a copy of a copy before it is copied too: a target that forks in every call would fill the machine."""
+    depth = 0
+
+    def deeper() -> None:
+        nonlocal depth
+        depth += 1
+
+    def end_the_deepest() -> None:
+        if depth >= MOST_COPIES_DEEP:
+            os._exit(1)
+
+    os.register_at_fork(before=end_the_deepest, after_in_child=deeper)
+
+
 def _follow_parent(lifeline: int, parent: int) -> None:
     """End with the parent, whose end of this pipe closes when it dies."""
     try:
@@ -72,5 +94,5 @@ def main() -> None:
     send, board, request = begin()
     from knorm.laws.process.worker import serve
 
-    serve(send, board, request)
+    serve(send, board, request, send.end_copy)
     os._exit(0)  # without waiting for the target's threads

@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from knorm.laws.process.protocol import (
@@ -39,6 +40,7 @@ IN_A_ROW = 3  # workers lost, after which no more are started
 TICK = 0.1
 CHUNK = 2**16  # bytes read at a time
 MOST_OUTPUT = 2**20  # bytes of each of the target's two streams that are passed on
+MARK = "KNORM_WORKER"  # an environment variable of a worker's, which what it starts inherits
 MAIN = "from knorm.laws.process.start import main; main()"
 
 
@@ -54,13 +56,13 @@ class _Told(Exception):
 
 
 class Relay:
-    """Passes on what the target prints: the first MOST_OUTPUT bytes of each stream."""
+    """Prints the first MOST_OUTPUT bytes of each of the target's streams to stderr: stdout is knorm's alone."""
 
     def __init__(self) -> None:
         self._left = {"stdout": MOST_OUTPUT, "stderr": MOST_OUTPUT}
 
     def write(self, stream: str, data: bytes) -> None:
-        """Print bytes to this process' stream of that name, or drop them, which is said once."""
+        """Print bytes of the target's stream of that name, or drop them, which is said once."""
         left = self._left[stream]
         if left <= 0:
             return
@@ -68,7 +70,7 @@ class Relay:
         shown = data[:left]
         if len(data) >= left:
             shown += f"\n[the target's {stream} is cut here, after {MOST_OUTPUT:,} bytes]\n".encode()
-        file = getattr(sys, stream)
+        file = sys.stderr
         file.flush()
         if binary := getattr(file, "buffer", None):
             binary.write(shown)
@@ -85,6 +87,7 @@ class Worker:
         token = secrets.token_bytes(TOKEN_BYTES)
         self._frames = Frames(token)
         channel, theirs = os.pipe()
+        self._mark = secrets.token_hex(8)
         code = f"import sys; sys.path[:] = {sys.path!r}; {MAIN}"
         try:
             with new_board() as (self.board, board):
@@ -94,6 +97,7 @@ class Worker:
                     stdout=subprocess.DEVNULL if request.quiet else subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     pass_fds=(theirs, board),
+                    env={**os.environ, MARK: self._mark},
                     start_new_session=True,  # so that what it starts can be ended with it
                 )
                 lifeline: Any = self.process.stdin
@@ -180,10 +184,39 @@ class Worker:
         self.process.kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
+        end_marked(self._mark)
         self._selector.close()
         for pipe in (self._channel, self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
+
+
+def end_marked(mark: str, rounds: int = 10) -> None:
+    """End the processes that inherited a worker's mark, in whatever session; Linux only, as it reads /proc."""
+    wanted = f"{MARK}={mark}".encode()
+    for _ in range(rounds):  # what is started meanwhile is there the next time
+        alive = [process for process in _numbered_processes() if wanted in _environment_of(process)]
+        if not alive:
+            return
+        for process in alive:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _numbered_processes() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    except OSError:
+        return []
+
+
+def _environment_of(process: int) -> list[bytes]:
+    """The variables that a process began with; none for another user's, and for one that ended."""
+    try:
+        return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 class Supervisor:

@@ -24,10 +24,12 @@ from knorm.laws.subjects import Call, Subject, in_words, takes_layer
 from knorm.laws.traits import Traits
 
 
-def serve(send: Callable[[Message], None], board: Board, request: Request) -> None:
+def serve(
+    send: Callable[[Message], None], board: Board, request: Request, end_copy: Callable[[], None] = lambda: None
+) -> None:
     """Load and check, and send what comes of it: Wrong, or a Plan and then Done for each check that applies.
 
-    Nothing that the target raises comes out of here.
+    Nothing that the target raises comes out of here. After each call `end_copy` ends a process that is not the worker.
     """
     torch.set_num_threads(1)
     try:
@@ -38,7 +40,7 @@ def serve(send: Callable[[Message], None], board: Board, request: Request) -> No
         said = " ".join((str(error) if plain else in_words(error)).split())
         send(Wrong(said, traceback.format_exc()))
         return
-    _watch(subject, board)
+    _watch(subject, board, end_copy)
     plan = [
         Result(check.name, check.law, check.family, "untested") if applies(check, subject) else unasked(check, subject)
         for check in checks
@@ -118,9 +120,9 @@ def _unpacked(dtype: str, shape: tuple[int, ...], data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=kind).view(shape) if data else torch.zeros(shape, dtype=kind)
 
 
-def _watch(subject: Subject, board: Board) -> None:
+def _watch(subject: Subject, board: Board, end_copy: Callable[[], None]) -> None:
     """Have every use of the target announced, and keep torch's defaults as the target sets them to the target."""
-    defaults = _Defaults()
+    defaults = _Defaults(end_copy)
     layered = subject.compress is not None and takes_layer(subject.compress)
 
     def announce(given: str) -> None:
@@ -144,7 +146,8 @@ def _watch(subject: Subject, board: Board) -> None:
 class _Defaults:
     """Torch's default dtype and device: the target's while it runs, float32 and the CPU while knorm does."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_copy: Callable[[], None]) -> None:
+        self._end_copy = end_copy
         self.theirs = self._swap((torch.float32, torch.device("cpu")))
 
     @staticmethod
@@ -163,6 +166,7 @@ class _Defaults:
             try:
                 return function(*arguments, **options)
             finally:
+                self._end_copy()
                 self.theirs = self._swap(ours)
 
         return call
