@@ -14,7 +14,7 @@ from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
-    "": "policy strict paths files git statistics tensors kernels core schedule masked_attention rounding "
+    "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
     "model_attention cache perplexity weights models bench evaluation golden laws verify cli plugin __main__",
     "bench": "latency counters worker policies commits",
     "evaluation": "windows runner curve interventions explain doubts facts published",
@@ -81,7 +81,7 @@ def too_early(name, imports):
     return late
 
 
-LIGHT = ("policy", "paths", "files")
+LIGHT = ("policy", "paths", "files", "sources")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = ("__init__", "outputs", "options", "setting", "verify", "check", "ppl", "explain", "bench", "golden")
 

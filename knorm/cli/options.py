@@ -13,6 +13,7 @@ import click
 
 from knorm.cli.outputs import file_option, force_option
 from knorm.policy import Policy, Protocol, Score
+from knorm.sources import find_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +51,8 @@ def check_device(name: str) -> str:
     """A device that is there: refused otherwise, before anything is loaded."""
     if name == "cpu":
         return name
+    if not re.fullmatch(r"cpu(:0)?|cuda(:[0-9]{1,4})?", name):
+        raise ValueError(f"--device {name}, but should be cpu, cuda or cuda:N")
     import torch
 
     try:
@@ -149,6 +152,12 @@ class ModelOptions:
     model: str
     dtype: str
     device: str
+
+    def check(self) -> None:
+        """Refuse a model and a device that are not there, before anything heavy is loaded where that is possible."""
+        if self.model != "embedded":
+            find_model(self.model)
+        check_device(self.device)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Load the model and its tokenizer, in silence. Raises ValueError for what cannot be loaded."""

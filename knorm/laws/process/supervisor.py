@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +87,7 @@ class Worker:
         token = secrets.token_bytes(TOKEN_BYTES)
         self._frames = Frames(token)
         channel, theirs = os.pipe()
-        self._mark = secrets.token_hex(8)
+        self._mark, self._before = secrets.token_hex(8), running()
         code = f"import sys; sys.path[:] = {sys.path!r}; {MAIN}"
         try:
             with new_board() as (self.board, board):
@@ -184,36 +184,46 @@ class Worker:
         self.process.kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
-        end_marked(self._mark)
+        end_marked(self._mark, self._before)
         self._selector.close()
         for pipe in (self._channel, self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
 
 
-def end_marked(mark: str, rounds: int = 10) -> None:
-    """End the processes that inherited a worker's mark, in whatever session; Linux only, as it reads /proc."""
+def end_marked(mark: str, before: Collection[int] = (), rounds: int = 100) -> None:
+    """End the processes that inherited a worker's mark, in whatever session; Linux only, as it reads /proc.
+
+    Args:
+        mark: the value of the variable MARK.
+        before: processes that are older than the worker.
+        rounds: how often to look, at most: some may be starting others.
+    """
     wanted = f"{MARK}={mark}".encode()
-    for _ in range(rounds):  # what is started meanwhile is there the next time
-        alive = [process for process in _numbered_processes() if wanted in _environment_of(process)]
-        if not alive:
+    for _ in range(rounds):
+        found = {process: _environment_of(process) for process in running() if process not in before}
+        for process, environment in found.items():
+            if wanted in environment:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
+        # one that is becoming another program has an empty environment for a moment
+        if not any(wanted in environment or environment == [b""] for environment in found.values()):
             return
-        for process in alive:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(process, signal.SIGKILL)
         time.sleep(0.01)
 
 
-def _numbered_processes() -> list[int]:
+def running() -> frozenset[int]:
+    """List the processes of this machine; none where there is no /proc."""
     try:
-        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+        return frozenset(int(name) for name in os.listdir("/proc") if name.isdecimal())
     except OSError:
-        return []
+        return frozenset()
 
 
 def _environment_of(process: int) -> list[bytes]:
-    """The variables that a process began with; none for another user's, and for one that ended."""
+    """Read the variables that a process began with; none for another user's, and for one that ended."""
     try:
+        os.readlink(f"/proc/{process}/exe")  # what ended has none
         return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     except OSError:
         return []
