@@ -17,10 +17,11 @@ from knorm.golden.cases import CASES
 from knorm.golden.store import Store
 from knorm.golden.verify import verify_goldens
 from knorm.laws import KNORM, Subject, iter_results
-from knorm.models import EMBEDDED_TEXTS, load_embedded, load_text
+from knorm.models import load_embedded, load_text
 from knorm.perplexity import agreement, exact_nll, exact_run
 from knorm.policy import Policy
 from knorm.rounding import ROUNDING, attend_shuffled
+from knorm.sources import EMBEDDED_TEXTS
 
 CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 

@@ -19,7 +19,6 @@ from knorm.cli.options import (
     Numbers,
     PolicyOptions,
     bundled,
-    check_device,
     check_outputs,
     make_console,
     model_options,
@@ -138,10 +137,11 @@ def bench(
     INCONCLUSIVE: the noise is too large to say; exit code 0, or 1 with --strict. Nothing is run again until it passes.
     """
     check_outputs(json, plot)
+    model_options.check()
 
     from knorm.bench.latency import check_alone, memory_in_one_line
 
-    device = check_device(model_options.device)
+    device = model_options.device
     check_alone(device)
     margin = _check_timing(timing_options, device)
     asked = _Asked(policy_options, prompt_options, model_options, timing_options, margin, json, plot, quiet)

@@ -29,6 +29,7 @@ from knorm.cli.options import (
 )
 from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import TextOptions, load_setting, text_options
+from knorm.files import file_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,6 +106,7 @@ def ppl(
             raise ValueError("--reported judges a table and measures nothing: drop --plot and --stream")
         if json and json.resolve() == reported.resolve():
             raise ValueError(f"--json {json} would overwrite the table that --reported reads: give another file")
+        file_size(reported)  # before anything heavy is loaded
         _judge(reported, json, console)
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
 

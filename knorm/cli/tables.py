@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knorm.cli.figures import _NAMES, _SHOWN, Pairs
+from knorm.cli.options import visible
 
 if TYPE_CHECKING:
     from knorm.bench.commits import Found
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
     from knorm.golden.verify import Change, Outcome
+    from knorm.laws.results import Result
     from knorm.policy import Policy
 
 
@@ -70,46 +71,45 @@ _HEADS = {
 }
 
 
-def show_result(console: Console, result: Mapping[str, Any], verbose: bool = False) -> None:
-    """A line for what came of a check (the fields of laws.Result); below it all about a refuted one.
+def show_result(console: Console, result: Result, verbose: bool = False) -> None:
+    """A line for what came of a check; below it all about a refuted one.
 
     A law that does not apply is shown only where `verbose`.
     """
-    if result["verdict"] == "does not apply" and not verbose:
+    if result.verdict == "does not apply" and not verbose:
         return
-    line = Text.assemble(_HEADS[result["verdict"]], f"{result['law']} ", (f"[{_evidence(result)}]", "dim"))
+    line = Text.assemble(_HEADS[result.verdict], f"{result.law} ", (f"[{_evidence(result)}]", "dim"))
     print_text(console, line)
-    if result["verdict"] != "refuted":
+    if result.verdict != "refuted":
         return
-    print_text(console, Text(indent(result["counterexample"], " " * 4)))
-    if result["given"]:
-        print_text(console, Text(f"    given: {result['given']}"))
-    if result["snippet"]:
-        code = Text(f"\n{indent(result['snippet'], ' ' * 8)}\n")
+    print_text(console, Text(indent(result.counterexample or "", " " * 4)))
+    if result.given:
+        print_text(console, Text(f"    given: {result.given}"))
+    if result.snippet:
+        code = Text(f"\n{indent(result.snippet, ' ' * 8)}\n")
         print_text(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
 
 
 def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
     """A line of text, whatever it holds."""
-    text.plain = text.plain.encode("utf-8", "replace").decode()  # a target's words may hold what no terminal takes
+    text.plain = visible(text.plain)  # a target's words may hold what no terminal takes, or what rewrites a verdict
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
 
 
-def _evidence(result: Mapping[str, Any]) -> str:
-    verdict, tried = result["verdict"], result["examples"]
-    if verdict == "does not apply":
-        return f"{result['check']}: {result['reason']}"
-    found = f"example {tried}" if verdict in ("refuted", "expected failure") else f"{tried} examples"
-    why = result["reason"] or ("no drawn case was answered" if verdict == "untested" else "")
-    parts = [why, found if tried else "", f"{result['seconds']:.1f} s"]
-    return f"{result['check']}: {'; '.join(part for part in parts if part)}"
+def _evidence(result: Result) -> str:
+    if result.verdict == "does not apply":
+        return f"{result.check}: {result.reason}"
+    refuted = result.verdict in ("refuted", "expected failure")
+    tried = f"example {result.examples}" if refuted else f"{result.examples} examples"
+    why = result.reason or ("no drawn case was answered" if result.verdict == "untested" else "")
+    parts = [why, tried if result.examples else "", f"{result.seconds:.1f} s"]
+    return f"{result.check}: {'; '.join(part for part in parts if part)}"
 
 
-def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits: Mapping[str, Any]) -> None:
+def show_summary(console: Console, results: Sequence[Result]) -> None:
     """What more could be promised, and how many laws hold."""
-    verdicts = [result["verdict"] for result in results]
-    words = [word for r in results if r["verdict"] == "does not apply" for word in re.findall(r"\w+", r["reason"])]
-    names = list(dict.fromkeys(word for word in words if word in traits))
+    verdicts = [result.verdict for result in results]
+    names = dict.fromkeys(name for result in results for name in result.needs)
     if count := verdicts.count("does not apply"):
         laws = "1 law does" if count == 1 else f"{count} laws do"
         more = f"; promise more with --trait: {', '.join(names)}" if names else ""
@@ -123,7 +123,7 @@ def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits:
         said += [f"{verdicts.count(verdict)} {words_for}"] if verdict in verdicts else []
     said += [f"{verdicts.count('untested')} untested", f"{count} do not apply"]
     style = "bold red" if wrong else "bold yellow" if "untested" in verdicts else "bold green"
-    print_text(console, Text(f"{', '.join(said)}, in {sum(r['seconds'] for r in results):.0f} s", style))
+    print_text(console, Text(f"{', '.join(said)}, in {sum(r.seconds for r in results):.0f} s", style))
 
 
 def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from knorm.laws.registry import Malformed, Refuted
 from knorm.laws.strategies import VOCABULARY
+from knorm.laws.subjects import in_words
 from knorm.model_attention import attention_through, cache_keyword
 
 CONFIG: dict[str, Any] = {
@@ -57,9 +58,7 @@ def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: I
         except (Malformed, Refuted):
             raise
         except Exception as error:
-            raise Refuted(
-                f"tokens {start} to {stop - 1} of a text could not be fed: {type(error).__name__}: {error}"
-            ) from error
+            raise Refuted(f"tokens {start} to {stop - 1} of a text could not be fed: {in_words(error)}") from error
         parts.append(out.logits)
         start = stop
     return torch.cat(parts, 1)

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import module_from_spec, spec_from_file_location
@@ -30,6 +30,19 @@ class Call:
     path: str
     positional: tuple[Any, ...] = ()
     named: Mapping[str, Any] = field(default_factory=dict)
+
+    def names(self) -> Iterator[str]:
+        """Generate the dotted names that the call and its arguments take from the target's module."""
+        yield self.path
+        todo: list[Any] = [*self.positional, *self.named.values()]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, Call):
+                yield from value.names()
+            elif isinstance(value, _Named):
+                yield value.path
+            elif isinstance(value, (list, tuple)):
+                todo += value
 
 
 @dataclass(frozen=True)

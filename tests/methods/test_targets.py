@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 import knorm
 from knorm import Policy
-from knorm.methods import method
 from knorm.methods.budget import NeedsBudget, TakesNoBudget
+from knorm.methods.door import method
 from knorm.methods.kinds import kind_of
 from knorm.methods.known import CACHES
 from knorm.methods.restored import restored

@@ -15,7 +15,9 @@ from knorm import KnormCache, Policy, exact_nll
 from knorm.evaluation.damage import head_of
 from knorm.evaluation.ways import Ways, stored_bytes
 from knorm.evaluation.windows import Windows
-from knorm.methods import Budget, MethodError, method
+from knorm.methods.budget import Budget
+from knorm.methods.door import method
+from knorm.methods.method import MethodError
 
 PROMPT, LENGTH = 40, 64
 

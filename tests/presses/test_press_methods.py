@@ -8,9 +8,10 @@ from tiny import tiny, tokens
 from transformers import DynamicCache
 
 import knorm
-from knorm.methods import MethodError, method
 from knorm.methods.budget import NeedsBudget
+from knorm.methods.door import method
 from knorm.methods.known import PRESSES, WEIGHTS
+from knorm.methods.method import MethodError
 from knorm.methods.targets import expanded
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: run tox -e kvpress")

@@ -13,7 +13,6 @@ from knorm.laws.model import feed, small_model, steps
 from knorm.laws.registry import Malformed, Refuted, check
 from knorm.laws.strategies import Text, distinct
 from knorm.laws.subjects import CompressingCache, Subject
-from knorm.laws.traits import Traits
 from knorm.perplexity import exact_nll
 from knorm.policy import Policy
 
@@ -54,7 +53,7 @@ def _compare(one: Tensor, other: Tensor, prompt: int, what: str) -> None:
         )
 
 
-@check("nll", needs="ragged=False", applies=lambda t: not t.ragged)
+@check("nll", needs={"ragged": False})
 def check_full_ratio_plain(subject: Subject, text: Text) -> None:
     """At ratio 1 each token has the uncompressed model's NLL."""
     with torch.no_grad():
@@ -62,11 +61,7 @@ def check_full_ratio_plain(subject: Subject, text: Text) -> None:
     _compare(_nll(subject, text, 1.0), nll_of(logits, text.input_ids), text.prompt, "full ratio, plain model")
 
 
-def _as_knorm(traits: Traits) -> bool:
-    return traits.scores == "key_norm" and traits.rounding == "ceil" and not traits.merges_values and not traits.ragged
-
-
-@check("nll", needs="scores=key_norm, rounding=ceil", applies=_as_knorm)
+@check("nll", needs={"scores": "key_norm", "rounding": "ceil", "merges_values": False, "ragged": False})
 def check_one_pass(subject: Subject, text: Text) -> None:
     """The run's NLLs, token by token, are those of one pass under the schedule of its key norms."""
     traits, model = subject.traits, small_model(str(text.input_ids.device))

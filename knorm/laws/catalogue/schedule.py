@@ -7,17 +7,13 @@ import torch
 from knorm.laws.registry import Refuted, Vacuous, check
 from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Subject
-from knorm.laws.traits import Traits
 from knorm.policy import Policy
 from knorm.schedule import evicted_at
 
-
-def _scheduled(traits: Traits) -> bool:
-    known = traits.scores == "key_norm" and traits.rounding == "ceil" and traits.ties == "earlier" and traits.time_order
-    return known and not traits.merges_values and not traits.ragged
+_KNORM = {"scores": "key_norm", "rounding": "ceil", "ties": "earlier", "time_order": True}
 
 
-@check(needs="all that knorm's core promises", applies=_scheduled, exact=True)
+@check(needs={**_KNORM, "merges_values": False, "ragged": False}, exact=True)
 def check_replay(compressor: Subject, cache: Cache) -> None:
     """evicted_at, replayed step by step, is the compressor on the growing cache."""
     traits, length = compressor.traits, min(cache.length, 12)
