@@ -91,6 +91,7 @@ class Ways:
         windows: the tokens, [windows, T].
         prompt_length: tokens of the prompt; only those after it are scored.
         batch: windows at a time.
+        scored: tokens at the end of each window that are scored; by default all after the prompt.
         tokenizer: of the model, for methods that read text.
 
     Raises:
@@ -108,16 +109,21 @@ class Ways:
         prompt_length: int,
         *,
         batch: int = 1,
+        scored: int | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         check_prompt(windows, whole("prompt_length", prompt_length))
         refuse_unready(model)
         check_ids(model, windows.input_ids)
-        if not 1 < prompt_length < windows.input_ids.shape[1]:
+        after = windows.input_ids.shape[1] - prompt_length
+        if prompt_length < 1 or after < 1:
             raise ValueError(
-                f"prompt_length={prompt_length}, but should be between 2 and {windows.input_ids.shape[1] - 1}: a "
+                f"prompt_length={prompt_length}, but should be between 1 and {windows.input_ids.shape[1] - 1}: a "
                 "prompt to compress, and tokens after it to score"
             )
+        self.scored = after if scored is None else whole("scored", scored, 1)
+        if self.scored > after:
+            raise ValueError(f"scored={scored}, but only {after} tokens follow a prompt of {prompt_length}")
         self.model, self.windows, self.prompt_length = model, windows, prompt_length
         self.batch, self.tokenizer = whole("batch", batch, 1), tokenizer
         self.ids = windows.input_ids.to(model.device, torch.int64)
@@ -197,7 +203,8 @@ class Ways:
         beyond = (change.abs() > bound).any(0)
         first = int(beyond.nonzero()[0]) if bool(beyond.any()) else 0
         largest = float(change.abs().max())
-        said = f"in two calls {where} differs by up to {largest:.1e} nats, from token {self.prompt_length + first} on"
+        token = ids.shape[1] - self.scored + first
+        said = f"in two calls {where} differs by up to {largest:.1e} nats, from token {token} on"
         again = not torch.allclose(two.seen, loop.seen)
         why = "acts again after the prompt" if again else "rounds otherwise in one call than in many"
         return [loop], "loop", f"{why}: {said}"
@@ -233,7 +240,7 @@ class Ways:
 
     def _compared(self, runs: Sequence[Pass], full: Sequence[Pass], ids: Tensor) -> PerToken:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        targets = ids[:, self.prompt_length :].split([len(run.states) for run in runs])
+        targets = ids[:, -self.scored :].split([len(run.states) for run in runs])
         with torch.no_grad(), head_of(self.model) as head:
             parts = [
                 compare(head, ours.states, run.states, true, vocabulary)
@@ -282,7 +289,7 @@ class Ways:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         seen = torch.full((config.num_hidden_layers, heads), self._mean_length(), dtype=torch.float64)
         size = 2 * width * self.model.dtype.itemsize
-        return Pass(states[:, self.prompt_length - 1 : -1].clone(), seen, float(seen.sum()) * size)
+        return Pass(states[:, -self.scored - 1 : -1].clone(), seen, float(seen.sum()) * size)
 
     def _run(self, method: Method, ids: Tensor, how: str) -> Pass:
         if how == "schedule":
@@ -321,7 +328,7 @@ class Ways:
             sizes.append(stored_bytes(session.cache) / rows)
         step = (sizes[-1] - sizes[0]) / (cuts[-1][1] - prompt)  # in one call a cache grows by each of its tokens
         stored = sum(sizes[1:]) / len(cuts) if len(cuts) > 1 else (sizes[0] + step + sizes[-1]) / 2
-        return Pass(torch.cat(parts, 1), session.seen.mean(), stored)
+        return Pass(torch.cat(parts, 1)[:, -self.scored :].clone(), session.seen.mean(), stored)
 
     def _by_schedule(self, method: Method, ids: Tensor) -> Pass:
         assert method.policy is not None
@@ -330,7 +337,7 @@ class Ways:
         seen = torch.stack([length.mean((0, 2)) for length in lengths]).cpu()
         full = self.full()[0]
         per_token = full.stored / float(full.seen.sum())
-        return Pass(hidden.states[:, self.prompt_length - 1 : -1].clone(), seen, float(seen.sum()) * per_token)
+        return Pass(hidden.states[:, -self.scored - 1 : -1].clone(), seen, float(seen.sum()) * per_token)
 
 
 def evaluate(

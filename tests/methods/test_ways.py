@@ -319,7 +319,7 @@ def test_open_has_two_phases_for_whoever_calls_the_model(llama):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"prompt_length": 1}, "should be between 2 and 63"),
+        ({"prompt_length": 0}, "prompt_length=0, but should be between 1 and 63"),
         ({"prompt_length": 64}, "is the whole window"),
         ({"how": "guess"}, "how='guess', but should be one of auto"),
         ({"how": "schedule"}, "keep_newest has no schedule"),
@@ -329,6 +329,15 @@ def test_open_has_two_phases_for_whoever_calls_the_model(llama):
 def test_runs_that_cannot_be_are_refused(llama, options, words):
     with pytest.raises(ValueError, match=words):
         knorm.evaluate(llama, IDS, method(keep_newest, keep_ratio=0.5), **{"prompt_length": PROMPT, **options})
+
+
+def test_the_last_tokens_alone_may_be_scored(llama):
+    chosen = method(keep_newest, keep_ratio=0.5)
+    whole = Ways(llama, Windows(IDS), PROMPT).evaluate(chosen)
+    last = Ways(llama, Windows(IDS), PROMPT, scored=5).evaluate(chosen)
+    assert torch.equal(last.per_token.kl, whole.per_token.kl[:, -5:])
+    with pytest.raises(ValueError, match="scored=30, but only 24 tokens follow a prompt of 40"):
+        Ways(llama, Windows(IDS), PROMPT, scored=30)
 
 
 def test_budgets():
