@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from knorm.cases import CASES, verify_goldens
 from knorm.core import compress
 from knorm.evaluation import Row, Windows, cut_windows, evaluate
 from knorm.explain import attend_shuffled
@@ -22,7 +21,6 @@ from knorm.models import EMBEDDED_TEXTS, load_embedded, load_text
 from knorm.perplexity import NEAR_TIE, agreement, exact_nll, exact_run
 from knorm.policy import Policy
 from knorm.sanity import Suspicion, judge_measured, measure_empty, measure_with
-from knorm.store import Store
 
 CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
@@ -192,6 +190,9 @@ def _curve(model: PreTrainedModel, text: Windows, name: str, prune_after: int) -
 
 
 def _goldens() -> Iterator[Verdict]:
+    from knorm.cases import CASES, verify_goldens  # makes its policies: a policy that raises is a verdict too
+    from knorm.store import Store
+
     for outcome in verify_goldens(Store()):
         claim = (
             f"Nothing moved in {outcome.case}: {CASES[outcome.case].what}." if outcome.case in CASES else outcome.case

@@ -84,7 +84,7 @@ def test_a_prefill_scores_only_the_tokens_after_the_prompt(knorm, embedded):
     assert result["policy"]["protocol"] == "prefill"
     assert result["rows"][0]["tokens"] == nll.numel() == 24
     assert result["rows"][0]["nll"] == pytest.approx(float(nll.double().mean()), abs=1e-9)
-    assert result["rows"][0]["final_cache"] == retained_count(20, 0.5) + 12
+    assert result["rows"][0]["final_cache"] == 10 + 12
 
 
 def test_plot_draws_a_png(knorm):

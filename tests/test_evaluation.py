@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
-from knorm import Policy, exact_nll, retained_count
+from knorm import Policy, exact_nll
 from knorm.evaluation import Windows, cut_windows, evaluate
 from knorm.models import load_text
 
@@ -56,9 +56,9 @@ def test_a_row_is_what_the_tokens_say():
 def test_a_prefill_row_scores_and_counts_after_the_prompt_only():
     row = evaluate(tiny("qwen2"), windows(3, 40), Policy(0.3), prompt_length=30)
     assert row.tokens == 3 * 10
-    assert row.final_cache == retained_count(30, 0.3) + 10
+    assert row.final_cache == 9 + 10
     # The last token of the prompt sees it whole; nine queries follow, each with one token more.
-    lengths = [30, *(retained_count(30, 0.3) + n for n in range(1, 11))]
+    lengths = [30, *(9 + n for n in range(1, 11))]
     assert row.mean_cache == pytest.approx(sum(lengths) / len(lengths))
 
 

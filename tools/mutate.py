@@ -24,6 +24,7 @@ import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ verify.verify = first_refuted
 sys.argv = ["knorm", "verify"]
 cli.main()
 """
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+PRELOADED = (  # what every run loads before it comes to knorm: once for all of them
+    "torch", "torch.nn.attention.flex_attention", "transformers", "transformers.cache_utils", "hypothesis.strategies",
+    "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral", "transformers.generation.utils", "numba", "pydantic", "scipy.stats",
+    "rich.console", "rich.table", "safetensors.torch", "click", "filelock",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,10 +99,34 @@ def key_of(mutation: Mutation) -> str:
     return digest.hexdigest()[:16]
 
 
+def _verify(folder: str) -> None:
+    """Run the command on the package in a folder, in a process of its own; its output goes to a file there."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    exec(VERIFY, {"__name__": "__main__"})
+
+
+def run_verify(folder: Path, limit: float) -> tuple[int | None, str]:
+    """Exit code (None: not within the limit) and output of `knorm verify`, without goldens, on a folder's package."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
+    process = context.Process(target=_verify, args=(str(folder),))
+    process.start()
+    process.join(limit)
+    late = process.is_alive()
+    if late:
+        process.kill()
+        process.join()
+    file = folder / "output"
+    return None if late else process.exitcode, file.read_text(encoding="utf-8") if file.exists() else ""
+
+
 def run_in(folder: Path, arguments: list[str], limit: float) -> tuple[int | None, str]:
     """Exit code (None: not within the limit) and output of Python on the package in a folder."""
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    environment = {**os.environ, **threads, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
     try:
         done = subprocess.run(
             [sys.executable, *arguments], cwd=folder, env=environment, check=False, timeout=limit,
@@ -113,7 +145,7 @@ def try_mutation(mutation: Mutation, *, tests: bool = False, limit: float = 300)
         folder = Path(name)
         shutil.copytree(PACKAGE, folder / "knorm")
         (folder / "knorm" / mutation.file).write_text(source_of(mutation), encoding="utf-8")
-        code, output = run_in(folder, ["-c", VERIFY], limit)
+        code, output = run_verify(folder, limit)
         said = re.search(r"^REFUTED\s+(.+)$", output, re.MULTILINE)
         last = output.strip().rpartition("\n")[2] if code is not None else f"no answer in {limit:g} s"
         row |= {"exit": code, "said": said[1] if said else last}
@@ -214,6 +246,7 @@ def main() -> int:
     running.add_argument("--workers", type=int, default=2)
     running.add_argument("--limit", type=float, default=300)
     given = parser.parse_args()
+    os.environ.update(ONE_THREAD)
     try:
         if given.verb == "list":
             print("\n".join(f"{m.name:24} {m.file}: {m.what}" for m in MUTATIONS))

@@ -39,9 +39,18 @@ PROTECTING = (
 )
 
 
-def _differs(what: str, got: object, should: object) -> None:
+def _differs(what: str, got: Any, should: Any) -> None:
+    """Raise Refuted where two are not equal; of rows in lists, with the first that is not, and where it stands."""
+    place: list[int] = []
+    while isinstance(got, list) and isinstance(should, list) and len(got) == len(should) and _nested(got):
+        place.append(next((i for i, pair in enumerate(zip(got, should, strict=True)) if pair[0] != pair[1]), 0))
+        got, should = got[place[-1]], should[place[-1]]
     if got != should:
-        raise Refuted(f"{what} is {got}, but should be {should}")
+        raise Refuted(f"{what} is {got}, but should be {should}{f' (at {place})' if place else ''}")
+
+
+def _nested(rows: list[Any]) -> bool:
+    return bool(rows) and isinstance(rows[0], list)
 
 
 def must_raise(what: str, kind: type[Exception], call: Any) -> None:

@@ -62,7 +62,7 @@ def check_generation(model: PreTrainedModel, ids: Tensor, new: int = 10) -> str:
         with attention(model) if any(leads) else nullcontext():
             out = generate(
                 ids[: len(leads)] * mask, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0,
-                eos_token_id=-1, output_logits=True, output_scores=True, return_dict_in_generate=True,
+                min_new_tokens=new, output_logits=True, output_scores=True, return_dict_in_generate=True,
                 length_penalty=0.0, **{keyword: cache}, **options,
             )  # fmt: skip
         for row, tokens in enumerate(out.sequences):
