@@ -90,7 +90,7 @@ def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128, golde
     )
     ids = cut_windows(tokenizer, texts["narrative"], 256, 2).input_ids
     double = copy.deepcopy(model).double()
-    for measure, given in ((own.check_runs, ids[:, :40]), (own_cache.check_generation, ids.view(-1, 128)[:3, :24])):
+    for measure, given in ((own.check_runs, ids[:, :32]), (own_cache.check_generation, ids.view(-1, 128)[:3, :24])):
         yield judge(_first_line(measure), partial(measure, double, given), one_thread=True)
     yield from judge_each("Every law is asked of knorm.KnormCache.", _laws(own_cache.cache_results(), "KnormCache: "))
     yield from _one_pass(model, ids)

@@ -248,6 +248,7 @@ def in_norm_order(keys, values, ratio):
 
 def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(knorm, monkeypatch):
     whole = verify.verify
+    monkeypatch.setattr(verify, "OWN", ())
     monkeypatch.setattr(verify, "compress", in_norm_order)
     chosen = partial(verify.iter_results, select=("retained_count", "time_order"))
     monkeypatch.setattr(verify, "iter_results", chosen)
@@ -260,6 +261,22 @@ def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(knorm
     assert refuted["evidence"].startswith("time order: positions [1, 0] retained from 2 tokens")
     assert "REFUTED  Retained positions ascend. [time order: positions [1, 0]" in out
     assert out.splitlines()[-1].startswith("1 hold, 1 refuted, in ")
+
+
+def check_shapes():
+    """Shapes agree."""
+    raise ValueError("shape '[2, 3, 12]' is invalid for input of size 66")
+
+
+def test_an_error_of_knorms_own_is_a_verdict_of_verify_not_wrong_usage(knorm, monkeypatch):
+    whole = verify.verify
+    monkeypatch.setattr(verify, "OWN", (check_shapes,))
+    monkeypatch.setattr(verify, "verify", lambda: islice(whole(), 1))
+    code, out, err = knorm("verify")
+    assert (code, err) == (1, "")
+    assert out.startswith(
+        "REFUTED  Shapes agree. [raised ValueError: shape '[2, 3, 12]' is invalid for input of size 66"
+    )
 
 
 def test_verify_says_nothing_when_quiet_but_in_its_exit_code(knorm, monkeypatch):

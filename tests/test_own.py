@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import math
 from fractions import Fraction
 
@@ -11,7 +13,7 @@ import torch
 from tiny import tokens
 
 from knorm import verify
-from knorm.laws import Refuted, oracle, own, own_cache
+from knorm.laws import Refuted, oracle, own, own_cache, traits
 from knorm.laws.oracle import Rules
 from knorm.laws.traits import Traits, exact_share
 from knorm.perplexity import Agreement, Run
@@ -28,6 +30,14 @@ def test_the_runs_and_generate_equal_the_oracle_on_the_embedded_model(embedded):
     model = copy.deepcopy(embedded[0]).double()
     assert own.check_runs(model, tokens(2, 32)).startswith("largest difference of a token's NLL ")
     assert own_cache.check_generation(model, tokens(3, 24), new=6).startswith("4 runs of 6 tokens, largest difference ")
+
+
+@pytest.mark.parametrize(("judge", "names"), [(oracle, {"Policy"}), (traits, {"Ratio"})])
+def test_what_laws_compare_with_takes_nothing_from_knorm_but_a_name(judge, names):
+    """The oracle makes a Policy for others and reads none; a Ratio is a type."""
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(judge))) if isinstance(node, ast.ImportFrom)]
+    taken = {alias.name for node in imports if (node.module or "").startswith("knorm") for alias in node.names}
+    assert taken == names
 
 
 def test_the_laws_own_arithmetic_is_not_that_which_they_judge(monkeypatch):
