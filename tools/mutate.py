@@ -17,11 +17,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCUMENT = ROOT / "knorm", ROOT / "docs" / "mutations.md"
 TESTS = {
     "policy.py": ("policy", "core"),
-    "core.py": ("core", "mutants"),
+    "core.py": ("core",),
     "schedule.py": ("schedule",),
     "masked_attention.py": ("masked_attention", "perplexity"),
     "perplexity.py": ("perplexity",),
@@ -99,21 +99,33 @@ def key_of(mutation: Mutation) -> str:
     return digest.hexdigest()[:16]
 
 
-def _verify(folder: str) -> None:
-    """Run the command on the package in a folder, in a process of its own; its output goes to a file there."""
+def _enter(folder: str) -> None:
+    """Take the package of a folder for knorm, and a file there for standard output and error."""
     os.chdir(folder)
     sys.path.insert(0, folder)
-    output = os.open("output", os.O_WRONLY | os.O_CREAT)
+    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+
+
+def _verify(folder: str) -> None:
+    _enter(folder)
     exec(VERIFY, {"__name__": "__main__"})
 
 
-def run_verify(folder: Path, limit: float) -> tuple[int | None, str]:
-    """Exit code (None: not within the limit) and output of `knorm verify`, without goldens, on a folder's package."""
+def _test(folder: str, files: list[str]) -> None:
+    _enter(folder)
+    import pytest
+
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
+    sys.exit(int(pytest.main([*options, *files])))
+
+
+def run_in(folder: Path, limit: float, target: Callable[..., None], *arguments: Any) -> tuple[int | None, str]:
+    """Exit code (None: not within the limit) and output of a function that runs in a process of its own."""
     context = get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
-    process = context.Process(target=_verify, args=(str(folder),))
+    process = context.Process(target=target, args=(str(folder), *arguments))
     process.start()
     process.join(limit)
     late = process.is_alive()
@@ -124,19 +136,6 @@ def run_verify(folder: Path, limit: float) -> tuple[int | None, str]:
     return None if late else process.exitcode, file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def run_in(folder: Path, arguments: list[str], limit: float) -> tuple[int | None, str]:
-    """Exit code (None: not within the limit) and output of Python on the package in a folder."""
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    try:
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=folder, env=environment, check=False, timeout=limit,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout
-
-
 def try_mutation(mutation: Mutation, *, tests: bool = False, limit: float = 300) -> dict[str, Any]:
     """Put one fault into a copy, and let the judges look at it."""
     begin = time.perf_counter()
@@ -145,14 +144,13 @@ def try_mutation(mutation: Mutation, *, tests: bool = False, limit: float = 300)
         folder = Path(name)
         shutil.copytree(PACKAGE, folder / "knorm")
         (folder / "knorm" / mutation.file).write_text(source_of(mutation), encoding="utf-8")
-        code, output = run_verify(folder, limit)
+        code, output = run_in(folder, limit, _verify)
         said = re.search(r"^REFUTED\s+(.+)$", output, re.MULTILINE)
         last = output.strip().rpartition("\n")[2] if code is not None else f"no answer in {limit:g} s"
         row |= {"exit": code, "said": said[1] if said else last}
         if tests:
             files = [str(ROOT / "tests" / f"test_{each}.py") for each in TESTS[mutation.file]]
-            options = ["-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
-            code, output = run_in(folder, [*options, *files], limit)
+            code, output = run_in(folder, limit, _test, files)
             failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\w+)", output, re.MULTILINE)
             row["tests"] = failed[1] if failed else "" if code == 0 else f"exit code {code}"
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
