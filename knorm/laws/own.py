@@ -197,7 +197,8 @@ def check_masked_attention() -> str:
         )
         place = torch.arange(length)
         lost = place + 1 + torch.randint(0, window, (2, kv_heads, length), generator=generator)
-        lost[1, :, : length // 3] = place[: length // 3] + 1  # a row that has lost many more, as one with padding
+        lost[1, :, 1 : length // 3] = place[1 : length // 3] + 1  # a row that has lost many more, as one with padding
+        lost[1, :, 0] = length  # but not the first, whose index spare slots have
         lost = lost.clamp(max=length)
         for scale, given in ((0.3, lost), (0.3, None)):
             truth = torch.full_like(lost, length) if given is None else lost
