@@ -6,18 +6,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from knorm.cache import KnormCache, attention
-    from knorm.core import Compressed, compress
-    from knorm.models import load_embedded
-    from knorm.perplexity import exact_nll, stream_nll
-    from knorm.policy import Policy, retained_count
-    from knorm.schedule import evicted_at
+    from knorm.cache import KnormCache as KnormCache
+    from knorm.core import Compressed as Compressed
+    from knorm.core import compress as compress
+    from knorm.model_attention import attention as attention
+    from knorm.models import load_embedded as load_embedded
+    from knorm.perplexity import exact_nll as exact_nll
+    from knorm.perplexity import stream_nll as stream_nll
+    from knorm.policy import Policy as Policy
+    from knorm.policy import retained_count as retained_count
+    from knorm.schedule import evicted_at as evicted_at
 
 _HOME = {
     "Compressed": "core",
     "KnormCache": "cache",
     "Policy": "policy",
-    "attention": "cache",
+    "attention": "model_attention",
     "compress": "core",
     "evicted_at": "schedule",
     "exact_nll": "perplexity",

@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-ASSETS = Path(__file__).parent / "assets"
+from knorm.paths import ASSETS
+
 EMBEDDED_TEXTS = ("narrative", "encyclopedia")
 HUB_TEXTS = {
     "wikitext2": "hub:Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3:wikitext-2-raw-v1/test-*.parquet",

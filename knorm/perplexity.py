@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from knorm.cache import KnormCache, attention_through, cache_keyword
+from knorm.cache import KnormCache
 from knorm.core import squared_norms, token_scores
 from knorm.masked_attention import Attend, attend_seen
+from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
 from knorm.schedule import schedule_scores
 
@@ -49,7 +50,7 @@ class Run(NamedTuple):
 
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model whose compressed run knorm cannot evaluate exactly."""
-    config, reason = model.config, None
+    config, reason, device = model.config, None, model.device.type
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in MODELS:
         reason = f"{config.model_type!r} is not one of {', '.join(MODELS)}, whose attention is known"
@@ -63,6 +64,12 @@ def refuse_model(model: PreTrainedModel) -> None:
         reason = "it is in training mode: call model.eval()"
     elif model.get_output_embeddings() is None:
         reason = "it has no language-model head"
+    elif torch.is_autocast_enabled(device):
+        given, own = (str(x).removeprefix("torch.") for x in (torch.get_autocast_dtype(device), model.dtype))
+        reason = (
+            f"torch.autocast computes in {given} here, but a run is in its weights' dtype, {own}: leave autocast, or "
+            f"load the model in {given}"
+        )
     if reason:
         raise ValueError(f"{type(model).__name__} cannot be evaluated exactly: {reason}")
 
@@ -292,7 +299,8 @@ def exact_nll(
     schedule        schedule(layer, keys [batch, kv_heads, T, head_dim]) -> evicted_at overrides the policy's
 
     Returns float32 [batch, T-1] in nats, entry t for token t+1; nan where the token or its context is padding.
-    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason.
+    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason; under
+    autocast too, which leaves the dtype of the weights.
     """
     return exact_run(
         model,

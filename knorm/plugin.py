@@ -54,9 +54,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., Any]:
         __tracebackhide__ = True
         from rich.console import Console
 
-        from knorm.cases import verify_goldens
-        from knorm.report import show_outcome
-        from knorm.store import Store
+        from knorm.cli.tables import show_outcome
+        from knorm.golden.store import Store
+        from knorm.golden.verify import verify_goldens
 
         folder = request.config.getoption("golden_dir")
         try:

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import knorm
 from knorm import KnormCache, Policy
-from knorm.cache import attention_through, cache_keyword
+from knorm.model_attention import attention_through, cache_keyword
 
 STREAMING = Policy(0.5, prune_after=12, protocol="streaming")
 SKIPPING = Policy(0.5, prune_after=12, protocol="streaming", skip_layers=(0,), protect_first=2, protect_recent=2)

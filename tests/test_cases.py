@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +11,17 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
-from knorm import Policy, cases, golden, latency_cases, store
-from knorm.cases import CASES, RANDOM_SHA256, Case, How, curve, device_class, environment, record, verify_goldens
-from knorm.cli import main
+from knorm import Policy
+from knorm.golden import cases, store, verify
+from knorm.golden import environment as environments
+from knorm.golden import format as golden_format
+from knorm.golden import latency as latency_cases
+from knorm.golden.cases import CASES, RANDOM_SHA256, Case, curve
+from knorm.golden.environment import How, device_class, environment
+from knorm.golden.store import Checkout, Store, hash_of_code
+from knorm.golden.verify import record, verify_goldens
 from knorm.models import ASSETS
 from knorm.perplexity import exact_run, stream_nll
-from knorm.store import Checkout, Store, hash_of_code
 
 POLICIES = tuple(Policy(ratio, 8, (0,), protocol="streaming") for ratio in ("1.0", "0.5"))
 CPU = f"cpu-{platform.machine().lower()}"
@@ -34,27 +38,19 @@ def few(monkeypatch):
     """Two real cases that take no time: fixed tensors, and a small model's tokens."""
     small = Case("tiny", "a small model", lambda: {"model": "tiny", "windows": 4}, measure_tiny)
     chosen = {"selections": CASES["selections"], "tiny": small}
-    monkeypatch.setattr(cases, "CASES", chosen)
+    for module in (cases, verify):
+        monkeypatch.setattr(module, "CASES", chosen)
     return chosen
 
 
 @pytest.fixture
-def knorm(monkeypatch, capsys, tmp_path, few):
-    """Run a command where golden/ is a folder of the goldens of two cases."""
-    monkeypatch.chdir(tmp_path)
+def run_golden(run_knorm, monkeypatch, few):
+    """Run `knorm golden` where golden/ is a folder of the goldens of two cases."""
     monkeypatch.setenv("KNORM_COMMIT", "a" * 40)
     monkeypatch.setenv("COLUMNS", "160")
     Path("golden").mkdir()
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["knorm", "golden", *arguments, "--golden-dir", "golden"])
-        try:
-            main()
-        except SystemExit as ended:
-            return ended.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: run_knorm("golden", *arguments, "--golden-dir", "golden")
 
 
 def files():
@@ -62,11 +58,11 @@ def files():
 
 
 @pytest.fixture
-def accepted(knorm):
+def accepted(run_golden):
     """The same, with both accepted."""
-    assert knorm("record", "--all")[0] == 0
-    assert knorm("accept", "tiny", "selections", "--reason", "the first")[0] == 0
-    return knorm
+    assert run_golden("record", "--all")[0] == 0
+    assert run_golden("accept", "tiny", "selections", "--reason", "the first")[0] == 0
+    return run_golden
 
 
 def slower_attention(monkeypatch):
@@ -86,6 +82,7 @@ def slower_attention(monkeypatch):
 # What is measured
 
 
+@pytest.mark.cpus
 def test_a_curve_says_what_the_loop_says():
     model, ids = tiny("gpt_neox"), tokens(4, 40)
     found = curve(model, ids, POLICIES, 1, How(batch=3))
@@ -113,9 +110,10 @@ def test_counts_follow_from_the_ratio_alone():
 def test_the_schedules_hash_is_of_every_layer():
     run = exact_run(tiny("gpt_neox"), tokens(4, 40), POLICIES[1])
     (value,) = (m.value for m in measure_tiny("cpu", How()).metrics if m.name == "evicted_at/0.5")
-    assert value.split() == [golden.digest(layer.numpy().tobytes())[:12] for layer in run.evicted_at]
+    assert value.split() == [golden_format.digest(layer.numpy().tobytes())[:12] for layer in run.evicted_at]
 
 
+@pytest.mark.cpus
 def test_batches_and_order_of_windows_do_not_matter():
     one, other = measure_tiny("cpu", How()), measure_tiny("cpu", How(batch=1, order=lambda n: [2, 0, 3, 1]))
     assert [m for m in one.metrics if m.kind == "count"] == [m for m in other.metrics if m.kind == "count"]
@@ -185,12 +183,12 @@ def test_runs_have_to_agree(few):
         record(replace(few["tiny"], devices=("cuda",)), "cpu", HERE)
 
 
-def test_a_run_that_raises_records_nothing(knorm, few, monkeypatch):
+def test_a_run_that_raises_records_nothing(run_golden, few, monkeypatch):
     def broken(device, how):
         raise ValueError("the key at layer 2 has no norm")
 
     monkeypatch.setitem(few, "tiny", replace(few["tiny"], measure=broken))
-    code, _, err = knorm("record", "tiny")
+    code, _, err = run_golden("record", "tiny")
     assert (code, err) == (2, "knorm: the key at layer 2 has no norm\n")
     assert not [*Path("golden").rglob("*.candidate")]
 
@@ -198,33 +196,33 @@ def test_a_run_that_raises_records_nothing(knorm, few, monkeypatch):
 # Life of a golden
 
 
-def test_the_life_of_a_golden(knorm, monkeypatch):
-    code, out, _ = knorm("verify")
+def test_the_life_of_a_golden(run_golden, monkeypatch):
+    code, out, _ = run_golden("verify")
     assert code == 0
     assert out.count("not compared") == 2
     assert f"no golden of device class {CPU} (there are: none)" in out
-    assert knorm("verify", "--require-goldens")[0] == 1
+    assert run_golden("verify", "--require-goldens")[0] == 1
 
-    code, out, _ = knorm("record", "tiny")
+    code, out, _ = run_golden("record", "tiny")
     assert code == 0
     assert "tiny (" in out
     assert 'To accept: knorm golden accept tiny --reason "..."' in out
     assert not files(), "a candidate is no golden"
-    code, out, _ = knorm("accept", "tiny", "--reason", "the first")
+    code, out, _ = run_golden("accept", "tiny", "--reason", "the first")
     assert (code, len(files())) == (0, 2)
     assert "accepted golden/tiny" in out
 
-    code, out, _ = knorm("verify")
+    code, out, _ = run_golden("verify")
     assert code == 1, "selections is missing now"
     assert "MISSING       selections" in out
     assert "knorm golden record selections" in out
-    assert knorm("verify", "tiny", "--json", "out.json")[0] == 0
+    assert run_golden("verify", "tiny", "--json", "out.json")[0] == 0
     (outcome,) = json.loads(Path("out.json").read_text())["outcomes"]
     assert (outcome["verdict"], outcome["evidence"]) == ("holds", "9 metrics hold in the same environment")
 
     before = files()
     slower_attention(monkeypatch)
-    code, out, _ = knorm("verify", "tiny")
+    code, out, _ = run_golden("verify", "tiny")
     assert code == 1
     assert "MOVED         tiny" in out
     assert "nll/0.5" in out
@@ -232,35 +230,55 @@ def test_the_life_of_a_golden(knorm, monkeypatch):
     assert "If the change is intended: knorm golden record" in out
     assert files() == before
 
-    assert knorm("record", "tiny", "-q") == (0, "", "")
-    code, out, _ = knorm("diff")
+    assert run_golden("record", "tiny", "-q") == (0, "", "")
+    code, out, _ = run_golden("diff")
     assert code == 1
     assert "moved" in out
-    code, _, err = knorm("accept", "tiny", "--reason", "attention is sharper")
+    code, _, err = run_golden("accept", "tiny", "--reason", "attention is sharper")
     assert code == 2
     assert "% worse" in err
     assert "--allow-worse 'nll/1.0=" in err
     assert files() == before
     allow = ("--allow-worse", "nll/*=100", "--allow-worse", "ppl_ratio/*=100")
-    assert knorm("accept", "tiny", "--reason", "attention is sharper", *allow)[0] == 0
-    assert knorm("verify", "tiny")[0] == 0
-    code, out, _ = knorm("list")
+    assert run_golden("accept", "tiny", "--reason", "attention is sharper", *allow)[0] == 0
+    assert run_golden("verify", "tiny")[0] == 0
+    code, out, _ = run_golden("list")
     assert code == 0
     assert "attention is sharper" in out
 
 
 def test_verify_in_another_environment_says_so(accepted):
-    torch.set_num_threads(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
     try:
         code, out, _ = accepted("verify")
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     assert code == 0
     assert "in another environment (threads)" in out
 
 
+@pytest.mark.parametrize("name", ["MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_a_cpu_whose_instructions_are_limited_is_another_environment(accepted, monkeypatch, name):
+    monkeypatch.setenv(name, "AVX2,STRICT")
+    code, out, _ = accepted("verify")
+    assert code == 0
+    assert "in another environment (capability)" in out
+    assert environment("cpu").capability.endswith(f"{name}=AVX2,STRICT")
+
+
+def test_products_of_less_precision_are_another_environment():
+    before = environment("cpu").numerics
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert environment("cpu").numerics == before + "; products of float32 in bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert environment("cpu").numerics == before
+
+
 def test_a_golden_of_another_device_class_is_not_compared(accepted, monkeypatch):
-    monkeypatch.setattr(cases, "device_class", lambda device: "cpu-riscv")
+    monkeypatch.setattr(verify, "device_class", lambda device: "cpu-riscv")
     code, out, _ = accepted("verify", "tiny")
     assert code == 0
     assert f"no golden of device class cpu-riscv (there are: {CPU})" in out
@@ -312,24 +330,24 @@ def test_reported_numbers_are_no_orphan(accepted):
     assert accepted("verify")[0] == 0
 
 
-def test_nothing_is_accepted_where_one_of_several_is_refused(knorm, monkeypatch):
-    assert knorm("record", "--all")[0] == 0
+def test_nothing_is_accepted_where_one_of_several_is_refused(run_golden, monkeypatch):
+    assert run_golden("record", "--all")[0] == 0
     real = store.hash_of_code
     monkeypatch.setattr(store, "hash_of_code", lambda: "0" * 64)
-    assert knorm("record", "tiny")[0] == 0
+    assert run_golden("record", "tiny")[0] == 0
     monkeypatch.setattr(store, "hash_of_code", real)
-    code, _, err = knorm("accept", "selections", "tiny", "--reason", "both")
+    code, _, err = run_golden("accept", "selections", "tiny", "--reason", "both")
     assert (code, files()) == (2, {})
     assert "was made by other code than this" in err
 
 
-def test_an_artifact_is_accepted(knorm):
-    assert knorm("record", "tiny")[0] == 0
+def test_an_artifact_is_accepted(run_golden):
+    assert run_golden("record", "tiny")[0] == 0
     (file,) = Path("golden/tiny").glob("*.candidate")
     file.rename("artifact.candidate")
-    assert knorm("diff", "artifact.candidate")[0] == 1
-    assert knorm("accept", "artifact.candidate", "--reason", "from the runner")[0] == 0
-    assert knorm("verify", "tiny")[0] == 0
+    assert run_golden("diff", "artifact.candidate")[0] == 1
+    assert run_golden("accept", "artifact.candidate", "--reason", "from the runner")[0] == 0
+    assert run_golden("verify", "tiny")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -349,28 +367,29 @@ def test_an_artifact_is_accepted(knorm):
         ("list --json golden/out.json", "--json golden/out.json lies among the goldens"),
     ],
 )
-def test_wrong_usage_is_one_line(knorm, arguments, words):
-    code, _, err = knorm(*arguments.split())
+def test_wrong_usage_is_one_line(run_golden, arguments, words):
+    code, _, err = run_golden(*arguments.split())
     assert code == 2
     assert words in err
     assert err.count("\n") == 1
 
 
-def test_a_candidate_of_an_unrelated_case_is_refused(knorm, few, monkeypatch):
-    assert knorm("record", "tiny")[0] == 0
-    monkeypatch.setattr(cases, "CASES", {"selections": few["selections"]})
-    code, _, err = knorm("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
+def test_a_candidate_of_an_unrelated_case_is_refused(run_golden, few, monkeypatch):
+    assert run_golden("record", "tiny")[0] == 0
+    for module in (cases, verify):
+        monkeypatch.setattr(module, "CASES", {"selections": few["selections"]})
+    code, _, err = run_golden("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
     assert code == 2
     assert "is of case 'tiny', which there is not; there are selections" in err
 
 
-def test_two_candidates_for_one_golden_are_refused(knorm):
-    assert knorm("record", "tiny")[0] == 0
+def test_two_candidates_for_one_golden_are_refused(run_golden):
+    assert run_golden("record", "tiny")[0] == 0
     Path("other.candidate").write_bytes(Path(f"golden/tiny/{CPU}.candidate").read_bytes())
-    code, _, err = knorm("accept", "tiny", "other.candidate", "--reason", "x")
+    code, _, err = run_golden("accept", "tiny", "other.candidate", "--reason", "x")
     assert code == 2
     assert f"is one of two candidates for tiny/{CPU}: give one of them" in err
-    assert knorm("accept", "other.candidate", "--reason", "x")[0] == 0
+    assert run_golden("accept", "other.candidate", "--reason", "x")[0] == 0
     assert Path(f"golden/tiny/{CPU}.candidate").exists(), "another candidate than the accepted one stays"
 
 
@@ -412,12 +431,14 @@ def test_a_case_that_needs_cuda_is_not_compared_when_it_is_named(few, tmp_path):
 
 def test_the_environment_names_no_host():
     here = environment("cpu")
-    assert (here.torch, here.threads) == (torch.__version__, 1)
+    assert (here.torch, here.threads) == (torch.__version__, torch.get_num_threads())
     assert platform.node() not in here.model_dump_json()
 
 
-def test_nothing_moved_in_what_was_accepted(golden):
-    assert golden("selections").verdict == "holds"
+@pytest.mark.cpus
+@pytest.mark.parametrize("case", ["selections", "streaming-32"])
+def test_nothing_moved_in_what_was_accepted(golden, case):
+    assert golden(case).verdict == "holds"
 
 
 def test_pythias_case_is_measured_from_a_folder_and_two_files(monkeypatch):
@@ -461,12 +482,12 @@ def timed(shift=0.0, noise=1.0):
 
     def measure(_device, _how):
         blocks = np.log1p(shift) + noise * BLOCKS
-        gate = golden.Gate(rule="timing", threshold=0.05)
+        gate = golden_format.Gate(rule="timing", threshold=0.05)
         value = float(np.exp(blocks.mean()))
-        made = golden.Metric(
+        made = golden_format.Metric(
             name="tpot/0.5", unit="s / s", direction="lower", kind="ratio", value=value, anchor=value, gate=gate
         )
-        return golden.Measured((made,), {"tpot/0.5": blocks})
+        return golden_format.Measured((made,), {"tpot/0.5": blocks})
 
     return Case("timed", "a ratio of times", lambda: {"policies": []}, measure, optional=True, timed=True)
 
@@ -493,7 +514,7 @@ def test_times_of_another_environment_are_shown(few, tmp_path, monkeypatch):
     made, measured = record(few["timed"], "cpu", HERE)
     store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
     few["timed"] = timed(0.9)
-    monkeypatch.setattr(cases, "_processor", lambda: "another")
+    monkeypatch.setattr(environments, "_processor", lambda: "another")
     (outcome,) = verify_goldens(store, ["timed"])
     assert outcome.verdict == "holds"
     assert "1 differ, which is not gated there: tpot/0.5" in outcome.evidence
@@ -508,20 +529,20 @@ def test_noise_that_hides_whether_runs_agree_is_not_recorded():
 
 def test_operators_are_gated_with_the_versions_they_were_counted_with(few, tmp_path, monkeypatch):
     def counted(operators):
-        made = golden.Metric(
+        made = golden_format.Metric(
             name="operators", unit="1", direction="lower", kind="count", value=operators, anchor=operators,
-            gate=golden.Gate(rule="same_versions"),
+            gate=golden_format.Gate(rule="same_versions"),
         )  # fmt: skip
-        return Case("counted", "operators", lambda: {"policies": []}, lambda *_: golden.Measured((made,)))
+        return Case("counted", "operators", lambda: {"policies": []}, lambda *_: golden_format.Measured((made,)))
 
     few["counted"] = counted(7)
     store = Store(tmp_path)
     made, _ = record(few["counted"], "cpu", HERE)
     store.accept(store.approve(made, {}, "why", now=HERE, allow_worse={}), {})
     few["counted"] = counted(8)
-    monkeypatch.setattr(cases, "_processor", lambda: "another")
+    monkeypatch.setattr(environments, "_processor", lambda: "another")
     assert next(verify_goldens(store, ["counted"])).verdict == "moved"
-    monkeypatch.setattr(cases.transformers, "__version__", "6.0")
+    monkeypatch.setattr(environments.transformers, "__version__", "6.0")
     assert next(verify_goldens(store, ["counted"])).verdict == "holds"
 
 
@@ -566,7 +587,7 @@ def test_the_fixture_compares_and_never_writes(accepted, pytester, monkeypatch, 
         result.assert_outcomes(failed=1)
         result.stdout.fnmatch_lines(["*MOVED*tiny*", "*nll/1.0*"])
     with monkeypatch.context() as patch:
-        patch.setattr(cases, "device_class", lambda device: "cpu-riscv")
+        patch.setattr(verify, "device_class", lambda device: "cpu-riscv")
         run("-rs").assert_outcomes(skipped=1)
         run("--require-goldens").assert_outcomes(failed=1)
     assert {file: file.read_bytes() for file in folder.rglob("*.json")} == before

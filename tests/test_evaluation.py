@@ -7,7 +7,8 @@ import torch
 from tiny import tiny, tokens
 
 from knorm import Policy, exact_nll
-from knorm.evaluation import Windows, cut_windows, evaluate
+from knorm.evaluation.curve import evaluate
+from knorm.evaluation.windows import Windows, cut_windows
 from knorm.models import load_text
 
 TEXT = load_text("encyclopedia")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from knorm import Policy, exact_nll
-from knorm.facts import PASSAGE, fact_windows, recall
+from knorm.evaluation.facts import PASSAGE, fact_windows, recall
 from knorm.models import ASSETS, load_text
 
 

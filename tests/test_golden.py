@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from knorm import store as module
-from knorm.golden import (
-    MEAN_ABSOLUTE,
+from knorm.golden import store as module
+from knorm.golden.format import (
     Damaged,
     Environment,
     Gate,
@@ -26,16 +25,12 @@ from knorm.golden import (
     Metric,
     Noise,
     Provenance,
-    compare,
     environment_changes,
-    gate_changes,
-    judge_tokens,
     make,
     parse,
-    shift_of,
-    worse_by,
 )
-from knorm.store import Checkout, Store, checkout, hash_of_code, parse_allowance, read_candidate
+from knorm.golden.gates import MEAN_ABSOLUTE, compare, gate_changes, judge_tokens, shift_of, worse_by
+from knorm.golden.store import Checkout, Store, checkout, hash_of_code, parse_allowance, read_candidate
 
 NOISE = Noise(runs=200, sigma=1e-7, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0)
 TOKENS = Gate(rule="tokens", threshold=2e-6, noise=NOISE)

@@ -2,54 +2,31 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from commands import in_a_new_process
 
 import knorm
+from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
-ORDER = [
-    "policy",
-    "strict",
-    "interval",
-    "kernels",
-    "core",
-    "schedule",
-    "masked_attention",
-    "cache",
-    "perplexity",
-    "models",
-    "latency",
-    "counters",
-    "bench_worker",
-    "paired",
-    "bench",
-    "versus",
-    "evaluation",
-    "explain",
-    "sanity",
-    "reported",
-    "facts",
-    "golden",
-    "store",
-    "latency_cases",
-    "cases",
-    "laws",
-    "supervisor",
-    "verify",
-    "report",
-    "bench_report",
-    "plugin",
-    "options",
-    "bench_cli",
-    "golden_cli",
-    "cli",
-]
+ORDER = {  # of each package: a module, or a package below, imports only those before it
+    "": "policy strict paths git statistics kernels core schedule masked_attention rounding model_attention cache "
+    "perplexity models bench evaluation golden laws verify cli plugin __main__",
+    "bench": "latency counters worker policies commits",
+    "evaluation": "windows curve interventions explain doubts facts published",
+    "evaluation.published": "schema measure judge",
+    "golden": "format gates environment store latency cases verify",
+    "laws": "traits registry strategies subjects oracle model presses adapters loading snippets catalogue runner "
+    "own own_cache process",
+    "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
+    "cache perplexity schedule",
+    "laws.process": "worker supervisor",
+    "cli": "options figures tables setting verify check ppl explain bench golden",
+}
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
 
@@ -58,7 +35,11 @@ def tree(source):
 
 
 def module(source):
-    return Path(source).parts[0].removesuffix(".py")
+    """golden/format.py -> golden.format; a package's __init__ -> the package."""
+    return source.removesuffix(".py").removesuffix("__init__").strip("/").replace("/", ".")
+
+
+MODULES = {module(source) for source in SOURCES}
 
 
 def imported(nodes):
@@ -72,26 +53,47 @@ def imported(nodes):
 
 def own_modules(names):
     """Those of knorm's modules that dotted names lead to; a public name leads to its home."""
-    inside = {name.split(".")[1] for name in names if name.startswith("knorm.")}
-    return {knorm._HOME.get(name, name) for name in inside} & {*ORDER}
+    found = set()
+    for name in names:
+        parts = name.split(".")[1:] if name.startswith("knorm.") else []
+        if len(parts) == 1:
+            parts = [knorm._HOME.get(parts[0], parts[0])]
+        elif parts[:1] == ["laws"] and parts[1] in laws._HOME:
+            parts = ["laws", laws._HOME[parts[1]]]
+        while parts and ".".join(parts) not in MODULES:
+            parts.pop()
+        if parts:
+            found.add(".".join(parts))
+    return found
 
 
 def too_early(name, imports):
-    return own_modules(imports) - {*ORDER[: ORDER.index(name)], name}
+    """The modules among imports that come after the module `name`, where their ways part."""
+    late = set()
+    for other in own_modules(imports):
+        ours, theirs = name.split("."), other.split(".")
+        shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        if shared is None:
+            continue  # one lies in the other
+        order = ORDER[".".join(ours[:shared])].split()
+        if order.index(theirs[shared]) > order.index(ours[shared]):
+            late.add(other)
+    return late
+
+
+COMMANDS = ("__init__", "options", "setting", "verify", "check", "ppl", "explain", "bench", "golden")
 
 
 def run(code):
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    return json.loads(
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout
-    )
+    return json.loads(in_a_new_process(code, check=True).stdout)
 
 
 def test_every_module_has_its_place_in_the_house():
-    assert {module(source) for source in SOURCES} == {*ORDER, "__init__"}
+    placed = {f"{package}.{name}".strip(".") for package, names in ORDER.items() for name in names.split()}
+    assert placed | {""} == MODULES
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if source != "__init__.py"])
+@pytest.mark.parametrize("source", [source for source in SOURCES if not source.endswith("__init__.py")])
 def test_a_module_imports_only_earlier_ones(source):
     names = [*imported(ast.walk(tree(source)))]
     assert not [name for name in names if name.startswith(".")], "imports are absolute"
@@ -105,21 +107,25 @@ def test_an_import_of_a_later_module_is_noticed(line):
     assert too_early("core", imported(ast.walk(ast.parse(f"def late():\n    {line}")))) == {"cache"}
 
 
+def test_an_import_across_packages_and_within_one_is_noticed():
+    lines = "from knorm.golden import store\nfrom knorm.cli.tables import curve_table"
+    assert too_early("evaluation.curve", imported(ast.walk(ast.parse(lines)))) == {"golden.store", "cli.tables"}
+    assert too_early("golden.gates", imported(ast.walk(ast.parse(lines)))) == {"golden.store", "cli.tables"}
+    assert not too_early("cli.ppl", imported(ast.walk(ast.parse(lines))))
+
+
 @pytest.mark.parametrize(
     ("source", "others"),
     [
-        ("cli.py", {"click"}),
-        ("bench_cli.py", {"click"}),
-        ("golden_cli.py", {"click"}),
-        ("options.py", {"click"}),
+        *((f"cli/{name}.py", {"click"}) for name in COMMANDS),
         ("plugin.py", {"pytest"}),
-        ("supervisor.py", set()),
+        ("laws/process/supervisor.py", set()),
     ],
 )
 def test_what_starts_first_loads_little(source, others):
     names = [*imported(tree(source).body)]
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "knorm", *others}
-    light = {"options", "bench_cli", "golden_cli"}  # held to the same
+    light = {"", *(f"cli.{name}" for name in COMMANDS)}  # held to the same
     assert not own_modules(names) - light, "knorm's own modules load when they are needed"
 
 
@@ -130,7 +136,7 @@ def test_what_starts_first_loads_little(source, others):
         ("from knorm import Policy", []),
         ("import knorm.policy, knorm.cli", []),
         ("import knorm.plugin", []),
-        ("import knorm.supervisor, knorm.report", []),
+        ("import knorm.laws.process.supervisor, knorm.cli.tables", []),
         ("import knorm.core", ["torch"]),  # so the probe can fail
         ("import knorm.schedule", ["torch", "numba"]),
     ],
@@ -162,6 +168,12 @@ def test_public_names_resolve_and_are_those_that_type_checkers_see():
     assert {*knorm.__all__} <= {*dir(knorm)}
     with pytest.raises(AttributeError, match="module 'knorm' has no attribute 'compres'"):
         knorm.compres  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [knorm, laws])
+def test_a_public_name_is_not_a_modules_which_would_take_its_place_once_imported(package):
+    folder = Path(package.__file__).parent
+    assert not {*package.__all__} & {file.stem for file in folder.iterdir()}
 
 
 REGISTRIES = """

@@ -8,10 +8,10 @@ import torch
 from tiny import tiny, tokens
 from transformers.cache_utils import DynamicCache
 
-from knorm import KnormCache, Policy, latency
-from knorm.bench import bench, make_prompts
-from knorm.counters import count, risen
-from knorm.latency import (
+from knorm import KnormCache, Policy
+from knorm.bench import latency
+from knorm.bench.counters import count, risen
+from knorm.bench.latency import (
     SEGMENT,
     Arm,
     Prompt,
@@ -25,6 +25,7 @@ from knorm.latency import (
     run_block,
     without_interruptions,
 )
+from knorm.bench.policies import bench, make_prompts
 
 STREAMING = Policy(0.5, 8, (0,), protocol="streaming")
 

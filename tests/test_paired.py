@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from knorm.paired import compare, effective_blocks, overall
+from knorm.statistics import compare, effective_blocks, overall
 
 
 def logs(slowdown=0.0, spread=0.01, blocks=16, seed=0):

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from knorm import Policy, exact_nll, masked_attention, perplexity, stream_nll
 from knorm.core import squared_norms
-from knorm.evaluation import cut_windows
+from knorm.evaluation.windows import cut_windows
 from knorm.models import load_text
 from knorm.perplexity import agreement, exact_run, stream_run
 from knorm.schedule import evicted_at
@@ -27,6 +27,7 @@ def left_padded(ids: torch.Tensor, *pads: int) -> torch.Tensor:
     return (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long()
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -41,6 +42,7 @@ def test_one_pass_equals_the_loop(kind, policy, padded):
     assert any((lost < 60).any() for lost in both.exact.evicted_at), "something was evicted"
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_in_float64_one_pass_equals_the_loop_to_rounding(kind):
     model, ids = tiny(kind, torch.float64), tokens(2, 60, seed=1)
@@ -57,6 +59,7 @@ def test_one_pass_equals_the_loop_whatever_the_policy(seed, ratio, prune_after, 
     assert agreement(model, ids, Policy(ratio, prune_after, protocol="streaming"), prompt_length=prompt).holds
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_ratio_1_equals_the_plain_model(kind, padded):
@@ -72,6 +75,7 @@ def test_ratio_1_equals_the_plain_model(kind, padded):
     assert (nll - plain)[real].abs().max() <= 2e-5
 
 
+@pytest.mark.cpus
 def test_each_padded_row_equals_itself_alone():
     model, ids = tiny("qwen2"), tokens(3, 40)
     pads = (0, 9, 23)
@@ -115,6 +119,7 @@ def test_blocks_of_queries_equal_the_dense_mask_in_float64(kind, block, monkeypa
         )
 
 
+@pytest.mark.cpus
 def test_blocks_of_queries_hold_for_padded_rows_too(monkeypatch):
     model, ids = tiny("llama"), tokens(3, 60)
     policy, prompt = POLICIES["protected"]
@@ -144,6 +149,7 @@ def test_the_loops_record_is_its_schedule():
     assert (run.evicted_at[1] < 40).any()
 
 
+@pytest.mark.cpus
 def test_in_half_precision_evictions_that_differ_are_counted():
     model, ids = tiny("llama", torch.bfloat16), tokens(2, 60)
     both = agreement(model, ids, Policy(0.5, prune_after=8, protocol="streaming"))
@@ -152,6 +158,7 @@ def test_in_half_precision_evictions_that_differ_are_counted():
     assert both.difference < 1
 
 
+@pytest.mark.cpus
 def test_on_the_embedded_model_and_real_text(embedded):
     model, tokenizer = embedded
     ids = cut_windows(tokenizer, load_text("encyclopedia"), 160, 2).input_ids
@@ -284,3 +291,14 @@ def test_training_mode_is_refused_wherever_it_is():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="no language-model head"):
         exact_nll(tiny("llama").model, tokens(1, 9), Policy())
+
+
+@pytest.mark.parametrize("nll", [exact_nll, stream_nll])
+def test_autocast_is_refused_by_the_one_pass_and_by_the_loop(nll):
+    model, ids = tiny("llama"), tokens(2, 24)
+    should = nll(model, ids, SHORT_STREAM)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"torch\.autocast computes in bfloat16 .* weights' dtype, float32"):
+            nll(model, ids, SHORT_STREAM)
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(nll(model, ids, SHORT_STREAM), should)

@@ -11,22 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny, tokens
 
 from knorm import Policy, exact_nll
+from knorm.evaluation.published.judge import UnexpectedVerdict, claims_text, judge_claims, judge_model, require_expected
+from knorm.evaluation.published.measure import _largest, load_seed_texts, measure_claims, norm_ordered_nll, seed_ids
+from knorm.evaluation.published.schema import PYTHIA, Claim, read_claims
 from knorm.models import ASSETS, load_model
-from knorm.reported import (
-    PYTHIA,
-    Claim,
-    UnexpectedVerdict,
-    _largest,
-    claims_text,
-    judge_claims,
-    judge_model,
-    load_seed_texts,
-    measure_claims,
-    norm_ordered_nll,
-    read_claims,
-    require_expected,
-    seed_ids,
-)
 
 FILE = Path(__file__).parents[1] / "golden" / "reported" / "kv-cache-order.json"
 SOURCES = {"wikitext": str(ASSETS / "encyclopedia.txt"), "pg19": str(ASSETS / "narrative.txt")}

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from knorm import Policy
-from knorm.evaluation import cut_windows, evaluate
+from knorm.evaluation.curve import evaluate
+from knorm.evaluation.doubts import fall, judge_measured, judge_reported, measure_with, read_reported
+from knorm.evaluation.windows import cut_windows
 from knorm.models import load_text
-from knorm.sanity import fall, judge_measured, judge_reported, measure_with, read_reported
 
 SEED = """keep_ratio,ppl_before,ppl_after
 1.0,51.91,51.91

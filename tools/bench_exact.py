@@ -18,7 +18,7 @@ import transformers
 from transformers import GPTNeoXForCausalLM
 
 from knorm import Policy, load_embedded
-from knorm.evaluation import cut_windows
+from knorm.evaluation.windows import cut_windows
 from knorm.models import load_text, random_gpt_neox
 from knorm.perplexity import NEAR_TIE, agreement, exact_run, stream_run
 

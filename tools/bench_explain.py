@@ -14,8 +14,8 @@ import torch
 import transformers
 
 from knorm import Policy, load_embedded
-from knorm.evaluation import Windows, cut_windows
-from knorm.explain import explain
+from knorm.evaluation.explain import explain
+from knorm.evaluation.windows import Windows, cut_windows
 from knorm.models import hush, load_text, random_gpt_neox
 
 

@@ -26,19 +26,12 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from knorm.bench import GATED, make_prompts  # noqa: E402
-from knorm.cases import device_class, environment  # noqa: E402
-from knorm.latency import (  # noqa: E402
-    Arm,
-    attending,
-    check_alone,
-    log_ratio,
-    run_block,
-    without_interruptions,
-)
+from knorm.bench.latency import Arm, attending, check_alone, log_ratio, run_block, without_interruptions  # noqa: E402
+from knorm.bench.policies import GATED, make_prompts  # noqa: E402
+from knorm.golden.environment import device_class, environment  # noqa: E402
 from knorm.models import hush, load_embedded  # noqa: E402
-from knorm.paired import ALPHA, MARGIN, compare, effective_blocks, overall  # noqa: E402
 from knorm.policy import Policy  # noqa: E402
+from knorm.statistics import ALPHA, MARGIN, compare, effective_blocks, overall  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "latency-power.md"
 POLICY = Policy(0.5)  # compressed once: its steps are alike

@@ -11,9 +11,18 @@ import argparse
 import torch
 
 from knorm import Policy, load_embedded
-from knorm.latency import Arm, Prompt, attending, check_alone, log_ratio, measure, summarise, without_interruptions
+from knorm.bench.latency import (
+    Arm,
+    Prompt,
+    attending,
+    check_alone,
+    log_ratio,
+    measure,
+    summarise,
+    without_interruptions,
+)
 from knorm.models import random_gpt_neox
-from knorm.paired import compare
+from knorm.statistics import compare
 
 POLICY = Policy(0.5, protocol="streaming", prune_after=512)
 NEW, TARGET = 257, 0.05

@@ -10,7 +10,8 @@ import sys
 
 from train_embedded import documents
 
-from knorm.evaluation import cut_windows, evaluate
+from knorm.evaluation.curve import evaluate
+from knorm.evaluation.windows import cut_windows
 from knorm.models import load_model
 from knorm.policy import Policy
 

@@ -34,13 +34,16 @@ import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from knorm import schedule  # noqa: E402
-from knorm.cases import CASES, NOISE, How, device_class, environment, record  # noqa: E402
-from knorm.explain import attend_shuffled  # noqa: E402
-from knorm.golden import compare, environment_changes, shift_of  # noqa: E402
+from knorm.golden.cases import CASES, NOISE  # noqa: E402
+from knorm.golden.environment import How, device_class, environment  # noqa: E402
+from knorm.golden.format import environment_changes  # noqa: E402
+from knorm.golden.gates import compare, shift_of  # noqa: E402
+from knorm.golden.store import Checkout, Store, hash_of_code, read_candidate  # noqa: E402
+from knorm.golden.verify import record  # noqa: E402
 from knorm.masked_attention import attend_seen  # noqa: E402
 from knorm.models import hush  # noqa: E402
 from knorm.policy import Policy, exact_ratio  # noqa: E402
-from knorm.store import Checkout, Store, hash_of_code, read_candidate  # noqa: E402
+from knorm.rounding import attend_shuffled  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "golden-power.md"
 

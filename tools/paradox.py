@@ -25,14 +25,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from knorm import KnormCache, Policy, exact_nll, load_embedded, retained_count
-from knorm.cache import cache_keyword
-from knorm.evaluation import Row, Windows, cut_windows, evaluate
-from knorm.explain import attend_shuffled, newest_to_protect
-from knorm.facts import Recall, fact_windows, recall
+from knorm.cli.figures import plot_curves, plot_recall
+from knorm.evaluation.curve import Row, evaluate
+from knorm.evaluation.facts import Recall, fact_windows, recall
+from knorm.evaluation.interventions import newest_to_protect
+from knorm.evaluation.windows import Windows, cut_windows
 from knorm.laws.subjects import CompressingCache, Kept
+from knorm.model_attention import cache_keyword
 from knorm.models import hush, load_text
 from knorm.perplexity import exact_run
-from knorm.report import plot_curves, plot_recall
+from knorm.rounding import attend_shuffled
 from knorm.schedule import cache_lengths, evicted_at
 
 RATIOS = ("1.0", "0.95", "0.9", "0.85", "0.8", "0.75", "0.7", "0.6", "0.5", "0.4", "0.3")  # the companion table's

@@ -6,35 +6,22 @@ are both what runs here and what a counterexample shows: Subject.code.
 
 from __future__ import annotations
 
-import copy
-import functools
-import importlib
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from decimal import Decimal
-from difflib import get_close_matches
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from transformers import LlamaConfig
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import DynamicCache
-from transformers.models.llama import modeling_llama as llama
 
 from knorm.cache import KnormCache
 from knorm.core import compress
-from knorm.laws.subjects import Compress, Subject, takes_layer
+from knorm.laws.presses import _is_press, through_attention
+from knorm.laws.subjects import Subject, takes_layer
 from knorm.laws.traits import KNORM, Traits, traits_of
 from knorm.perplexity import exact_nll, stream_nll
 
-_KVPRESS = "pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
 _SHOULD = {
     "function": "(keys, values, keep_ratio)",
     "class": "(keep_ratio), its instances as (keys, values)",
@@ -167,10 +154,6 @@ def _signature(target: Any) -> inspect.Signature | None:
             return None
 
 
-def _is_press(kind: type) -> bool:
-    return any(base.__name__ == "BasePress" and base.__module__.startswith("kvpress") for base in kind.__mro__)
-
-
 def _kind_of(target: Any) -> str:
     if isinstance(target, type):
         return "cache" if issubclass(target, TransformersCache) else "press" if _is_press(target) else "class"
@@ -252,184 +235,3 @@ def _source(target: Any) -> _Source | None:
 
 def _importable(module: str, path: str) -> _Source:
     return _Source(path, lambda root, alias: f"from {module} import {root}" + f" as {alias}" * (alias != root))
-
-
-HIDDEN = 16  # width of the hidden states
-
-
-@functools.lru_cache(maxsize=16)
-def _attention(kv_heads: int, width: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """An attention module of Llama, two queries a head. Heads have the same weights: one alone is as among others."""
-    heads = 2 * kv_heads
-    config = LlamaConfig(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width, hidden_size=heads)
-    config.hidden_size = HIDDEN  # need not be a multiple of the heads, though LlamaConfig has it so
-    module = llama.LlamaAttention(config, 0).eval()
-    generator = torch.Generator().manual_seed(0)
-    for linear in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
-        copies = (1, kv_heads) if linear is module.o_proj else (kv_heads, 1)
-        rows, columns = (size // number for size, number in zip(linear.weight.shape, copies, strict=True))
-        block = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu") / HIDDEN**0.5
-        linear.weight.data = block.repeat(copies)
-    module.to(device=device, dtype=dtype)
-    module.rotary_emb = llama.LlamaRotaryEmbedding(config).to(device)  # float32, as in a loaded model
-    return module
-
-
-def _prompt(module: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """What kvpress' forward hook sees of a prompt: hidden states and keywords. Rows are alike."""
-    batch, _, length, _ = keys.shape
-    generator = torch.Generator().manual_seed(1)
-    states = torch.randn(length, HIDDEN, generator=generator, dtype=torch.float32, device="cpu")
-    states = states.to(keys).expand(batch, -1, -1)
-    places = torch.arange(length, device=keys.device)
-    cache = DynamicCache()
-    cache.update(keys, values, 0)
-    turns = module.rotary_emb(states, places[None])
-    return states, {"hidden_states": states, "past_key_values": cache, "attention_mask": None, "cache_position": places,
-                    "position_ids": places[None], "position_embeddings": turns}  # fmt: skip
-
-
-def _weights(module: Any, states: Tensor, keys: Tensor, values: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Eager attention's weights of the prompt: [batch, heads, length, length]."""
-    length, width = keys.shape[2:]
-    queries = module.q_proj(states).unflatten(-1, (module.config.num_attention_heads, width)).transpose(1, 2)
-    queries, _ = llama.apply_rotary_pos_emb(queries, queries, *turns)
-    unseen = torch.full((length, length), -torch.inf, dtype=keys.dtype, device=keys.device).triu(1)
-    return llama.eager_attention_forward(module, queries, keys, values, unseen, module.scaling)[1]
-
-
-def _compress(press: Any, module: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    states, keywords = _prompt(module, keys, values)
-    try:
-        return press.compress(module, states, keys, values, None, keywords)
-    except Exception as error:  # some need attention weights, which only eager attention has; others refuse them
-        weights = _weights(module, states, keys, values, keywords["position_embeddings"])
-        try:
-            return press.compress(module, states, keys, values, weights, keywords)
-        except Exception:
-            raise error from None
-
-
-def through_attention(press: Any) -> Compress:
-    """A press of kvpress as a compressor, (keys, values, keep_ratio) -> keys, values[, mask].
-
-    press   its class or an instance, of which a copy is made for each ratio; compression_ratio is 1 - keep_ratio in
-            decimal
-
-    It compresses the prompt's cache of one attention module of Llama, with seeded weights and hidden states. The mask
-    is that of presses that only mark what is evicted, as AdaKVPress. Raises TypeError for presses that have no compress
-    of their own, or no ratio.
-    """
-    kind = press if isinstance(press, type) else type(press)
-    if not _is_press(kind):
-        raise TypeError(f"{kind.__name__} is no press of kvpress")
-    if next(base for base in kind.__mro__ if "compress" in vars(base)).__name__ == "BasePress":
-        raise TypeError(f"{kind.__name__} has no compress(module, hidden_states, keys, values, attentions, kwargs)")
-    if "compression_ratio" not in (inspect.signature(press).parameters if press is kind else dir(press)):
-        wraps = press is kind and "press" in inspect.signature(kind).parameters
-        hint = f"; give an instance, as {kind.__name__}(KnormPress())" if wraps else ""
-        raise TypeError(f"{kind.__name__} takes no compression_ratio{hint}")
-
-    @functools.cache
-    def made(keep_ratio: float) -> Any:
-        removed = float(1 - Decimal(str(keep_ratio)))
-        if press is kind:
-            return press(compression_ratio=removed)
-        own = copy.deepcopy(press)
-        own.compression_ratio = removed
-        return own
-
-    @torch.no_grad()
-    def compress(keys: Tensor, values: Tensor, keep_ratio: float) -> tuple[Tensor, ...]:
-        module = _attention(keys.shape[1], keys.shape[3], keys.dtype, keys.device)
-        module.masked_key_indices = None
-        kept = _compress(made(keep_ratio), module, keys, values)
-        if module.masked_key_indices is None:
-            return kept
-        mask = torch.ones(kept[0].shape[:3], dtype=torch.bool, device=keys.device)
-        mask[module.masked_key_indices] = False
-        return *kept, mask
-
-    return compress
-
-
-_FORMS = "path/to/file.py:name, package.module:name, or kvpress:PressName"
-
-
-def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str, Any] | None = None) -> Subject:
-    """The Subject that a command line names.
-
-    spec           path/to/file.py:name, package.module:name or kvpress:PressName; the name may be dotted. Modules are
-                   looked for in the current folder too, those that a file imports beside it
-    kind, traits   as adapt takes them
-
-    Raises ValueError, in one line, for a target that does not exist, does not import or cannot be called.
-    """
-    where, _, path = spec.rpartition(":")
-    if not where or not path:
-        raise ValueError(f"target {spec!r}, but should be {_FORMS}")
-    file = Path(where).resolve() if where.endswith(".py") or os.sep in where else None
-    try:
-        module = _imported(where, file)
-        return _subject(_named(where, path, module), traits, kind, path, _origin(module, path, file))
-    except TypeError as error:
-        raise ValueError(f"target {spec!r}: {error}") from error
-    except _Missing as error:
-        raise ValueError(f"target {spec!r}: {error}") from error.__cause__
-
-
-class _Missing(Exception):
-    """A target that is not there or does not import; the message says what to do."""
-
-
-def _imported(where: str, file: Path | None) -> ModuleType:
-    if file and (file.suffix != ".py" or not file.is_file()):
-        raise _Missing(f"there is no Python file {file}; it should be {_FORMS}")
-    folder = str(file.parent) if file else os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    kvpress = f"install it with {_KVPRESS}"
-    try:
-        module = _run(file) if file else importlib.import_module(where)
-        if getattr(module, "__file__", "") is None:
-            raise ModuleNotFoundError(name=where)  # a folder of that name
-        return module
-    except ModuleNotFoundError as error:
-        missing = error.name or where
-        todo = kvpress if missing.startswith("kvpress") else f"install it, or run this in the folder that has {missing}"
-        raise _Missing(f"importing {where}: there is no module {missing!r}; {todo}") from error
-    except SyntaxError as error:
-        raise _Missing(f"{error.filename}, line {error.lineno}, is not valid Python: {error.msg}") from error
-    except (Exception, SystemExit) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        todo = kvpress if where.startswith("kvpress") else "mend that first"
-        raise _Missing(f"importing {where} raised {said}; {todo}") from error
-
-
-def _run(file: Path) -> ModuleType:
-    """A file's module, under a name of its own: it may be called as one that is loaded already."""
-    name = f"knorm_target_{file.stem}"
-    found: Any = spec_from_file_location(name, file)
-    module = sys.modules[name] = module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-def _named(where: str, path: str, module: ModuleType) -> Any:
-    target: Any = module
-    for done, part in enumerate(path.split(".")):
-        if not hasattr(target, part):
-            there = [name for name in dir(target) if not name.startswith("_")]
-            known = ", ".join(get_close_matches(part, there) or there[:8]) or "nothing"
-            raise _Missing(f"{'.'.join([where, *path.split('.')[:done]])} has no {part!r}; it has {known}")
-        target = getattr(target, part)
-    return target
-
-
-def _origin(module: ModuleType, path: str, file: Path | None) -> _Source:
-    if file is None:
-        return _importable(module.__name__, path)
-    folder = f"import sys; sys.path.insert(0, {str(file.parent)!r})\n"
-    if file.stem.isidentifier():
-        return _Source(path, lambda root, alias: folder + _importable(file.stem, path).lines(root, alias))
-    return _Source(path, lambda root, alias: f"{folder}{alias} = __import__({file.stem!r}).{root}")

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import DynamicCache
 
-from knorm.cache import cache_keyword
 from knorm.laws import oracle
 from knorm.laws.registry import Malformed, Refuted
 from knorm.laws.strategies import VOCABULARY
+from knorm.model_attention import cache_keyword
 
 CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from knorm.cache import KnormCache, attention, cache_keyword
+from knorm.cache import KnormCache
 from knorm.laws import oracle
 from knorm.laws.model import CONFIG, gap, small_model
 from knorm.laws.oracle import Rules
@@ -26,6 +26,7 @@ from knorm.laws.runner import Result, iter_results
 from knorm.laws.strategies import VOCABULARY
 from knorm.laws.subjects import Subject
 from knorm.laws.traits import KNORM
+from knorm.model_attention import attention, cache_keyword
 from knorm.policy import Policy
 
 CLOSE = {"sdpa": 1e-8, "eager": 1e-4}  # eager attention takes its softmax in float32

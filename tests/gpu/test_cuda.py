@@ -102,7 +102,7 @@ def test_a_long_text_in_half_precision_is_attended_to_by_a_compiled_kernel(kind,
 
 
 def test_the_embedded_model(embedded):
-    from knorm.evaluation import cut_windows
+    from knorm.evaluation.windows import cut_windows
     from knorm.models import load_embedded, load_text
 
     model, tokenizer = embedded

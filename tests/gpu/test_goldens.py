@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knorm.cases import CASES, How, record
-from knorm.store import Checkout, Store, hash_of_code
+from knorm.golden.cases import CASES
+from knorm.golden.environment import How
+from knorm.golden.store import Checkout, Store, hash_of_code
+from knorm.golden.verify import record
 
 CUDA = [case.id for case in CASES.values() if "cuda" in case.devices and not case.optional]
 

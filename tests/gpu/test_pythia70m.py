@@ -14,8 +14,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HUB_CACHE  # read before conftest.py hides the user's own cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from knorm.evaluation.published.judge import UnexpectedVerdict, claims_text, judge_model, require_expected
+from knorm.evaluation.published.schema import PYTHIA, read_claims
 from knorm.models import ASSETS, HUB_TEXTS
-from knorm.reported import PYTHIA, UnexpectedVerdict, claims_text, judge_model, read_claims, require_expected
 
 FILE = Path(__file__).parents[2] / "golden" / "reported" / "kv-cache-order.json"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

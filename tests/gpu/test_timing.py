@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from knorm.bench import bench, make_prompts
-from knorm.latency import Arm, attending, check_alone, run_block
+from knorm.bench.latency import Arm, attending, check_alone, run_block
+from knorm.bench.policies import bench, make_prompts
+from knorm.evaluation.published.judge import claims_text, judge_claims
+from knorm.evaluation.published.measure import time_quantities
+from knorm.evaluation.published.schema import read_claims
 from knorm.models import load_embedded
 from knorm.policy import Policy
-from knorm.reported import claims_text, judge_claims, read_claims, time_quantities
 
 FILE = Path(__file__).parents[2] / "golden" / "reported" / "kv-cache-order.json"
 

@@ -1,0 +1,186 @@
+"""Policies against the uncompressed cache, in one process: times, memory, exact counters, and a verdict each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import cycle
+from typing import Any
+
+from knorm.bench.counters import Counters, count
+from knorm.bench.latency import (
+    METRICS,
+    Arm,
+    Prompt,
+    Sample,
+    Times,
+    attending,
+    check_fits,
+    log_ratio,
+    measure,
+    summarise,
+    without_interruptions,
+)
+from knorm.models import load_text
+from knorm.policy import Policy
+from knorm.statistics import ALPHA, Comparison, Verdict, compare, overall
+
+WARM_UP = 1
+GATED = ("ttft", "tpot")  # throughput says the same as both together
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm. policy: None for the uncompressed cache, which has no comparisons; logs: a log-ratio a block."""
+
+    name: str
+    policy: Policy | None
+    times: Times
+    counters: Counters
+    peak: int | None
+    logs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """On TTFT and TPOT; None for the baseline."""
+        return overall(self.comparisons[metric].verdict for metric in GATED) if self.comparisons else None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run gave: an arm each, the uncompressed one first; how long it measured, warm-up included.
+
+    samples       [block][arm], as measured
+    interrupted   steps that took over 1.5 times their usual time, and count as that (latency.without_interruptions)
+    """
+
+    rows: tuple[Row, ...]
+    samples: tuple[tuple[Sample, ...], ...]
+    interrupted: int
+    warm_up: int
+    seconds: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of all policies."""
+        return overall(row.verdict for row in self.rows if row.verdict)
+
+
+def name_of(policy: Policy | None) -> str:
+    """What a table calls an arm."""
+    return "uncompressed" if policy is None else str(policy.keep_ratio)
+
+
+def make_prompts(
+    tokenizer: Any,
+    texts: Sequence[str],
+    lengths: Sequence[int],
+    new_tokens: Sequence[int],
+    *,
+    characters: bool = True,
+    batch: int = 1,
+    device: str = "cpu",
+) -> dict[str, Prompt]:
+    """Prompts from the starts of texts, which take turns; every sequence of a batch is the same.
+
+    texts       what models.load_text takes
+    lengths     of each prompt, in characters or in tokens
+    new_tokens  of each prompt, or one number for all
+
+    Raises ValueError for lengths that are none, and for a text that is too short.
+    """
+    if not lengths or not texts or len(new_tokens) not in (1, len(lengths)):
+        raise ValueError(
+            f"prompts of {[*lengths]} from {len(texts)} texts with {[*new_tokens]} new tokens, but there should be a "
+            "text, a prompt, and one number of new tokens for all prompts or one for each: see --text, "
+            "--prompt-characters and --new-tokens"
+        )
+    if batch < 1 or min(lengths) < 1:
+        raise ValueError(f"--batch {batch} and prompts of {[*lengths]}, but both should be at least 1")
+    new = new_tokens if len(new_tokens) > 1 else [*new_tokens] * len(lengths)
+    found = {}
+    unit = "characters" if characters else "tokens"
+    for name, length, tokens in zip(cycle(texts), lengths, new, strict=False):
+        text = load_text(name)
+        text = text[:length] if characters else text[: 20 * length]  # no token is longer than that on average
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
+        ids = ids if characters else ids[:, :length]
+        if (len(text) if characters else ids.shape[1]) < length:
+            raise ValueError(f"{name} has no {length} {unit}: give a shorter prompt or another --text")
+        found[f"{name}, {length} {unit}"] = Prompt(ids.expand(batch, -1).to(device), tokens)
+    if len(found) < len(lengths):
+        raise ValueError(f"prompts of {[*lengths]} {unit}: two are the same, but each should be another")
+    return found
+
+
+def bench(
+    model: Any,
+    prompts: Mapping[str, Prompt],
+    policies: Iterable[Policy],
+    *,
+    margin: float,
+    alpha: float = ALPHA,
+    blocks: int | None = None,
+    seconds: float = 30.0,
+    on_block: Callable[[], None] = lambda: None,
+) -> Bench:
+    """Time every policy and the uncompressed cache in turns.
+
+    margin           slowdown, as a share, that a policy may have
+    alpha            of all verdicts together: each gets its part
+    blocks, seconds  as latency.measure takes them
+
+    Raises ValueError for a prompt that does not fit, and for fewer than 8 blocks.
+    """
+    check_fits(model, prompts)
+    all_prompts, new = list(prompts.values()), [prompt.new_tokens for prompt in prompts.values()]
+    arms = [Arm(model, all_prompts, policy) for policy in (None, *policies)]
+    longest = max(range(len(new)), key=lambda index: all_prompts[index].ids.shape[1])
+    with attending(model):
+        begin = time.perf_counter()
+        raw = measure(arms, new, blocks=blocks, seconds=seconds, warm_up=WARM_UP, on_block=on_block)
+        spent = time.perf_counter() - begin
+        held = longest == len(new) - 1 and not arms[0].cuda  # the peak on CUDA is of a generation alone
+        stored = [arm.stored() if held else arm.alone(longest) for arm in arms]
+        counters = [count(arm, longest, found) for arm, found in zip(arms, stored, strict=True)]
+    samples, interrupted = without_interruptions(raw)
+    shapes = [(prompt.ids.shape[0], prompt.new_tokens) for prompt in all_prompts]
+    each = alpha / (len(GATED) * max(1, len(arms) - 1))
+    rows = []
+    for index, arm in enumerate(arms):
+        logs: dict[str, tuple[float, ...]] = {}
+        if index:
+            logs = {m: tuple(log_ratio(block[index], block[0], m) for block in samples) for m in METRICS}
+        verdicts = {metric: compare(values, margin=margin, alpha=each) for metric, values in logs.items()}
+        times = summarise([block[index] for block in samples], shapes)
+        rows.append(Row(name_of(arm.policy), arm.policy, times, counters[index], stored[index].peak, logs, verdicts))
+    return Bench(tuple(rows), tuple(map(tuple, raw)), interrupted, WARM_UP, spent)
+
+
+def policy_fields(policy: Policy) -> dict[str, Any]:
+    """A Policy as JSON has it."""
+    return asdict(policy) | {"keep_ratio": str(policy.keep_ratio), "skip_layers": [*policy.skip_layers]}
+
+
+def as_fields(row: Row) -> dict[str, Any]:
+    """A row as JSON has it: each metric with its ratio to the baseline and the smallest slowdown it could see."""
+    times, compared = row.times, {metric: asdict(found) for metric, found in row.comparisons.items()}
+    return {
+        "arm": row.name,
+        "policy": None if row.policy is None else policy_fields(row.policy),
+        "ttft": {"seconds": times.ttft, **compared.get("ttft", {})},
+        "tpot": {
+            "seconds": times.tpot,
+            "median": times.tpot_median,
+            "p99": times.tpot_p99,
+            **compared.get("tpot", {}),
+        },
+        "throughput": {"tokens_per_second": times.throughput, **compared.get("throughput", {})},
+        "mde": {metric: found["mde"] for metric, found in compared.items()} or None,
+        "verdict": row.verdict,
+        "peak_memory": row.peak,
+        "counters": asdict(row.counters),
+        "log_ratios": {metric: [*values] for metric, values in row.logs.items()},
+    }

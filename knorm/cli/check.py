@@ -1,0 +1,81 @@
+"""`knorm check`: is a target correct?"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options, write_json
+
+
+@click.command()
+@click.argument("target")
+@click.option(
+    "--as",
+    "kind",
+    metavar="KIND",
+    help="function, class, legacy, cache function, cache, evaluator or press.  [told by its parameters]",
+)
+@click.option("--like", metavar="knorm", help="The target promises all that knorm's own core does.")
+@click.option("--trait", "traits", multiple=True, metavar="NAME=VALUE", help="What it promises, e.g. rounding=ceil.")
+@click.option("--select", metavar="NAME[,NAME]", help="Checks or families of checks.  [all]")
+@click.option("--expect-failure", multiple=True, metavar="CHECK=REASON", help="May fail; one that holds is reported.")
+@click.option("--profile", default="quick", show_default=True, help="quick or thorough.")
+@click.option("--seed", default=0, show_default=True, help="The same seed draws the same cases.")
+@click.option("--device", default="cpu", show_default=True, help="Of the tensors drawn: cpu, cuda, cuda:1 ...")
+@click.option("--limit", default=20.0, show_default=True, help="Seconds for an answer of the target.")
+@with_options(*COMMON)
+@click.pass_obj
+def check(
+    verbose: bool,
+    /,
+    json: Path | None,
+    quiet: bool,
+    select: str | None,
+    expect_failure: tuple[str, ...],
+    limit: float,
+    **given: Any,
+) -> None:
+    """Try to refute the laws that TARGET's promises ask of it, in a process of its own.
+
+    TARGET: path/to/file.py:name, package.module:name, or kvpress:PressName.
+    """
+    from knorm.cli.tables import show_result, show_summary
+    from knorm.laws.process.supervisor import Request, Supervisor
+
+    names = None if select is None else tuple(name.strip() for name in select.split(",") if name.strip())
+    if names == ():
+        raise ValueError("--select is empty, but should be names of checks or families, e.g. order,retained_count")
+    if not limit > 0:
+        raise ValueError(f"--limit {limit:g}, but should be seconds above 0")
+    expected = tuple(map(_expected, expect_failure))
+    check_device(given["device"])
+    supervisor = Supervisor(
+        Request(**given, select=names, expected=expected, quiet=quiet, verbose=bool(verbose)), limit
+    )
+    console, results = make_console(quiet), []
+    with closing(supervisor.results()) as found:  # the worker ends, whatever happens here
+        for result in found:
+            results.append(result)
+            show_result(console, result, verbose)
+    show_summary(console, results, supervisor.traits)
+    tried = {result["check"] for result in results if result["verdict"] != "does not apply"}
+    if not tried:
+        raise ValueError("none of the checks chosen applies to this target: drop --select, or promise more by --trait")
+    if idle := sorted({name for name, _ in expected} - tried):
+        raise ValueError(f"--expect-failure names {', '.join(idle)}, but that was not tried on this target")
+    settings = {name: given[name] for name in ("profile", "seed", "device")}
+    write_json(json, {"target": given["target"], "traits": supervisor.traits, **settings, "results": results})
+    wrong = {"refuted", "unexpectedly holds", "untested"}  # what was not tried was not found to hold
+    sys.exit(REFUTED if wrong & {result["verdict"] for result in results} else HOLDS)
+
+
+def _expected(text: str) -> tuple[str, str]:
+    name, _, reason = text.partition("=")
+    if not (name and reason):
+        raise ValueError(f"--expect-failure {text}, but should be CHECK=REASON, e.g. time_order='sorts by norm'")
+    return name, reason

@@ -1,0 +1,330 @@
+"""Tables and lines of results, as the terminal shows them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from textwrap import indent
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from knorm.cli.figures import _NAMES, _SHOWN, Pairs
+
+if TYPE_CHECKING:
+    from knorm.bench.commits import Found
+    from knorm.bench.policies import Row as ArmRow
+    from knorm.evaluation.curve import Row
+    from knorm.evaluation.doubts import Suspicion
+    from knorm.evaluation.explain import Explanation
+    from knorm.golden.gates import Finding
+    from knorm.golden.verify import Change, Outcome
+
+
+def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
+    """A line per ratio; the loop's columns where it was run."""
+    from knorm.evaluation.curve import NEWEST
+
+    stream = any(row.stream_ppl is not None for row in rows)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    columns = ["ratio", "PPL", "± s.e.", "bits/byte", "accuracy", "mean cache", "final", f"newest {NEWEST}", "s"]
+    columns += ["loop PPL", "max diff.", "evictions", "speed-up"] if stream else []
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [
+            row.keep_ratio,
+            f"{row.ppl:.2f}",
+            "-" if row.standard_error is None else f"{row.standard_error:.2f}",
+            f"{row.bits_per_byte:.3f}",
+            f"{row.accuracy:.1%}",
+            f"{row.mean_cache:.1f}",
+            f"{row.final_cache:.1f}",
+            "-" if row.recent is None else f"{row.recent:.1f}",
+            f"{row.seconds:.2f}",
+        ]
+        if row.stream_ppl is not None and row.stream_seconds is not None:
+            cells += [
+                f"{row.stream_ppl:.2f}",
+                f"{row.stream_difference:.1e}",
+                str(row.stream_evictions),
+                f"{row.stream_seconds / row.seconds:.0f}x",
+            ]
+        table.add_row(*cells)
+    return table
+
+
+_HEADS = {
+    "holds": ("holds    ", "green"),
+    "refuted": ("REFUTED  ", "bold red"),
+    "expected failure": ("expected ", "yellow"),
+    "unexpectedly holds": ("HOLDS THOUGH EXPECTED TO FAIL  ", "bold red"),
+    "untested": ("untested ", "yellow"),
+    "does not apply": ("n/a      ", "dim"),
+}
+
+
+def show_result(console: Console, result: Mapping[str, Any], verbose: bool = False) -> None:
+    """A line for what came of a check (the fields of laws.Result); below it all about a refuted one.
+
+    A law that does not apply is shown only where `verbose`.
+    """
+    if result["verdict"] == "does not apply" and not verbose:
+        return
+    line = Text.assemble(_HEADS[result["verdict"]], f"{result['law']} ", (f"[{_evidence(result)}]", "dim"))
+    print_text(console, line)
+    if result["verdict"] != "refuted":
+        return
+    print_text(console, Text(indent(result["counterexample"], " " * 4)))
+    if result["given"]:
+        print_text(console, Text(f"    given: {result['given']}"))
+    if result["snippet"]:
+        code = Text(f"\n{indent(result['snippet'], ' ' * 8)}\n")
+        print_text(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
+
+
+def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
+    """A line of text, whatever it holds."""
+    text.plain = text.plain.encode("utf-8", "replace").decode()  # a target's words may hold what no terminal takes
+    console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
+
+
+def _evidence(result: Mapping[str, Any]) -> str:
+    verdict, tried = result["verdict"], result["examples"]
+    if verdict == "does not apply":
+        return f"{result['check']}: {result['reason']}"
+    found = f"example {tried}" if verdict in ("refuted", "expected failure") else f"{tried} examples"
+    why = result["reason"] or ("no drawn case was answered" if verdict == "untested" else "")
+    parts = [why, found if tried else "", f"{result['seconds']:.1f} s"]
+    return f"{result['check']}: {'; '.join(part for part in parts if part)}"
+
+
+def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits: Mapping[str, Any]) -> None:
+    """What more could be promised, and how many laws hold."""
+    verdicts = [result["verdict"] for result in results]
+    words = [word for r in results if r["verdict"] == "does not apply" for word in re.findall(r"\w+", r["reason"])]
+    names = list(dict.fromkeys(word for word in words if word in traits))
+    if count := verdicts.count("does not apply"):
+        laws = "1 law does" if count == 1 else f"{count} laws do"
+        more = f"; promise more with --trait: {', '.join(names)}" if names else ""
+        print_text(console, Text(f"{laws} not apply{more}", "dim"))
+    wrong = verdicts.count("refuted") + verdicts.count("unexpectedly holds")
+    said = [f"{verdicts.count('holds')} hold", f"{verdicts.count('refuted')} refuted"]
+    for verdict, words_for in (
+        ("expected failure", "failed as expected"),
+        ("unexpectedly holds", "held though expected to fail"),
+    ):
+        said += [f"{verdicts.count(verdict)} {words_for}"] if verdict in verdicts else []
+    said += [f"{verdicts.count('untested')} untested", f"{count} do not apply"]
+    style = "bold red" if wrong else "bold yellow" if "untested" in verdicts else "bold green"
+    print_text(console, Text(f"{', '.join(said)}, in {sum(r['seconds'] for r in results):.0f} s", style))
+
+
+def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
+    """What does not make sense in a curve, and what was found or is to be run."""
+    for doubt in doubts:
+        print_text(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
+
+
+def show_explanation(console: Console, found: Explanation, title: str) -> None:
+    """The interventions, ranked; the tokens that got worse; the verdict."""
+    nll = (("the run", found.nll), ("full cache", found.nll_full), ("no cache", found.nll_empty))
+    said = ", ".join(f"{name} {math.exp(value):.2f}" for name, value in nll)
+    print_text(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {found.windows} windows\n"))
+    table = Table(box=None, pad_edge=False)
+    for column in ("change", "95% interval", "recovers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("what it proves")
+    for e in found.effects:
+        between = "-" if e.low is None or e.high is None else f"{e.low:+.3f} to {e.high:+.3f}"
+        table.add_row(f"{e.change:+.4f}", between, "-" if e.recovered is None else f"{e.recovered:.0%}", Text(e.proves))
+    console.print(table)
+    worst = Table(title="\nTokens that got worse most", title_justify="left", box=None, pad_edge=False)
+    for column in ("window", "position", "token", "NLL full", "NLL", "evicted, most attended", "position", "attention"):
+        worst.add_column(column, justify="left" if column in ("token", "evicted, most attended") else "right")
+    for t in found.worst:
+        worst.add_row(
+            str(t.window), str(t.position), Text(repr(t.token)), f"{t.nll_full:.2f}", f"{t.nll:.2f}",
+            Text(repr(t.evicted)), str(t.evicted_position), f"{t.attention:.0%}",
+        )  # fmt: skip
+    console.print(worst)
+    print_text(console, Text("\n" + "\n".join(found.verdict), "bold"))
+
+
+_OUTCOMES = {
+    "holds": ("holds         ", "green"),
+    "moved": ("MOVED         ", "bold red"),
+    "missing": ("MISSING       ", "bold red"),
+    "damaged": ("DAMAGED       ", "bold red"),
+    "orphan": ("ORPHAN        ", "bold red"),
+    "not compared": ("not compared  ", "yellow"),
+    "inconclusive": ("INCONCLUSIVE  ", "yellow"),
+}
+_ROWS = 12  # of a table at most
+
+
+def show_outcome(console: Console, outcome: Outcome) -> None:
+    """A line for what became of a golden; below it the metrics that moved."""
+    where = f" ({outcome.device_class})" if outcome.device_class else ""
+    spent = f"; {outcome.seconds:.1f} s" if outcome.seconds else ""
+    line = Text.assemble(_OUTCOMES[outcome.verdict], f"{outcome.case}{where} ", (f"[{outcome.evidence}{spent}]", "dim"))
+    print_text(console, line)
+    if outcome.verdict == "moved" and outcome.findings:
+        console.print(findings_table(outcome.findings))
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """The metrics that moved: golden, measured, first accepted, and why."""
+    moved = [finding for finding in findings if finding.verdict == "moved"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("    metric", "golden", "measured", "first accepted"):
+        table.add_column(column, justify="left" if "metric" in column else "right", overflow="fold")
+    table.add_column("moved", ratio=1)
+    for f in moved[:_ROWS]:
+        table.add_row(f"    {f.metric}", *map(_value, (f.golden, f.measured, f.anchor)), Text(f.evidence))
+    if moved[_ROWS:]:
+        table.add_row(f"    ... {len(moved) - _ROWS} more")
+    return table
+
+
+def _value(value: int | float | str | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.7g}" if isinstance(value, float) else str(value)[:26] + ("..." if len(str(value)) > 26 else "")
+
+
+def changes_table(changes: Sequence[Change], title: str) -> Table:
+    """What a candidate would change: old, new, difference with its interval; what did not change is counted."""
+    changed = [change for change in changes if change.before != change.after]
+    same = len(changes) - len(changed)
+    table = Table(title=f"{title}: {len(changed)} of {len(changes)} metrics differ", box=None, pad_edge=False)
+    table.title_justify = "left"
+    for column in ("metric", "first accepted", "golden", "candidate", "difference", "interval over windows"):
+        table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
+    table.add_column("")
+    for c in changed:
+        between = "-" if c.low is None or c.high is None else f"{c.low:+.2e} to {c.high:+.2e}"
+        difference = "-" if c.difference is None else f"{c.difference:+.3g}"
+        table.add_row(
+            c.metric,
+            _value(c.anchor),
+            _value(c.before),
+            _value(c.after),
+            difference,
+            between,
+            "moved" if c.significant else "within its gate",
+        )
+    table.caption = f"{same} are the same" if same and changed else None
+    return table
+
+
+def goldens_table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """The goldens there are: case, device class, since when, commit, why, and what it pins."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("case", "device class", "accepted", "commit", "reason", "pins"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+_STYLES = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}
+
+
+def times_table(rows: Sequence[ArmRow]) -> Table:
+    """A line per arm: times, memory, exact counters."""
+    table = Table(box=None, pad_edge=False)
+    steps = rows[0].counters.steps
+    cuda = rows[0].counters.step_launches is not None
+    columns = ["keep_ratio", "TTFT ms", "TPOT ms", "median ms", "p99 ms", "tokens/s", "cache KiB", "tokens kept"]
+    columns += ["peak MiB"] if cuda else []
+    columns += ["operators: prompt", f"{steps} steps"] + (["launches: prompt", f"{steps} steps"] if cuda else [])
+    for column in columns:
+        table.add_column(column, justify="left" if column == "keep_ratio" else "right")
+    for row in rows:
+        t, c = row.times, row.counters
+        times = [f"{1000 * x:.2f}" for x in (t.ttft, t.tpot, t.tpot_median, t.tpot_p99)]
+        cells = [row.name, *times, f"{t.throughput:.1f}", f"{c.cache_bytes / 1024:,.0f}", _per_layer(c.retained)]
+        cells += [f"{(row.peak or 0) / 2**20:.1f}"] if cuda else []
+        cells += [f"{c.prompt_operators:,}", f"{c.step_operators:,}"]
+        cells += [f"{c.prompt_launches:,}", f"{c.step_launches:,}"] if cuda else []
+        table.add_row(*cells)
+    return table
+
+
+def _per_layer(retained: Sequence[int]) -> str:
+    """Tokens of each layer: [220, 31, 31, 31] is "220, 3 x 31"."""
+    groups: list[list[int]] = []
+    for tokens in retained:
+        if groups and groups[-1][0] == tokens:
+            groups[-1][1] += 1
+        else:
+            groups.append([tokens, 1])
+    return ", ".join(f"{times} x {tokens}" if times > 1 else str(tokens) for tokens, times in groups)
+
+
+def comparisons_table(pairs: Pairs) -> Table:
+    """A line per policy and metric: the slowdown, its two intervals, the smallest that could be seen, the verdict."""
+    table = Table(box=None, pad_edge=False)
+    level = next((1 - 2 * c.alpha for _, compared in pairs for c in compared.values()), 0.98)
+    columns = ("keep_ratio", "of", "slowdown", f"{level:.2%} interval", "bootstrap", "could see", "verdict")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("keep_ratio", "of", "verdict") else "right")
+    for name, compared in pairs:
+        for metric in _SHOWN:
+            c = compared[metric]
+            verdict = Text(c.verdict, _STYLES[c.verdict]) if metric != "throughput" else Text("-")
+            between = [f"{100 * low - 100:+.1f} to {100 * high - 100:+.1f}%" for low, high in (c.t, c.bootstrap)]
+            table.add_row(name, _NAMES[metric], f"{c.ratio - 1:+.1%}", *between, f"{c.mde:.1%}", verdict)
+    return table
+
+
+def show_verdict(
+    console: Console, verdict: str, pairs: Pairs, setting: Mapping[str, Any], unit: str = "blocks"
+) -> None:
+    """The verdict of the run, what it means, and what INCONCLUSIVE needs."""
+    margin, alpha, power = setting["margin"], setting["alpha"], setting["power"]
+    slower = [f"{_NAMES[m]} at {n} by {c.ratio - 1:.1%}" for n, each in pairs for m, c in each.items()
+              if c.verdict == "FAIL" and m != "throughput"]  # fmt: skip
+    unsure = [(c.more, c.blocks, f"{_NAMES[m]} at {n}") for n, each in pairs for m, c in each.items()
+              if c.verdict == "INCONCLUSIVE" and m != "throughput"]  # fmt: skip
+    said = ""
+    if verdict == "PASS":
+        said = f"PASS: no TTFT or TPOT is slower by {margin:.1%} or more"
+    elif slower:
+        said = f"FAIL: slower: {', '.join(slower)}"
+    elif verdict == "FAIL":
+        said = "FAIL: counters rose"
+    if said:
+        print_text(console, Text(said, _STYLES[verdict]))
+    for more, blocks, what in unsure:
+        words = f"INCONCLUSIVE: {what}: the noise is too large for {blocks} {unit}; about {more} more would decide"
+        print_text(console, Text(words, _STYLES["INCONCLUSIVE"]))
+    words = (
+        f"All verdicts together are wrongly FAIL at most {alpha:.0%} of the time; 'could see': found in {power:.0%}."
+    )
+    print_text(console, Text(words, "dim"))
+
+
+def show_counters(
+    console: Console, policies: Sequence[Any], found: Found, rises: Sequence[Sequence[str]], judged: bool
+) -> None:
+    """What each commit does, in whole numbers, and what rose."""
+    print_text(console, Text("\nExact counters" + ("" if judged else ", shown only")))
+    for policy, old, new, rise in zip(policies, found.old, found.new, rises, strict=True):
+        launches = (
+            f", {new.prompt_launches:,} + {new.step_launches:,} launches" if new.step_launches is not None else ""
+        )
+        line = (
+            f"{policy.keep_ratio}: {_per_layer(new.retained)} tokens, {new.cache_bytes:,} bytes, operators "
+            f"{new.prompt_operators:,} in the prompt pass + {new.step_operators:,} in {new.steps} steps{launches}"
+        )
+        same = "; the same" if new == old else "; fewer than before" if not rise else ""
+        print_text(console, Text(line + same))
+        for words in rise:
+            style = _STYLES["FAIL"] if judged else _STYLES["INCONCLUSIVE"]
+            hint = " (intended? --allow-counters)" if judged else ""
+            print_text(console, Text(f"  {words}{hint}", style))

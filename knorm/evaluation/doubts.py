@@ -1,0 +1,281 @@
+"""Does a perplexity curve make sense? Rows measured here get the cause, somebody else's table what to run.
+
+A curve that falls while less is kept is suspicious, not wrong: it says that something other than the amount kept moved.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from knorm.evaluation.curve import NEWEST, Row, evaluate
+from knorm.evaluation.interventions import newest_to_protect, sees_itself
+from knorm.evaluation.windows import Windows
+from knorm.perplexity import exact_nll
+from knorm.policy import Policy, exact_ratio
+
+TOLERANCE = 0.01  # relative: perplexities this close count as equal
+JUMP = 2.0  # a first step that multiplies perplexity by more
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """What does not make sense, and what was found or is to be run."""
+
+    what: str
+    then: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.then}"
+
+
+@dataclass(frozen=True)
+class Series:
+    """A column of a table: keep_ratio as written -> perplexity; and how many tokens each scored, where it says."""
+
+    name: str
+    ppl: dict[str, float]
+    tokens: dict[str, float]
+
+
+def fall(ppl: dict[str, float]) -> tuple[str, str] | None:
+    """The ratio below 1 of highest perplexity and the smaller one of lowest, if perplexity falls between them."""
+    ratios = sorted((r for r in ppl if exact_ratio(r) < 1), key=exact_ratio, reverse=True)
+    pairs = [(a, b) for i, a in enumerate(ratios) for b in ratios[i + 1 :] if ppl[b] < ppl[a] * (1 - TOLERANCE)]
+    return max(pairs, key=lambda pair: ppl[pair[0]] / ppl[pair[1]], default=None)
+
+
+def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
+    """What to doubt in somebody else's table, and the checks to run."""
+    found = []
+    for series in table:
+        of, ppl = (f"{series.name}: " if len(table) > 1 else ""), series.ppl
+        if len(set(ppl.values())) == 1 and len(ppl) > 1:
+            found.append(
+                Suspicion(
+                    f"{of}every ratio has the same perplexity, {next(iter(ppl.values())):g}",
+                    "nothing was compressed; check that prune_after was ever reached (the column 'mean cache' of "
+                    "`knorm ppl` says so)",
+                )
+            )
+        if pair := fall(ppl):
+            a, b = pair
+            found.append(
+                Suspicion(
+                    f"{of}perplexity falls from {ppl[a]:g} at {a} to {ppl[b]:g} at {b}, while less is kept",
+                    f"run `knorm explain --keep-ratio {a}` with the protocol of the table: are the newest tokens "
+                    "starved, does protecting them make the curve rise? Order cannot do it: "
+                    "`knorm check TARGET --select attention`",
+                )
+            )
+        found += _baseline(of, series)
+    return [*found, *_columns(table)]
+
+
+def _baseline(of: str, series: Series) -> list[Suspicion]:
+    ppl = series.ppl
+    found: list[Suspicion] = []
+    full = next((r for r in ppl if exact_ratio(r) == 1), None)
+    if full is None:
+        return [Suspicion(f"{of}there is no row at ratio 1", "measure the uncompressed model on the same tokens")]
+    if below := [r for r in ppl if ppl[r] < ppl[full] * (1 - TOLERANCE)]:
+        found.append(
+            Suspicion(
+                f"{of}perplexity at {', '.join(below)} lies below the full cache's {ppl[full]:g}",
+                "that can be right, where what was evicted misled; check first that both scored the same tokens, as "
+                "`knorm ppl` does",
+            )
+        )
+    next_one = max((r for r in ppl if r != full), key=exact_ratio, default=None)
+    if next_one and ppl[next_one] > JUMP * ppl[full]:
+        found.append(
+            Suspicion(
+                f"{of}perplexity jumps from {ppl[full]:g} at {full} to {ppl[next_one]:g} at {next_one}, "
+                f"{ppl[next_one] / ppl[full]:.1f}-fold",
+                "check that the baseline scored the same tokens by the same protocol, as `knorm ppl` does at every "
+                "ratio, and that positions continue from the tokens seen: `knorm check TARGET --select cache`",
+            )
+        )
+    counts = set(series.tokens.values())
+    if len(counts) > 1:
+        listed = ", ".join(f"{n:g} at {r}" for r, n in series.tokens.items())
+        found.append(Suspicion(f"{of}the ratios score different tokens ({listed})", "score the same: `knorm ppl` does"))
+    return found
+
+
+def _columns(table: Sequence[Series]) -> list[Suspicion]:
+    found = []
+    for i, one in enumerate(table):
+        for other in table[i + 1 :]:
+            both = [r for r in one.ppl if r in other.ppl and exact_ratio(r) < 1]
+            same = [r for r in both if math.isclose(one.ppl[r], other.ppl[r], rel_tol=1e-4)]
+            apart = [r for r in both if r not in same]
+            if same and apart:
+                found.append(
+                    Suspicion(
+                        f"{one.name} and {other.name} are equal at {', '.join(same)} but differ at {', '.join(apart)}",
+                        "one change cannot do both unless it depends on the ratio; the order of the cache cannot "
+                        "change any of them. Check that both columns come from the same texts: `knorm ppl` on each",
+                    )
+                )
+    return found
+
+
+def read_reported(file: Path) -> list[Series]:
+    """Somebody else's table: a .csv with a header, or .json (a list of objects, or what `knorm ppl --json` writes).
+
+    Columns: keep_ratio; one or more whose name starts with ppl; tokens, if told. Empty cells and "-" are left out.
+    Raises ValueError, with the row, for anything else.
+    """
+    rows, series = _rows(file), []
+    if not rows:
+        raise ValueError(f"{file} has no rows, but should have keep_ratio and ppl in each")
+    aside = ("err", "error", "se", "std", "stderr", "ci", "low", "high")
+    names = [name for name in rows[0] if name.startswith("ppl") and not name.endswith(aside)]
+    if "keep_ratio" not in rows[0] or not names:
+        raise ValueError(
+            f"{file} has the columns {', '.join(map(str, rows[0]))}, but should have keep_ratio and ppl "
+            "(or several: ppl_before, ppl_after)"
+        )
+    ratios = [_ratio(file, number, row) for number, row in enumerate(rows, 1)]
+    if twice := {r for r in ratios if [exact_ratio(x) for x in ratios].count(exact_ratio(r)) > 1}:
+        raise ValueError(f"{file} has keep_ratio {', '.join(sorted(twice))} more than once")
+    for name in names:
+        ppl, tokens = {}, {}
+        for number, (ratio, row) in enumerate(zip(ratios, rows, strict=True), 1):
+            value = _number(file, number, name, row.get(name))
+            if value is not None:
+                if value < 1:
+                    raise ValueError(f"{file}, row {number}: {name}={value:g}, but a perplexity is at least 1")
+                ppl[ratio] = value
+                if (count := _number(file, number, "tokens", row.get("tokens"))) is not None:
+                    tokens[ratio] = count
+        if not ppl:
+            raise ValueError(f"{file}: the column {name} is empty")
+        series.append(Series(str(name), ppl, tokens))
+    return series
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    if file.suffix.lower() == ".json":
+        try:
+            rows = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not JSON: {error}") from None
+        rows = rows.get("rows") if isinstance(rows, dict) else rows
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{file} should be a list of objects with keep_ratio and ppl")
+        return [{str(name).strip().lower(): value for name, value in row.items()} for row in rows]
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+    if twice := {name for name in reader.fieldnames if reader.fieldnames.count(name) > 1}:
+        raise ValueError(f"{file} has the column {', '.join(sorted(twice))} more than once")
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{file} is not CSV: {error}") from None
+    if any(None in row or None in row.values() for row in rows):
+        number = next(n for n, row in enumerate(rows, 1) if None in row or None in row.values())
+        raise ValueError(
+            f"{file}, row {number}: not as many cells as the header has, {', '.join(reader.fieldnames or [])}"
+        )
+    return rows
+
+
+def _ratio(file: Path, number: int, row: dict[str, Any]) -> str:
+    written = str(row.get("keep_ratio")).strip()
+    try:
+        exact_ratio(written)
+    except ValueError as error:
+        raise ValueError(f"{file}, row {number}: {error}") from None
+    return written
+
+
+def _number(file: Path, number: int, name: object, value: Any) -> float | None:
+    if value is None or str(value).strip() in ("", "-", "–", "—"):
+        return None
+    try:
+        result = float(value)
+    except (TypeError, ValueError, OverflowError):
+        result = math.nan
+    if not math.isfinite(result) or isinstance(value, bool):
+        raise ValueError(f"{file}, row {number}: {name}={value!r}, but should be a number")
+    return result
+
+
+def judge_measured(
+    rows: Sequence[Row],
+    policies: Sequence[Policy],
+    measure: Callable[[Policy], Row],
+    *,
+    prompt_length: int = 1,
+    nll_empty: float | None = None,
+) -> list[Suspicion]:
+    """What does not make sense in rows measured here; the cause of a falling curve is found by intervention.
+
+    measure     evaluates one more policy on the same tokens
+    nll_empty   mean NLL where each token sees itself only, to tell what lies outside [full cache, no cache]
+    """
+    ppl, found = {row.keep_ratio: row.ppl for row in rows}, []
+    by_ratio = {row.keep_ratio: (row, policy) for row, policy in zip(rows, policies, strict=True)}
+    if pair := fall(ppl):
+        a, b = pair
+        protected = []
+        for ratio in pair:
+            policy = by_ratio[ratio][1]
+            newest = newest_to_protect(policy, prompt_length, NEWEST) or policy.protect_recent
+            protected.append((newest, measure(replace(policy, protect_recent=newest)).ppl))
+        (n, at_a), (m, at_b) = protected
+        cached = [by_ratio[ratio][0].recent for ratio in pair]
+        said = f"with the newest {n} and {m} protected it is {at_a:.2f} and {at_b:.2f}"
+        if at_b >= at_a * (1 - TOLERANCE):
+            there = (
+                ""
+                if None in cached
+                else f" ({cached[0]:.1f} of the newest {NEWEST} are cached at {a}, {cached[1]:.1f} at {b})"
+            )
+            said += f": the newest tokens had been starved{there}"
+        else:
+            said += f", so it falls still: run `knorm explain --keep-ratio {a}`"
+        found.append(
+            Suspicion(f"perplexity falls from {ppl[a]:.2f} at {a} to {ppl[b]:.2f} at {b}, while less is kept", said)
+        )
+    full = next((row for row in rows if Fraction(row.keep_ratio) == 1), None)
+    if full and nll_empty is not None:
+        low, high = sorted((full.ppl, math.exp(nll_empty)))
+        outside = [row.keep_ratio for row in rows if not low * (1 - 1e-6) <= row.ppl <= high * (1 + 1e-6)]
+        if outside:
+            found.append(
+                Suspicion(
+                    f"perplexity at {', '.join(outside)} lies outside {low:.2f} (full cache) to {high:.2f} (no cache)",
+                    "that can be right: what is left of the cache may mislead, or what was evicted may have",
+                )
+            )
+    return found
+
+
+def measure_with(
+    model: PreTrainedModel, windows: Windows, *, prompt_length: int = 1, batch: int = 8
+) -> Callable[[Policy], Row]:
+    """A function that evaluates one more policy on the same windows."""
+    return lambda policy: evaluate(model, windows, policy, prompt_length=prompt_length, batch=batch)
+
+
+def measure_empty(model: PreTrainedModel, windows: Windows, *, prompt_length: int = 1, batch: int = 8) -> float:
+    """Mean NLL of the same tokens where each sees itself only: no cache at all."""
+    parts = windows.input_ids.split(batch)
+    nll = [exact_nll(model, ids, Policy(), schedule=sees_itself)[:, prompt_length - 1 :] for ids in parts]
+    return float(torch.cat(nll).double().mean())

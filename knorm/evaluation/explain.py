@@ -1,0 +1,337 @@
+"""Why did perplexity move? One thing about a compressed run is changed at a time, and the run evaluated again.
+
+Each intervention is a run of its own, exactly evaluated on the same tokens; its change is the mean difference of the
+tokens' NLLs, with an interval over windows, since tokens of one window are not independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from knorm.evaluation.curve import NEWEST, Row, evaluate, mean_recent
+from knorm.evaluation.interventions import _Case, interventions, newest_to_protect, sees_itself, stored_positions
+from knorm.evaluation.windows import Windows, check_prompt
+from knorm.masked_attention import attend_seen
+from knorm.perplexity import Run, exact_run
+from knorm.policy import Policy
+from knorm.rounding import ROUNDING, OrderProbe, Rounding
+from knorm.statistics import interval
+
+NO_LOSS = 0.005  # nats a token: less is nothing to explain
+NO_REMEDY = ("slots shuffled", "positions collapsed")
+STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One intervention. In nats per token; `change` is against the run that is explained, negative where it helps.
+
+    low, high   95% interval of the change, clustered by window; None for one window
+    recovered   share of the loss (run - full cache) that it takes back; None where nothing was lost
+    largest     largest change of any token
+    proves      the sentence
+    is_rounding rounding explains all of it; of the order of slots: float64 has shown that it has no effect
+    """
+
+    name: str
+    nll: float
+    change: float
+    low: float | None
+    high: float | None
+    recovered: float | None
+    largest: float
+    proves: str
+    is_rounding: bool = False
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """A token that got worse, and the evicted token that it would have attended to most.
+
+    attention   that token's share of the full model's attention, mean over compressed layers and heads
+    """
+
+    window: int
+    position: int
+    token: str
+    nll_full: float
+    nll: float
+    evicted: str
+    evicted_position: int
+    attention: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and where each token sees itself only."""
+
+    nll: float
+    nll_full: float
+    nll_empty: float
+    windows: int
+    tokens: int
+    recent: float | None
+    effects: tuple[Effect, ...]
+    worst: tuple[TokenView, ...]
+    verdict: tuple[str, ...]
+
+    @property
+    def loss(self) -> float:
+        """What compression costs, in nats per token."""
+        return self.nll - self.nll_full
+
+
+def _proves(name: str, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
+    """One sentence per intervention."""
+    none = effect.is_rounding
+    gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
+    share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
+    if effect.change < 0 and effect.recovered is not None:
+        share = f"recovers {effect.recovered:.0%} of the loss"
+    if none:
+        share = "has no effect" if effect.largest <= ROUNDING else "has no effect beyond rounding"
+    elif effect.low is not None and effect.high is not None and effect.low < 0 < effect.high:
+        share += " (the interval includes none)"
+    if name == "slots shuffled":
+        seen = "attention does not see slot order" if none else "attention must not see slot order"
+        kind = str(dtype).removeprefix("torch.")
+        agree = f"in float64 attention's outputs agree to {order.difference:.0e}"
+        within = f" (the rounding of {kind}: {agree})" if none and effect.largest > ROUNDING else ""
+        return f"order: {gain}, at most {effect.largest:.0e} per token{within}: {seen}"
+    if name == "positions corrected":
+        return f"positions: {'none was wrong' if none else f'counting them from the tokens seen {share}'}"
+    if name == "positions collapsed":
+        who = (
+            "an unaware loop is spared it here, because it reads layer 0's length and layer 0 is skipped"
+            if 0 in policy.skip_layers
+            else "a loop that takes positions from the stored length does this"
+        )
+        return f"positions: {gain}; {who}"
+    if name.startswith("newest"):
+        return f"recency: protecting the {name.removesuffix(' protected')} {share}"
+    if name.startswith("first"):
+        return f"sinks: protecting the {name.removesuffix(' protected')} {share}"
+    if " instead of " in name:
+        return f"choice: {name} {share}"
+    if name.startswith("layer"):
+        return f"layers: sparing {name.removesuffix(' spared')} {share}"
+    if name.startswith("compressed once"):
+        return f"repetition: {name} instead of after every token {share}"
+    return f"amount: {name}, {share}"
+
+
+def _cause(found: Explanation) -> str:
+    """Which single change takes back most of the loss, if any is certain to; recency first, as the usual one."""
+    helping = [e for e in found.effects if e.change < 0 and e.recovered is not None]
+    certain = [e for e in helping if e.high is None or e.high < 0]
+    best = next(iter(certain or helping), None)
+    if best is None or not certain:
+        least = f"; the largest is uncertain: {best.name}" if best else ""
+        return f"No single change takes back any of the loss of {found.loss:.3f} nats a token for certain{least}."
+    if (best.recovered or 0.0) < 0.5:
+        return (
+            f"No single change takes back half of the loss of {found.loss:.3f} nats a token. "
+            f"The most is {best.recovered:.0%}: {best.name}."
+        )
+    recency = [e for e in certain if e.name.startswith(("newest", "as many")) and (e.recovered or 0.0) >= 0.5]
+    cause = next((e for e in recency if e.name.startswith("newest")), None) or (best if best in recency else None)
+    if cause and found.recent is not None and found.recent < STARVED:
+        cached = f"{found.recent:.1f} of the newest {NEWEST} are cached"
+        return f"The newest tokens were starved ({cached}): {cause.proves.partition(': ')[2]}."
+    said = f"{best.proves.partition(': ')[2]}."
+    return said[0].upper() + said[1:]
+
+
+def _verdict(found: Explanation) -> tuple[str, ...]:
+    """Plain words: the cause, and what is acquitted."""
+    if found.loss > NO_LOSS:
+        said = [_cause(found)]
+    elif found.loss >= -NO_LOSS:
+        said = [f"Compression costs {found.loss:+.4f} nats a token here: there is no loss to explain."]
+    else:
+        undoing = max(found.effects, key=lambda e: e.change)
+        said = [
+            f"Compression gains {-found.loss:.3f} nats a token here; what takes most of that away again is "
+            f"{undoing.name} ({undoing.change:+.3f})."
+        ]
+    if next(e for e in found.effects if e.name == "slots shuffled").is_rounding:
+        said.append("The order of the cache plays no part in it.")
+    chance = next((e for e in found.effects if e.name.startswith("random")), None)
+    if found.loss > NO_LOSS and chance and chance.high is not None and chance.high < 0:
+        said.append("Norms choose worse than chance here.")
+    if not min(found.nll_full, found.nll_empty) <= found.nll <= max(found.nll_full, found.nll_empty):
+        side = "below the full cache's" if found.nll < found.nll_full else "above that of no cache at all"
+        said.append(f"Perplexity lies {side}, which can be right: what is left may mislead.")
+    if found.windows == 1:
+        said.append("One window only: there is no interval, and these numbers may be this text's alone.")
+    return tuple(said)
+
+
+def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: int) -> str:
+    """Why not."""
+    if policy.keep_ratio == 1:
+        return "keep_ratio is 1"
+    if len(policy.skip_layers) == layers:
+        return "every layer is skipped"
+    longest = length - 1 if policy.protocol == "streaming" else prompt_length  # nobody sees what the last token leaves
+    if longest < policy.prune_after:
+        return f"prune_after {policy.prune_after} was never reached"
+    if policy.budget(longest) == longest:
+        return f"keep_ratio {policy.keep_ratio} of {longest} tokens rounds up to all of them"
+    return "the prompt is the whole text"
+
+
+def explain(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: Windows,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    newest: int = NEWEST,
+    stored: bool = False,
+    worst: int = 8,
+    batch: int = 8,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> Explanation:
+    """Evaluate a policy's run, then every single change to it, all exactly and on the same tokens.
+
+    windows         the text (evaluation.cut_windows)
+    prompt_length   tokens of the first call; only those after it are scored
+    newest          how many of the newest tokens one intervention protects (half the budget, if that is less)
+    stored          explain the run of a loop that takes positions from the stored length: what corrects them is tried
+    worst           how many tokens to show of those that got worse
+    batch           windows at a time
+    on_step         told the name of each evaluation before it begins
+
+    Raises ValueError where no token is evicted, and what perplexity.exact_nll raises.
+    """
+    first, length = prompt_length - 1, windows.input_ids.shape[1]
+    check_prompt(windows, prompt_length)
+    order, rounding = OrderProbe(), Rounding()
+
+    def nll(name: str, case: _Case) -> tuple[Tensor, list[Run]]:
+        on_step(name)
+        runs = list(case.runs(model, windows, batch))
+        return torch.cat([run.nll[:, first:] for run in runs]).double().cpu(), runs
+
+    def placed(policy: Policy, prompt: int, options: dict[str, Any]) -> dict[str, Any]:
+        return {"position_ids": stored_positions(policy, length, prompt), **options} if stored else options
+
+    own, runs = nll("the run", _Case(policy, prompt_length, placed(policy, prompt_length, {})))
+    if all(bool((lost == length).all()) for run in runs for lost in run.evicted_at):
+        reason = _nothing_evicted(policy, model.config.num_hidden_layers, length, prompt_length)
+        raise ValueError(f"nothing to explain: no token was evicted; {reason}")
+    full, _ = nll("full cache", _Case(Policy(), prompt_length, {}))
+    empty, _ = nll("no cache", _Case(Policy(), prompt_length, {"schedule": sees_itself}))
+    loss = float((own - full).mean())
+    effects = []
+    layers = model.config.num_hidden_layers
+    for name, changed, prompt, options in interventions(policy, layers, length, prompt_length, newest):
+        if stored and name == "positions collapsed":
+            name, options = "positions corrected", {}  # noqa: PLW2901
+        else:
+            options = placed(changed, prompt, options)  # noqa: PLW2901
+        if name == "slots shuffled":
+            options["attend"] = order
+        changes, _ = nll(name, _Case(changed, prompt, options))  # whatever its prompt, the same tokens are scored
+        difference = changes - own
+        change, (low, high) = float(difference.mean()), interval(difference.mean(1).cpu())
+        if name == "slots shuffled" and order.holds:  # it comes first: attention is summed otherwise, and that is all
+            rounding = Rounding.measured(difference)
+        effect = Effect(
+            name, float(changes.mean()), change, low, high,
+            -change / loss if loss > NO_LOSS and name not in NO_REMEDY else None, float(difference.abs().max()), "",
+            order.holds if name == "slots shuffled" else rounding.covers(difference),
+        )  # fmt: skip
+        effects.append(replace(effect, proves=_proves(name, effect, policy, order, model.dtype)))
+    effects.sort(key=lambda effect: effect.change)
+    on_step("tokens")
+    found = Explanation(
+        float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
+        mean_recent(runs, policy, prompt_length), tuple(effects),
+        tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy, rounding)), (),
+    )  # fmt: skip
+    return replace(found, verdict=_verdict(found))
+
+
+def _worst(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: Windows,
+    runs: list[Run],
+    own: Tensor,
+    full: Tensor,
+    prompt_length: int,
+    most: int,
+    policy: Policy,
+    rounding: Rounding,
+) -> Iterator[TokenView]:
+    """The tokens whose NLL rose most, each with the evicted token that the full model attends to most in its place."""
+    rise = own - full
+    schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
+    for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
+        window, at = divmod(flat, rise.shape[1])
+        if rise[window, at] <= rounding.largest:
+            return
+        query = at + prompt_length - 1
+        weights = _attention_of(model, windows.input_ids[window : window + 1], query)
+        lost = torch.zeros(query + 1, dtype=torch.float64)
+        for layer, weight in enumerate(weights):  # [heads, query + 1]
+            if layer not in policy.skip_layers:
+                gone = schedules[layer][window, :, : query + 1] <= query
+                lost += (weight * gone.repeat_interleave(len(weight) // len(gone), 0)).mean(0).double().cpu()
+        source = int(lost.argmax())
+        if not lost[source]:  # nothing that it would have seen was evicted: it got worse by what others lost
+            continue
+        ids = windows.input_ids[window]
+        compressed = max(1, len(weights) - len(policy.skip_layers))
+        yield TokenView(
+            window, query + 1, str(tokenizer.decode(ids[query + 1 : query + 2])), float(full[window, at]),
+            float(own[window, at]), str(tokenizer.decode(ids[source : source + 1])), source,
+            float(lost[source]) / compressed,
+        )  # fmt: skip
+
+
+def _attention_of(model: PreTrainedModel, ids: Tensor, query_position: int) -> list[Tensor]:
+    """The full model's attention weights at one query, per layer: [heads, query_position + 1]."""
+    weights: list[Tensor] = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
+        keys = key[0, :, : query_position + 1].repeat_interleave(query.shape[1] // key.shape[1], 0)
+        scores = query[0, :, query_position, None] @ keys.mT
+        weights.append((scores[:, 0] * (scale or query.shape[-1] ** -0.5)).softmax(-1))
+        return attend_seen(query, key, value, evicted, scale)
+
+    exact_run(model, ids, Policy(), attend=attend)
+    return weights
+
+
+def curves_around(
+    model: PreTrainedModel,
+    windows: Windows,
+    policy: Policy,
+    ratios: Sequence[str],
+    *,
+    prompt_length: int = 1,
+    batch: int = 8,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[Row]]:
+    """The policy at other ratios, and with the newest half of the budget protected: what to draw beside it."""
+    curves: dict[str, list[Row]] = {"as given": [], "newest half of the budget protected": []}
+    for ratio in ratios:
+        own = replace(policy, keep_ratio=ratio)
+        try:
+            count = newest_to_protect(own, prompt_length, NEWEST) or own.protect_recent
+        except ValueError:  # a budget that does not cover what is protected
+            continue
+        for name, each in zip(curves, (own, replace(own, protect_recent=count)), strict=True):
+            on_step(f"ratio {ratio}")
+            curves[name].append(evaluate(model, windows, each, prompt_length=prompt_length, batch=batch))
+    return curves

@@ -1,0 +1,95 @@
+"""Recall: what a story names early and needs late, and whether a compressed cache still has it.
+
+The mean over all tokens hardly moves when one name is lost; the tokens of the name itself do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from knorm.models import load_text
+from knorm.paths import ASSETS
+from knorm.perplexity import exact_run
+from knorm.policy import Policy
+
+PASSAGE = 80  # tokens of the passage that names the fact
+AFTER = 16  # of which after the name
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A window for each fact of the embedded narrative: the passage that names it, then the text that needs it.
+
+    names       what is named
+    input_ids   int64 [facts, tokens]: the passage, then the latest text up to the last token of the name
+    asked       bool [facts, tokens - 1]: which predicted tokens are the name's
+    """
+
+    names: tuple[str, ...]
+    input_ids: Tensor
+    asked: Tensor
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Of the names' tokens alone: mean NLL in nats, perplexity, share that were the likeliest, how many there are.
+
+    others   perplexity of all other tokens of the same windows, after the passage
+    """
+
+    nll: float
+    ppl: float
+    accuracy: float
+    tokens: int
+    others: float
+
+
+def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named: bool = True) -> Facts:
+    """The facts of the embedded narrative, named early and needed 14,000 to 45,000 characters later.
+
+    length   tokens of a window, more than the passage's 80
+    named    False: another passage of the story in place of the one that names it, to tell memory from guessing
+
+    Raises ValueError for windows shorter than two passages.
+    """
+    if length < 2 * PASSAGE:
+        raise ValueError(
+            f"windows of {length} tokens, but should be at least {2 * PASSAGE}: a passage, and what needs it"
+        )
+    facts = json.loads((ASSETS / "facts.json").read_text(encoding="utf-8"))
+    encoding = tokenizer(load_text("narrative"), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, ends = torch.tensor(encoding["input_ids"]), [end for _, end in encoding["offset_mapping"]]
+
+    def token_at(character: int) -> int:
+        return next(i for i, end in enumerate(ends) if end > character)
+
+    windows, asked = [], []
+    for fact in facts:
+        early = token_at(fact["named"][1] - 1) + 1 + AFTER
+        passage = ids[early - PASSAGE : early] if named else ids[early : early + PASSAGE]
+        first, last = token_at(fact["needed"][0]), token_at(fact["needed"][1] - 1)
+        windows.append(torch.cat([passage, ids[last + 1 - (length - PASSAGE) : last + 1]]))
+        asked.append(torch.arange(length - 1) >= length - 1 - (last + 1 - first))
+    return Facts(tuple(fact["fact"] for fact in facts), torch.stack(windows), torch.stack(asked))
+
+
+def recall(model: PreTrainedModel, facts: Facts, policy: Policy, *, prompt_length: int = 1, batch: int = 8) -> Recall:
+    """How well the names are predicted where they are needed. Raises what perplexity.exact_nll raises."""
+    runs = [exact_run(model, ids, policy, prompt_length=prompt_length) for ids in facts.input_ids.split(batch)]
+    nll = torch.cat([run.nll for run in runs]).double().cpu()
+    correct = torch.cat([run.correct for run in runs]).cpu()
+    mean = float(nll[facts.asked].mean())
+    others = nll[:, PASSAGE:][~facts.asked[:, PASSAGE:]]
+    return Recall(
+        mean,
+        math.exp(mean),
+        float(correct[facts.asked].double().mean()),
+        int(facts.asked.sum()),
+        math.exp(float(others.mean())),
+    )

@@ -1,0 +1,1 @@
+"""Numbers that others published, beside what their protocol gives here."""

@@ -1,0 +1,146 @@
+"""Published numbers beside measured ones: which claims hold, which do not, and which cannot be tested."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from knorm.evaluation.published.measure import ROUNDS, load_seed_texts, measure_claims
+from knorm.evaluation.published.schema import Claim, Reported, Unit, Verdict
+from knorm.models import load_model
+
+_FORMATS = {"PPL": ".2f", "nats": ".0e", "share": "+.1%", "ratio": ".3f", "s": ".4f", "tokens/s": ".2f"}
+_SUFFIXES = {"nats": " nats", "ratio": "x", "s": " s", "tokens/s": " /s"}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of a claim: the reported number, the measured one (None where none is), and why, in a few words."""
+
+    claim: Claim
+    verdict: Verdict
+    reported: float
+    measured: float | None
+    tolerance: float
+    why: str
+
+    @property
+    def unexpected(self) -> bool:
+        """Whether the verdict is another than the one that is right."""
+        return self.claim.expected is not None and self.verdict != self.claim.expected
+
+
+class UnexpectedVerdict(AssertionError):
+    """A claim came out otherwise than it should; the message is the table."""
+
+
+def _judge(claim: Claim, measured: float) -> tuple[bool, str]:
+    reported, tolerance = claim.reported, claim.tolerance
+    if claim.kind in ("baseline", "compressed"):
+        off = measured / reported - 1
+        return abs(off) <= tolerance, f"{off:+.1%}"
+    if claim.kind == "difference":
+        return measured <= tolerance, ""
+    if claim.kind == "gain":
+        return measured >= reported - tolerance, ""
+    if claim.kind == "trend":
+        return measured < 1 - tolerance if reported < 1 else measured > 1 + tolerance, ""
+    return abs(measured - reported) <= tolerance, ""
+
+
+def judge_claims(claims: Iterable[Claim], measured: Mapping[str, float]) -> list[Judged]:
+    """A verdict per claim. What was not measured, is not finite, or is said to be untestable cannot be tested."""
+    judged = []
+    for claim in claims:
+        value = measured.get(claim.quantity)
+        verdict: Verdict = "cannot be tested"
+        if claim.untestable is not None:
+            why = claim.untestable
+        elif value is None or not math.isfinite(value):
+            why = f"{claim.quantity} was not measured" if value is None else f"{claim.quantity} is not finite"
+        else:
+            holds, why = _judge(claim, value)
+            verdict = "holds" if holds else "does not hold"
+            tenth = measured.get(claim.quantity.replace("ttft_gain/", "ttft_by_a_tenth/"))
+            if claim.kind == "gain" and tenth is not None:
+                why = f"the report's way, against a tenth of the total: {tenth:+.0%}"
+        judged.append(Judged(claim, verdict, claim.reported, value, claim.tolerance, why))
+    return judged
+
+
+def _show(value: float | None, unit: Unit) -> str:
+    return "-" if value is None else f"{value:{_FORMATS[unit]}}{_SUFFIXES.get(unit, '')}"
+
+
+def _tolerance(claim: Claim) -> str:
+    if claim.untestable is not None:
+        return "-"
+    if claim.kind in ("baseline", "compressed", "trend"):
+        return f"{claim.tolerance:.0%}"
+    return f"{claim.tolerance * 100:.0f} points" if claim.unit == "share" else _show(claim.tolerance, claim.unit)
+
+
+def claims_table(judged: Sequence[Judged], title: str | None = None) -> Table:
+    """A line per claim. What came out otherwise than expected is marked and comes first."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("verdict", "claim", "what is claimed", "reported", "measured", "tolerance", "why"):
+        number = name in ("reported", "measured", "tolerance")
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for each in sorted(judged, key=lambda each: not each.unexpected):
+        claim = each.claim
+        table.add_row(
+            f"{each.verdict.upper()}, should be: {claim.expected}" if each.unexpected else each.verdict,
+            claim.id,
+            claim.statement,
+            _show(each.reported, claim.unit),
+            _show(each.measured, claim.unit),
+            _tolerance(claim),
+            each.why,
+            style="bold red" if each.unexpected else "",
+        )
+    return table
+
+
+def claims_text(judged: Sequence[Judged], width: int = 250) -> str:
+    """claims_table as plain text, for logs and errors."""
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(claims_table(judged))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def require_expected(judged: Sequence[Judged]) -> None:
+    """The gate. Raises UnexpectedVerdict, with the table, where a claim came out otherwise than expected."""
+    wrong = [each.claim.id for each in judged if each.unexpected]
+    gated = sum(each.claim.expected is not None for each in judged)
+    if not gated:
+        raise UnexpectedVerdict("no claim says which verdict is expected: the gate would test nothing")
+    if wrong:
+        said = f"{len(wrong)} of {gated} claims came out otherwise than expected: {', '.join(wrong)}"
+        raise UnexpectedVerdict(f"{said}\n\n{claims_text(judged)}")
+
+
+def judge_model(
+    reported: Reported,
+    model: str,
+    sources: Mapping[str, str],
+    *,
+    device: str | torch.device = "cpu",
+    rounds: int = ROUNDS,
+) -> list[Judged]:
+    """A report's protocol on a model in float32, and a verdict per claim.
+
+    model     as models.load_model takes it: a folder, or PYTHIA
+    sources   as load_seed_texts takes them
+    device    of the model; times are this device's
+
+    Raises ValueError for a model or text that is missing, in one line.
+    """
+    texts = load_seed_texts(reported.protocol, sources)
+    loaded, tokenizer = load_model(model, device=device)
+    return judge_claims(reported.claims, measure_claims(loaded, tokenizer, texts, reported.protocol, rounds=rounds))

@@ -1,0 +1,377 @@
+"""The cases that goldens pin: what each measures, on which text or tensors, and what its numbers may depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knorm.core import compress
+from knorm.evaluation.published.measure import load_seed_texts, seed_ids
+from knorm.evaluation.published.schema import PYTHIA, bug_report
+from knorm.evaluation.windows import cut_windows
+from knorm.golden.environment import How
+from knorm.golden.format import Gate, Measured, Metric, Noise, digest
+from knorm.golden.latency import COUNTED_SHAPE, POLICIES, TIMED_SHAPE, measure_counters, measure_latency
+from knorm.models import load_embedded, load_model, load_text, random_gpt_neox
+from knorm.paths import ASSETS
+from knorm.perplexity import exact_run
+from knorm.policy import Policy
+from knorm.schedule import cache_lengths
+
+RATIOS = ("1.0", "0.95", "0.7", "0.5", "0.1")
+
+# What runs showed that differed in nothing that matters: docs/golden-power.md.
+NOISE = {
+    "cpu": Noise(runs=244, sigma=5e-7, largest=5e-5, typical=1e-4, alpha=0.01, power=1.0),
+    "cuda": Noise(runs=200, sigma=2e-6, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0),
+}
+_MEAN_SHIFT = 2e-6  # nats a token: smaller shifts are nobody's concern
+_RATIO = 1e-4  # relative, of PPL at a ratio to PPL at 1.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case: what it pins in a sentence, what it is configured by, and on which kinds of device it is measured.
+
+    optional   it needs what is not in the box: without that, or without a golden, it is not compared
+    timed      it is measured by a clock: only where it is asked for by name, with the machine to itself
+    """
+
+    id: str
+    what: str
+    configuration: Callable[[], dict[str, Any]]
+    measure: Callable[[str, How], Measured]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    optional: bool = False
+    timed: bool = False
+
+
+CASES: dict[str, Case] = {}
+
+
+def as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
+    """Policies as a golden stores them."""
+    return [asdict(policy) | {"skip_layers": [*policy.skip_layers]} for policy in policies]
+
+
+def find_case(name: str) -> Case:
+    """The case of that name. Raises ValueError where there is none."""
+    if name not in CASES:
+        raise ValueError(f"no case is named {name!r}; there are {', '.join(sorted(CASES))}")
+    return CASES[name]
+
+
+# Tokens: the NLL of each under a policy
+
+
+@lru_cache(maxsize=2)
+def _embedded(device: str) -> tuple[Any, Any]:
+    return load_embedded(device=device)
+
+
+def _sums() -> dict[str, str]:
+    """File of the box -> its sha256."""
+    lines = (ASSETS / "SHA256SUMS").read_text("ascii").splitlines()
+    return {name: found for found, name in (line.split() for line in lines)}
+
+
+def _embedded_configuration() -> dict[str, Any]:
+    sums = _sums()
+    return {
+        "model": "embedded",
+        "model_sha256": sums["model.safetensors"],
+        "tokenizer_sha256": sums["tokenizer.json"],
+    }
+
+
+def _digest_of(model: Any) -> str:
+    found = hashlib.sha256()
+    for weight in model.parameters():
+        found.update(weight.detach().cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _random(device: str) -> Any:
+    model: Any = random_gpt_neox()
+    if (found := _digest_of(model)) != RANDOM_SHA256:
+        raise ValueError(
+            f"the random GPT-NeoX has sha256 {found[:12]}, but should have {RANDOM_SHA256[:12]}: NumPy's "
+            "PCG64 or transformers' order of its weights changed"
+        )
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A curve over ratios on windows of a text, by one pass each.
+
+    policies   one per ratio, the first uncompressed
+    random     a GPT-NeoX of Pythia-70M's shape with random weights, on random tokens, instead of the embedded model
+    """
+
+    policies: tuple[Policy, ...]
+    windows: int
+    window: int
+    prompt_length: int = 1
+    random: bool = False
+
+    def configuration(self) -> dict[str, Any]:
+        where = (
+            {"model": "random GPT-NeoX of Pythia-70M's shape", "model_sha256": RANDOM_SHA256, "text": "random tokens"}
+            if self.random
+            else {**_embedded_configuration(), "text": "narrative", "text_sha256": _sums()["narrative.txt"]}
+        )
+        shape = {"windows": self.windows, "window": self.window, "prompt_length": self.prompt_length}
+        return {**where, **shape, "dtype": "float32", "attention": "one pass", "policies": as_json(self.policies)}
+
+    def measure(self, device: str, how: How) -> Measured:
+        if self.random:
+            model, ids = _random(device), random_tokens(self.windows, self.window)
+        else:
+            model, tokenizer = _embedded(device)
+            ids = cut_windows(tokenizer, load_text("narrative"), self.window, self.windows).input_ids
+        return curve(how.model(model), ids, self.policies, self.prompt_length, how, memory=self.random)
+
+
+def curve(
+    model: Any, ids: Tensor, policies: tuple[Policy, ...], prompt_length: int, how: How, memory: bool = False
+) -> Measured:
+    """Metrics of several policies on the same windows [windows, tokens], the first one uncompressed.
+
+    Per ratio: the mean NLL and each token's; the PPL over that at the first policy; how many tokens the queries saw;
+    bytes of the final cache; a hash of each layer's evicted_at; on CUDA with `memory`, the peak over the first's.
+    """
+    noise = NOISE[model.device.type]
+    metrics: list[Metric] = []
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    order = how.order(len(ids))
+    back = torch.tensor(order).argsort()
+    plain_mean = plain_peak = 0.0
+    for index, given in enumerate(policies):
+        policy, ratio = how.policy(given), given.keep_ratio
+        before = _start_memory(model.device) if memory else 0
+        parts = torch.tensor(order).split(how.batch)
+        runs = [exact_run(model, ids[p], policy, prompt_length=prompt_length, attend=how.attend) for p in parts]
+        peak = torch.cuda.max_memory_allocated(model.device) - before if before else 0
+        nll = torch.cat([run.nll[:, prompt_length - 1 :] for run in runs])[back].cpu()
+        evicted = [torch.cat(layers).cpu()[back] for layers in zip(*(run.evicted_at for run in runs), strict=True)]
+        mean = float(nll.double().mean())
+        tensors[f"nll/{ratio}"] = nll.numpy()
+        metrics += [
+            _metric(
+                f"nll/{ratio}",
+                mean,
+                "nll",
+                "nats/token",
+                "lower",
+                Gate(rule="tokens", threshold=_MEAN_SHIFT, noise=noise),
+            ),
+            *_counts(ratio, evicted, policy, model, prompt_length),
+            _metric(
+                f"evicted_at/{ratio}",
+                _hashes(evicted),
+                "schedule",
+                "sha256 per layer",
+                "same",
+                Gate(rule="same_environment"),
+            ),
+        ]
+        if index == 0:
+            plain_mean, plain_peak = mean, peak
+            continue
+        limit = Gate(rule="at_most", threshold=_RATIO)
+        metrics.append(
+            _metric(f"ppl_ratio/{ratio}", math.exp(mean - plain_mean), "ratio", "PPL / PPL at 1.0", "lower", limit)
+        )
+        if plain_peak:
+            limit = Gate(rule="at_most", threshold=0.02)
+            metrics.append(
+                _metric(f"peak_memory/{ratio}", peak / plain_peak, "memory", "bytes / bytes at 1.0", "lower", limit)
+            )
+    return Measured(tuple(metrics), tensors)
+
+
+def _start_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _metric(name: str, value: Any, kind: Any, unit: str, direction: Any, gate: Gate) -> Metric:
+    return Metric(name=name, unit=unit, direction=direction, kind=kind, value=value, anchor=value, gate=gate)
+
+
+def _counts(ratio: Any, evicted: list[Tensor], policy: Policy, model: Any, prompt_length: int) -> Iterator[Metric]:
+    lengths = [cache_lengths(layer)[..., prompt_length - 1 :] for layer in evicted]
+    exact, config = Gate(rule="exact"), model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    final = sum(int(layer[..., -1].sum()) for layer in lengths)
+    seen = sum(int(layer.sum()) for layer in lengths)
+    yield _metric(f"seen/{ratio}", seen, "count", "tokens over queries, heads, layers", "same", exact)
+    yield _metric(f"cache_bytes/{ratio}", final * width * 2 * model.dtype.itemsize, "count", "bytes", "lower", exact)
+
+
+def _hashes(evicted: list[Tensor]) -> str:
+    return " ".join(digest(layer.contiguous().numpy().tobytes())[:12] for layer in evicted)
+
+
+RANDOM_SHA256 = "4fbb090fc3a4fc5332a6a9fbe86e9b2c1904a203029c6fdcaaccff3b2a4a4280"  # of its weights
+
+
+def random_tokens(windows: int, window: int, vocabulary: int = 50304) -> Tensor:
+    """Token ids int64 [windows, window] from NumPy's PCG64: the same on every machine."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(70)).integers(0, vocabulary, (windows, window)))
+
+
+def _streaming(prune_after: int, **options: Any) -> tuple[Policy, ...]:
+    return tuple(Policy(r, prune_after, protocol="streaming", skip_layers=(0,), **options) for r in RATIOS)
+
+
+def _protected(prune_after: int) -> tuple[Policy, ...]:
+    """The newest half of each budget is protected."""
+    each = (Policy(ratio, prune_after, protocol="streaming", skip_layers=(0,)) for ratio in RATIOS)
+    return tuple(
+        Policy(p.keep_ratio, prune_after, (0,), protect_recent=p.budget(prune_after) // 2, protocol="streaming")
+        for p in each
+    )
+
+
+def _enter(id: str, what: str, tokens: _Tokens, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+    CASES[id] = Case(id, what, tokens.configuration, tokens.measure, devices)
+
+
+_enter("streaming-32", "compressed after every token, at 32", _Tokens(_streaming(32), 8, 256))
+_enter("streaming-128", "compressed after every token, at 128", _Tokens(_streaming(128), 4, 512))
+_enter(
+    "prefill",
+    "compressed once, after a prompt of 128",
+    _Tokens(tuple(Policy(r, skip_layers=(0,)) for r in RATIOS), 8, 256, prompt_length=128),
+)
+_enter("protected-recency", "streaming at 32, the newest half of the budget protected", _Tokens(_protected(32), 8, 256))
+_enter("high-norm", "streaming at 32, the highest norms kept", _Tokens(_streaming(32, score="high_norm"), 8, 256))
+_enter("random", "streaming at 32, a seeded draw kept", _Tokens(_streaming(32, score="random", seed=1), 8, 256))
+_enter(
+    "pythia-shape",
+    "Pythia-70M's shape with random weights, streaming at 512",
+    _Tokens(tuple(Policy(r, 512, protocol="streaming") for r in ("1.0", "0.9", "0.5")), 4, 1024, random=True),
+    devices=("cuda",),
+)
+
+
+# Pythia-70M itself, where its weights are at hand
+
+
+def _pythia_policies() -> tuple[Policy, ...]:
+    protocol = bug_report().protocol
+    return tuple(protocol.policy(ratio) for ratio in ("1.0", *protocol.ratios))
+
+
+def _pythia_configuration() -> dict[str, Any]:
+    tokens = bug_report().protocol.streamed_tokens
+    fixed = {"model": PYTHIA, "window": tokens, "dtype": "float32", "attention": "one pass"}
+    return fixed | {"policies": as_json(_pythia_policies())}
+
+
+def _pythia(device: str, how: How) -> Measured:
+    """The report's protocol on both texts; what weights and texts they were is a metric.
+
+    From KNORM_PYTHIA70M (a folder), KNORM_WIKITEXT and KNORM_PG19 (files), else from the Hub or its cache.
+    """
+    protocol = bug_report().protocol
+    given = {"wikitext": ("KNORM_WIKITEXT", "wikitext2"), "pg19": ("KNORM_PG19", "pg19")}
+    texts = load_seed_texts(protocol, {n: os.environ.get(variable) or hub for n, (variable, hub) in given.items()})
+    model, tokenizer = load_model(os.environ.get("KNORM_PYTHIA70M") or PYTHIA, device=device)
+    exact = Gate(rule="exact")
+    weights = _metric("weights", _digest_of(model), "selection", "sha256", "same", exact)
+    metrics: list[Metric] = [weights]
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for name, text in texts.items():
+        ids = seed_ids(tokenizer, text, protocol.streamed_tokens)
+        found = curve(how.model(model), ids, _pythia_policies(), 1, how)
+        metrics.append(_metric(f"{name}/text", digest(text.encode()), "selection", "sha256", "same", exact))
+        metrics += [m.model_copy(update={"name": f"{name}/{m.name}"}) for m in found.metrics]
+        tensors |= {f"{name}/{key}": tensor for key, tensor in found.tensors.items()}
+    return Measured(tuple(metrics), tensors)
+
+
+CASES["pythia-70m"] = Case(
+    "pythia-70m", "the report's protocol on Pythia-70M's own weights", _pythia_configuration, _pythia, ("cuda",), True
+)
+
+
+# Selections: positions retained of fixed tensors
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_SELECTIONS = {
+    "0.5": Policy(0.5),
+    "0.3, first 2 and newest 5 protected": Policy(0.3, protect_first=2, protect_recent=5),
+    "0.55, highest norms": Policy(0.55, score="high_norm"),
+    "0.7, random": Policy(0.7, score="random", seed=3),
+}
+
+
+def _fixed_keys() -> np.ndarray[Any, Any]:
+    return np.random.Generator(np.random.PCG64(7)).integers(-8, 9, (2, 3, 100, 8))
+
+
+def _selections(device: str, how: How) -> Measured:
+    metrics: list[Metric] = []
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for dtype in _DTYPES:
+        keys = torch.from_numpy(_fixed_keys()).to(device, getattr(torch, dtype))
+        for name, policy in _SELECTIONS.items():
+            positions = compress(keys, keys, how.policy(policy)).positions.cpu().numpy()
+            label = f"positions/{dtype}, {name}"
+            tensors[label] = positions.astype(np.int32)
+            metrics.append(
+                _metric(label, digest(tensors[label].tobytes())[:16], "selection", "sha256", "same", Gate(rule="exact"))
+            )
+    return Measured(tuple(metrics), tensors)
+
+
+def _selections_configuration() -> dict[str, Any]:
+    keys = digest(_fixed_keys().astype(np.int32).tobytes())
+    return {"keys_sha256": keys, "dtypes": [*_DTYPES], "policies": as_json(_SELECTIONS.values())}
+
+
+CASES["selections"] = Case(
+    "selections", "positions retained of fixed tensors, for each dtype", _selections_configuration, _selections
+)
+
+
+# Latency
+
+
+def _latency_configuration(shape: dict[str, Any]) -> dict[str, Any]:
+    sums = {name: sha256 for name, sha256 in _sums().items() if name.endswith(".txt")}
+    policies = {"policies": as_json(POLICIES.values())}
+    return {**_embedded_configuration(), "texts": sums, **shape, "dtype": "float32", **policies}
+
+
+CASES["counters"] = Case(
+    "counters",
+    "tokens, bytes, operators and kernel launches of a prompt pass and of decoding",
+    lambda: _latency_configuration(COUNTED_SHAPE),
+    lambda device, _: measure_counters(*_embedded(device)),
+)
+CASES["latency"] = Case(
+    "latency",
+    "TTFT and TPOT over those of the uncompressed cache in the same run",
+    lambda: _latency_configuration(TIMED_SHAPE),
+    lambda device, _: measure_latency(*_embedded(device)),
+    optional=True,
+    timed=True,
+)

@@ -1,0 +1,100 @@
+"""What the numbers of a case may depend on besides the code: the machine, the versions, and how the case is run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from knorm.golden.format import Environment
+from knorm.masked_attention import Attend
+from knorm.policy import Policy
+
+
+@dataclass(frozen=True)
+class How:
+    """How a case is run. What differs from the default must not matter, or is an injected change: docs/golden-power.md.
+
+    batch     windows at a time
+    order     of the windows
+    attend    replaces masked_attention.attend_seen
+    numerics  of batch, order and attend in words: part of the environment
+    policy    changes each policy
+    model     changes the model
+    """
+
+    batch: int = 8
+    order: Callable[[int], list[int]] = field(default=lambda count: list(range(count)))
+    attend: Attend | None = None
+    numerics: str = "8 windows at a time, in order; attention in blocks"
+    policy: Callable[[Policy], Policy] = field(default=lambda policy: policy)
+    model: Callable[[Any], Any] = field(default=lambda model: model)
+
+
+def device_class(device: str) -> str:
+    """The exact class that a golden is for: cpu-x86_64, nvidia-h200 ...: goldens never cross it."""
+    if torch.device(device).type == "cpu":
+        return f"cpu-{platform.machine().lower()}"
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+
+
+def environment(device: str, how: How | None = None) -> Environment:
+    """What this process' numbers may depend on besides the code."""
+    cuda = torch.device(device).type == "cuda"
+    return Environment(
+        device=torch.cuda.get_device_name(device) if cuda else _processor(),
+        driver=_driver() if cuda else None,
+        cuda=torch.version.cuda if cuda else None,
+        capability=".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else _instructions(),
+        threads=torch.get_num_threads(),
+        numerics=(how or How()).numerics + _products(cuda),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        numpy=np.__version__,
+        python=platform.python_version(),
+    )
+
+
+# Variables that keep a CPU's libraries from its newest instructions. PyTorch's own, ATEN_CPU_CAPABILITY, is in what
+# it says of itself; float32 matrix products follow MKL's.
+_LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+
+
+def _instructions() -> str:
+    """Which instructions the CPU's kernels are chosen for, and what limits the choice."""
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
+
+
+def _products(cuda: bool) -> str:
+    """In what products of float32 matrices are computed, where PyTorch was told to use less; else nothing."""
+    precision = (torch.backends.cuda if cuda else torch.backends.mkldnn).matmul.fp32_precision
+    return "" if precision in ("none", "ieee") else f"; products of float32 in {precision}"
+
+
+def _processor() -> str:
+    """The CPU's model, as Linux names it: kernels are chosen by it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    """The driver's version, where nvidia-smi is there to tell it."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.splitlines()[0].strip() if said.strip() else None

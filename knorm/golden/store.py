@@ -1,0 +1,304 @@
+"""Where goldens are kept: a folder of a checkout. Reading them, candidates for them, and a person's acceptance.
+
+A candidate is one file with both the golden and its tensors. Only `accept` changes a golden, in one rename.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.numpy import load
+
+from knorm.git import git
+from knorm.golden.format import Damaged, Golden, Measured, Tensors, digest, make, pack, parse
+from knorm.golden.gates import gate_changes, worse_by
+from knorm.paths import PACKAGE, REPORTED, goldens
+
+_TEMPORARY, _LOCK, _CANDIDATE = ".tmp", ".lock", ".candidate"
+_LOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """The state of the sources: commit, clean (nothing changed outside golden/), hash of the package's code."""
+
+    commit: str
+    clean: bool
+    code: str
+
+
+def hash_of_code(package: Path = PACKAGE) -> str:
+    """A hash of knorm's sources: a candidate is accepted only where the same code is."""
+    files = sorted(package.rglob("*.py"))
+    lines = [f"{file.relative_to(package).as_posix()} {digest(file.read_bytes())}" for file in files]
+    return digest("\n".join(lines).encode())
+
+
+def checkout(folder: Path) -> Checkout:
+    """The state of the checkout that a golden folder lies in.
+
+    An exported tree without git (a CUDA runner's) names its commit in KNORM_COMMIT; its code is compared on acceptance.
+    Raises ValueError where neither is there, and where the folder is the checkout itself.
+    """
+    try:
+        top = Path(git(folder, "rev-parse", "--show-toplevel")).resolve()
+    except ValueError as error:
+        if commit := os.environ.get("KNORM_COMMIT"):
+            if not re.fullmatch(r"[0-9a-f]{40}", commit):
+                raise ValueError(f"KNORM_COMMIT={commit}, but should be the 40 digits of a commit") from None
+            return Checkout(commit, True, hash_of_code())
+        raise ValueError(
+            f"{folder} is in no git checkout, whose commit a golden names: give --golden-dir; or, for an export, "
+            f"KNORM_COMMIT=... ({error})"
+        ) from None
+    inside = folder.resolve().relative_to(top).as_posix()
+    if inside == ".":
+        raise ValueError(f"--golden-dir {folder} is a whole checkout, but should be a folder of goldens in it")
+    try:
+        commit = git(top, "rev-parse", "--verify", "-q", "HEAD")
+    except ValueError:
+        raise ValueError(f"{top} has no commit yet, which a golden names: commit first") from None
+    dirty = git(top, "status", "--porcelain", "--", ".", f":(exclude,literal){inside}")
+    return Checkout(commit, not dirty, hash_of_code())
+
+
+class Store:
+    """A folder of goldens. Raises ValueError where there is none. Only `write_candidate` and `accept` write."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or goldens()
+        if not self.folder.is_dir():
+            raise ValueError(
+                f"no goldens in {self.folder}: give --golden-dir the folder that holds <case>/<class>.json"
+            )
+
+    @cached_property
+    def files(self) -> dict[tuple[str, str], Path]:
+        """(case, device class) -> its file."""
+        found = sorted(self.folder.glob("*/*.json"))
+        return {(f.parent.name, f.stem): f for f in found if f.parent.name != REPORTED and f.name[0] != "."}
+
+    @property
+    def device_classes(self) -> set[str]:
+        """Those that any case has a golden of."""
+        return {device for _, device in self.files}
+
+    def file(self, case: str, device_class: str) -> Path:
+        """Where a golden is, or would be."""
+        return self.folder / case / f"{device_class}.json"
+
+    def read(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
+        """A golden and its tensors. Raises Damaged, naming file and field; FileNotFoundError where there is none."""
+        file = self.file(case, device_class)
+        back = f"; get it back: git checkout -- {self.folder}/{case}"
+        try:
+            golden = parse(file.read_text(encoding="utf-8"), f"{case}/{file.name}")
+        except FileNotFoundError:
+            raise
+        except UnicodeDecodeError:
+            raise Damaged(f"{case}/{file.name} is no text{back}") from None
+        except OSError as error:
+            raise Damaged(f"{case}/{file.name} cannot be read ({error.strerror}){back}") from None
+        except Damaged as damaged:
+            raise Damaged(f"{damaged}{back}") from None
+        for name, inside, outside in (("case", golden.case, case), ("device_class", golden.device_class, device_class)):
+            if inside != outside:
+                raise Damaged(f"{case}/{file.name}: field {name!r} is {inside!r}: a copy of another golden; remove it")
+        if golden.tensors is None:
+            return golden, {}
+        beside = self._tensors_file(golden)
+        if not beside.is_file():
+            raise Damaged(f"{case}/{beside.name} is missing, which field 'tensors' names{back}")
+        data = beside.read_bytes()
+        if digest(data) != golden.tensors:
+            raise Damaged(f"{case}/{beside.name} is damaged: its sha256 is not that of field 'tensors'{back}")
+        return golden, load(data)
+
+    def _tensors_file(self, golden: Golden) -> Path:
+        return self.folder / golden.case / f"{golden.device_class}-{(golden.tensors or '')[:12]}.safetensors"
+
+    def orphans(self, cases: Sequence[str]) -> list[str]:
+        """What lies there and belongs to no case: folders with goldens in them, and goldens beside the folders."""
+        folders = {file.parent.name for ending in ("json", "safetensors") for file in self.folder.glob(f"*/*.{ending}")}
+        loose = [file.name for file in self.folder.glob("*.json")]
+        return sorted(folders - {REPORTED, *cases}) + sorted(loose)
+
+    def leftovers(self) -> list[Path]:
+        """What an interrupted write of a golden left behind; the next accept of that golden removes it."""
+        return [file for case, device in self.files for file in self._stale(case, device)]
+
+    def _stale(self, case: str, device_class: str) -> list[Path]:
+        """Files of one golden's own names that it does not own; none where it cannot be read."""
+        file = self.file(case, device_class)
+        try:
+            golden = parse(file.read_text(encoding="utf-8"), file.name)
+        except (OSError, ValueError):
+            return []
+        name = re.escape(device_class)
+        own = re.compile(rf"{name}-[0-9a-f]{{12}}\.safetensors|\.{name}[.-][\w.-]*\.\d+{re.escape(_TEMPORARY)}")
+        found = sorted(f for f in file.parent.iterdir() if own.fullmatch(f.name) and f.is_file() and not f.is_symlink())
+        return [f for f in found if f != self._tensors_file(golden)]
+
+    # Candidates
+
+    def candidates(self) -> list[Path]:
+        """The candidates that wait beside their goldens."""
+        return sorted(self.folder.glob(f"*/*{_CANDIDATE}"))
+
+    def write_candidate(self, golden: Golden, tensors: Tensors) -> Path:
+        """Write a candidate beside the golden it would replace; the golden stays as it is."""
+        file = self.folder / golden.case / f"{golden.device_class}{_CANDIDATE}"
+        with self._locked():
+            _write(file, pack(tensors or {"none": np.zeros(1)}, {"golden": golden.text()}))
+        return file
+
+    def approve(
+        self, candidate: Golden, tensors: Tensors, reason: str, *, now: Checkout, allow_worse: Mapping[str, float]
+    ) -> Golden:
+        """The golden that a candidate becomes. Writes nothing.
+
+        reason        why the change is intended
+        now           the checkout that it is accepted in
+        allow_worse   pattern of metrics -> per cent that they may be worse
+
+        Raises ValueError for an empty reason, a candidate of other code or of another commit, a dirty tree, a metric
+        that is worse or gone and not allowed to be, and a gate that was loosened without a word of it in the reason.
+        """
+        name, reason = f"{candidate.case}/{candidate.device_class}", " ".join(reason.split())
+        if not reason or not reason.isprintable():
+            raise ValueError('--reason is empty, but should say why the change is intended, e.g. "sinks are protected"')
+        self._check_origin(candidate, now, name)
+        metrics = candidate.metrics
+        if self.file(candidate.case, candidate.device_class).exists():
+            before, _ = self.read(candidate.case, candidate.device_class)
+            _refuse_worse(before, candidate, allow_worse, name)
+            if (changed := gate_changes(before, candidate)) and "gate" not in reason:
+                raise ValueError(f"{name}: {changed[0]}: if that is intended, the reason has to speak of the gate")
+            same = before.configuration == candidate.configuration
+            anchors = {metric.name: metric.anchor for metric in before.metrics if same}
+            metrics = tuple(m.model_copy(update={"anchor": anchors.get(m.name, m.value)}) for m in metrics)
+        provenance = candidate.provenance.model_copy(update={"reason": reason})
+        return make(
+            candidate.case, candidate.device_class, candidate.configuration, Measured(metrics, tensors),
+            candidate.environment, provenance,
+        )  # fmt: skip
+
+    def accept(self, golden: Golden, tensors: Tensors, candidate: Path | None = None) -> Path:
+        """Write what was approved in place of the golden, and remove the candidate it came from if that lies here."""
+        with self._locked():
+            if tensors:
+                _write(self._tensors_file(golden), pack(tensors))
+            file = self.file(golden.case, golden.device_class)
+            _write(file, golden.text().encode())  # here, and at no other point, the golden changes
+            here = [candidate] if candidate and candidate.resolve().parent == file.parent.resolve() else []
+            with suppress(OSError):  # the golden is accepted, whatever becomes of these
+                for stale in (*self._stale(golden.case, golden.device_class), *here):
+                    stale.unlink(missing_ok=True)
+        self.__dict__.pop("files", None)
+        return file
+
+    def _check_origin(self, candidate: Golden, now: Checkout, name: str) -> None:
+        origin = candidate.provenance
+        if not origin.clean:
+            raise ValueError(f"{name}: the candidate is of a tree with changes outside golden/: commit, record again")
+        if not now.clean:
+            raise ValueError(
+                f"the tree has changes outside {self.folder.name}/: commit them, record again, then accept"
+            )
+        if origin.code != now.code:
+            raise ValueError(
+                f"{name}: the candidate was made by other code than this (commit {origin.commit[:12]}, here "
+                f"{now.commit[:12]}): record it again at this commit"
+            )
+        if origin.commit != now.commit:
+            try:
+                other = git(self.folder, "diff", "--name-only", origin.commit, now.commit, "--", ":/", ":(exclude).")
+            except ValueError:
+                other = "unknown here"
+            if other:
+                raise ValueError(
+                    f"{name}: the candidate was made at another commit, {origin.commit[:12]}, but this is "
+                    f"{now.commit[:12]} ({other.splitlines()[0]}): record it again"
+                )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with FileLock(self.folder / _LOCK, timeout=_LOCK_SECONDS):
+                yield
+        except Timeout:
+            raise ValueError(
+                f"another `knorm golden` has been writing to {self.folder} for {_LOCK_SECONDS:g} s: wait for it"
+            ) from None
+        except PermissionError as error:
+            raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from None
+
+
+def read_candidate(file: Path) -> tuple[Golden, Tensors]:
+    """A candidate and its tensors. Raises Damaged, in one line, for a file that is none or not whole."""
+    if not file.is_file():
+        raise ValueError(f"there is no candidate {file}: knorm golden record makes one")
+    try:
+        with safe_open(file, "np") as stream:
+            text = (stream.metadata() or {}).get("golden", "")
+        tensors = load(file.read_bytes())
+    except Exception as error:  # whatever safetensors raises for dtypes that NumPy lacks
+        raise Damaged(f"{file.name} is no candidate, or truncated ({error}): record it again") from None
+    golden = parse(text, file.name)
+    tensors = tensors if golden.tensors else {}
+    if golden.tensors and digest(pack(tensors)) != golden.tensors:
+        raise Damaged(f"{file.name}: its tensors are not those of field 'tensors': record it again")
+    return golden, tensors
+
+
+def _refuse_worse(before: Golden, now: Golden, allow_worse: Mapping[str, float], name: str) -> None:
+    worse = []
+    for metric in now.metrics:
+        old = before.metric(metric.name)
+        percent = worse_by(old, metric) if old else 0.0
+        allowed = [limit for pattern, limit in allow_worse.items() if fnmatchcase(metric.name, pattern)]
+        if percent > max(allowed, default=0.0):
+            worse.append((metric.name, percent))
+    if worse:
+        said = ", ".join(f"{metric} is {percent:.3g}% worse" for metric, percent in worse)
+        flags = " ".join(f"--allow-worse '{metric}={math.ceil(min(p, 1e9) * 10) / 10:.1f}'" for metric, p in worse)
+        raise ValueError(f"{name}: {said}: if that is intended, {flags}")
+
+
+def parse_allowance(text: str) -> tuple[str, float]:
+    """METRIC=PERCENT as on a command line. Raises ValueError for anything else."""
+    found = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", text)
+    if not found:
+        raise ValueError(f"--allow-worse {text}, but should be METRIC=PERCENT, e.g. 'nll/0.5=2'")
+    return found[1], float(found[2])
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Atomically: whoever looks finds the old file or the new one, whole, whenever this is killed."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {file}: {error.strerror}; it is as it was") from None

@@ -1,0 +1,129 @@
+"""Which tokens are retained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from knorm.laws.catalogue.provenance import first_place
+from knorm.laws.registry import Refuted, Vacuous, check
+from knorm.laws.strategies import WIDTH, Cache, larger_ratio
+from knorm.laws.subjects import Subject
+from knorm.laws.traits import Traits
+
+NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way
+
+
+def _by_norm(traits: Traits) -> bool:
+    return traits.scores == "key_norm" and not traits.merges_values
+
+
+def evictable(traits: Traits, length: int, device: torch.device) -> Tensor:
+    """Which of `length` tokens are not protected: bool [length]."""
+    place = torch.arange(length, device=device)
+    return (place >= traits.protect_first) & (place < length - traits.protect_recent)
+
+
+def out_of_rank(compressor: Subject, cache: Cache) -> str | None:
+    """What is wrong where a dropped key has a norm smaller than a retained one's, near-ties apart."""
+    kept = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
+    free = evictable(compressor.traits, cache.length, kept.device)
+    norms = cache.norms().sqrt()
+    highest = norms.masked_fill(~(kept & free), -1.0).amax(-1)
+    lowest = norms.masked_fill(kept | ~free, torch.inf).amin(-1)
+    wrong = highest > lowest * (1 + NEAR_TIE)
+    if not wrong.any():
+        return None
+    at = tuple(wrong.nonzero()[0].tolist())
+    return (
+        f"positions {kept[at].nonzero()[:, 0].tolist()} retained of norms {[float(f'{n:.6g}') for n in norms[at]]}: "
+        f"a norm of {highest[at]:.6g} stays, but one of {lowest[at]:.6g} goes"
+    )
+
+
+@check(needs="scores=key_norm", applies=_by_norm, exact=True)
+def check_lowest_norms(compressor: Subject, cache: Cache) -> None:
+    """No dropped key has a smaller norm than a retained one."""
+    if wrong := out_of_rank(compressor, cache):
+        raise Refuted(f"lowest norms: {wrong}")
+
+
+@check(needs="scores=key_norm, ties=earlier", applies=lambda t: _by_norm(t) and t.ties == "earlier", exact=True)
+def check_ties(compressor: Subject, cache: Cache) -> None:
+    """Of keys of one norm, the earlier positions stay."""
+    kept = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
+    free = evictable(compressor.traits, cache.length, kept.device)
+    norms = cache.norms()
+    same = norms[..., :, None] == norms[..., None, :]  # [.., dropped earlier, retained later]
+    earlier = torch.ones(cache.length, cache.length, dtype=torch.bool, device=kept.device).triu(1)
+    wrong = same & earlier & (~kept & free)[..., :, None] & (kept & free)[..., None, :]
+    if wrong.any():
+        row, head, dropped, stays = wrong.nonzero()[0].tolist()
+        raise Refuted(
+            f"ties: positions {dropped} and {stays} have one norm, {norms[row, head, stays].sqrt():.6g}; "
+            f"{stays} stays, but {dropped} should (row {row}, head {head} retains "
+            f"{kept[row, head].nonzero()[:, 0].tolist()})"
+        )
+
+
+@check(
+    needs="scores=key_norm or keys",
+    applies=lambda t: t.scores in ("key_norm", "keys") and not t.merges_values and not t.ragged,
+)
+def check_nesting(compressor: Subject, cache: Cache) -> None:
+    """What is kept at a ratio is contained in what is kept at a larger one."""
+    wider = larger_ratio(cache.keep_ratio)
+    few = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
+    many = cache.retained(compressor(cache.keys, cache.values, wider))
+    wrong = few & ~many
+    if wrong.any():
+        at = first_place(wrong)
+        small, large = (x[at].nonzero()[:, 0].tolist() for x in (few, many))
+        raise Refuted(f"nesting: positions {small} retained at ratio {cache.keep_ratio}, but {large} at {wider}")
+
+
+@check(needs="scores=key_norm", applies=_by_norm, exact=True)
+def check_scaling(compressor: Subject, cache: Cache) -> None:
+    """Scaling all keys by a power of two changes nothing."""
+    before = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
+    for factor in (0.25, 16.0, 512.0):
+        after = cache.retained(compressor(cache.keys * factor, cache.values, cache.keep_ratio))
+        if not torch.equal(before, after):
+            at = first_place(before != after)
+            one, other = (x[at].nonzero()[:, 0].tolist() for x in (before, after))
+            norms = [float(f"{n:.6g}") for n in cache.norms()[at].sqrt()]
+            raise Refuted(f"scaling: positions {one} retained of norms {norms}, but {other} of {factor:g} times those")
+
+
+@check(needs="scores=key_norm", applies=_by_norm, exact=True)
+def check_rotation(compressor: Subject, cache: Cache) -> None:
+    """Rotating each key, by quarter turns that leave its norm exact, changes nothing."""
+    half = cache.keys.shape[3] // 2
+    quarter = torch.arange(cache.length, device=cache.keys.device) % 4  # quarter turns are exact in every dtype
+    one, two = cache.keys[..., :half], cache.keys[..., half:]
+    turns = torch.stack([torch.cat(pair, -1) for pair in ((one, two), (-two, one), (-one, -two), (two, -one))])
+    turned = turns[quarter, :, :, torch.arange(cache.length, device=cache.keys.device)].permute(1, 2, 0, 3)
+    before = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
+    after = cache.retained(compressor(turned.contiguous(), cache.values, cache.keep_ratio))
+    if not torch.equal(before, after):
+        at = first_place(before != after)
+        stay, now = (x[at].nonzero()[:, 0].tolist() for x in (before, after))
+        raise Refuted(
+            f"rotation: positions {stay} retained, but {now} after quarter turns of keys {turned[at].tolist()}"
+        )
+
+
+@check(needs="scores=key_norm, nothing protected", applies=lambda t: _by_norm(t) and not t.protected)
+def check_permutation(compressor: Subject, cache: Cache) -> None:
+    """Where norms are distinct, permuting the tokens permutes the retained set."""
+    keys = torch.zeros(*cache.keys.shape[:3], WIDTH, dtype=cache.keys.dtype, device=cache.keys.device)
+    if cache.length > 200:
+        raise Vacuous  # not so many whole numbers are distinct in every dtype
+    keys[..., 0] = torch.arange(cache.length, device=keys.device).roll(cache.length // 2)
+    plain = cache.retained(compressor(keys, cache.values, cache.keep_ratio))
+    turned = cache.retained(compressor(keys.flip(2), cache.values.flip(2), cache.keep_ratio))
+    if not torch.equal(plain, turned):
+        at = first_place(plain != turned)
+        one, other = (x[at].nonzero()[:, 0].tolist() for x in (plain, turned))
+        norms = [int(n) for n in keys[(*at, slice(None), 0)]]
+        raise Refuted(f"permutation: positions {one} retained of norms {norms}, but {other} where time is reversed")
