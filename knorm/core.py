@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from knorm import kernels
-from knorm.policy import Policy, Ratio
+from knorm.policy import Policy, Ratio, whole
+from knorm.tensors import refuse_mapped, refuse_unreadable
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -43,6 +44,7 @@ def squared_norms(keys: Tensor, layer: int | None = None) -> Tensor:
     Accumulates in float32; in float64 for float64 keys, and where float32 would underflow (norms down to 1e-154).
     Raises ValueError at the first key that is not finite or whose squared norm exceeds float32.
     """
+    refuse_mapped("keys", keys)
     wide = torch.promote_types(keys.dtype, torch.float32)
     if keys.is_cuda:
         norms = keys.to(wide).square().sum(-1)
@@ -114,8 +116,7 @@ def _take(rows: Tensor, indices: Tensor) -> Tensor:
 
 
 def _check(keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
-    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-        raise TypeError(f"keys {type(keys).__name__}, values {type(values).__name__}, but both should be torch.Tensor")
+    refuse_unreadable(keys=keys, values=values, **({} if positions is None else {"positions": positions}))
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
         raise ValueError(
             f"{_given(keys, values)}, but both should be [batch, kv_heads, length, head_dim] with the same batch, "
@@ -162,10 +163,11 @@ def compress(
     layer          index of the layer: for skip_layers, the random score and messages
 
     Returns the input itself, its keys not looked at, where nothing is to be evicted; copies otherwise. Raises
-    ValueError for shapes that do not agree, empty caches, keys without a norm, and protections larger than the budget;
-    TypeError for a bad ratio, and for what is no tensor.
+    ValueError for shapes that do not agree, empty caches, tensors without numbers (meta, sparse, nested), keys without
+    a norm or mapped by vmap, and protections larger than the budget; TypeError for a bad ratio, and for no tensor.
     """
     policy = policy if isinstance(policy, Policy) else Policy(policy)
+    layer = None if layer is None else whole("layer", layer)
     _check(keys, values, positions)
     length = keys.shape[2]
     count = length if layer in policy.skip_layers else _budget(policy, length)

@@ -22,6 +22,7 @@ from knorm.masked_attention import Attend, attend_seen
 from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
 from knorm.schedule import schedule_scores
+from knorm.tensors import refuse_unreadable
 
 Schedule = Callable[[int, Tensor], Tensor]
 
@@ -50,6 +51,8 @@ class Run(NamedTuple):
 
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model whose compressed run knorm cannot evaluate exactly."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model {type(model).__name__}, but should be a model of transformers")
     config, reason, device = model.config, None, model.device.type
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in MODELS:
@@ -62,6 +65,8 @@ def refuse_model(model: PreTrainedModel) -> None:
         reason = f"its rotary positions ({rotation!r}) change with the length of a call"
     elif any(module.training for module in model.modules()):
         reason = "it is in training mode: call model.eval()"
+    elif model.device.type == "meta" and not hasattr(model, "hf_device_map"):
+        reason = "its weights are on the device 'meta', without numbers: load them"
     elif model.get_output_embeddings() is None:
         reason = "it has no language-model head"
     elif torch.is_autocast_enabled(device):
@@ -82,6 +87,8 @@ def _padding(attention_mask: Tensor | None, input_ids: Tensor, policy: Policy, p
         raise ValueError(
             f"attention_mask {list(attention_mask.shape)}, but should be {list(input_ids.shape)} as input_ids"
         )
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask has other numbers than 0, for padding, and 1, for tokens")
     mask = attention_mask.to(input_ids.device).bool()
     padding = (~mask).sum(-1)
     if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]):
@@ -103,13 +110,12 @@ def _positions(
     if position_ids is None:
         positions = torch.arange(input_ids.shape[1], device=model.device).expand(input_ids.shape)
         return positions if padding is None else (positions - padding[:, None]).clamp(min=0)
-    if (
-        not isinstance(position_ids, Tensor)
-        or position_ids.shape != input_ids.shape
-        or position_ids.is_floating_point()
-    ):
-        given = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
-        raise ValueError(f"position_ids {given}, but should be int64 {list(input_ids.shape)} as input_ids")
+    refuse_unreadable(position_ids=position_ids)
+    if position_ids.shape != input_ids.shape or position_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"position_ids {list(position_ids.shape)} {position_ids.dtype}, but should be int64 "
+            f"{list(input_ids.shape)} as input_ids"
+        )
     lowest, highest = (int(x) for x in position_ids.aminmax())
     if lowest < 0 or highest >= model.config.max_position_embeddings:
         raise ValueError(
@@ -129,11 +135,11 @@ def check_run(
     """Refuse what cannot be evaluated; the ids on the model's device, pads made harmless, and the padding."""
     refuse_model(model)
     config = model.config
-    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):
-            raise TypeError(f"{name} {type(given).__name__}, but should be an int64 tensor [batch, tokens]")
+    refuse_unreadable(input_ids=input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids {list(input_ids.shape)} {input_ids.dtype}, but should be int64 [batch, tokens]")
+    if attention_mask is not None and attention_mask.is_complex():
+        raise ValueError(f"attention_mask {attention_mask.dtype}, but should be 0 for padding and 1 for tokens")
     length = input_ids.shape[1]
     if input_ids.shape[0] < 1 or length < 2:
         raise ValueError(f"input_ids {list(input_ids.shape)}: a text needs at least two tokens to predict one")
@@ -220,6 +226,7 @@ def _check_schedule(lost: Tensor, keys: Tensor) -> None:
     length, should = keys.shape[2], f"evicted_at, int64 {list(keys.shape[:3])} on {keys.device}"
     if not isinstance(lost, Tensor):
         raise ValueError(f"schedule returned {type(lost).__name__}, but should return {should}")
+    refuse_unreadable(evicted_at=lost)
     if lost.shape != keys.shape[:3] or lost.dtype != torch.int64 or lost.device != keys.device:
         raise ValueError(
             f"schedule returned {list(lost.shape)} {lost.dtype} on {lost.device}, but should return {should}"
@@ -246,6 +253,8 @@ def exact_run(
 ) -> Run:
     """The compressed run from one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
     begin, scheduling = time.perf_counter(), 0.0
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"schedule={schedule!r}, but should be a function (layer, keys) -> evicted_at")
     input_ids, padding = check_run(model, input_ids, policy, prompt_length, attention_mask)
     position_ids = _positions(position_ids, model, input_ids, padding)
     places = torch.arange(input_ids.shape[1], device=model.device)

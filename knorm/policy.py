@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -19,6 +18,8 @@ Protocol = Literal["prefill", "streaming"]
 def _fraction(written: str) -> Fraction:
     if len(written) > 100 or abs(int(written.lower().partition("e")[2] or 0)) > 400:
         raise ValueError("no such precision is needed, and an exponent of millions takes seconds to expand")
+    if "_" in written or not written.isascii():
+        raise ValueError("Python would read 0.5_0 and digits of other scripts, which in a table are mistakes")
     return Fraction(written)
 
 
@@ -90,11 +91,15 @@ class Policy:
     def __post_init__(self) -> None:
         ratio = exact_ratio(self.keep_ratio)
         near = float(ratio)
-        if not isinstance(self.skip_layers, Iterable) or isinstance(self.skip_layers, str | bytes):
+        try:
+            layers = None if isinstance(self.skip_layers, str | bytes) else tuple(self.skip_layers)
+        except TypeError:  # a tensor without dimensions is iterable by its type alone
+            layers = None
+        if layers is None:
             raise TypeError(f"skip_layers={self.skip_layers!r}, but should be layer indices, e.g. skip_layers=(0,)")
         normal: dict[str, object] = {
             "keep_ratio": near if _fraction(str(near)) == ratio else ratio,
-            "skip_layers": tuple(sorted({whole("skip_layers", layer) for layer in self.skip_layers})),
+            "skip_layers": tuple(sorted({whole("skip_layers", layer) for layer in layers})),
             "seed": whole("seed", self.seed, -(2**63)),
         }
         for name in ("prune_after", "protect_first", "protect_recent"):
@@ -132,6 +137,8 @@ class Policy:
         protected tokens exceed what keep_ratio retains.
         """
         length = operator.index(length)
+        if length < 0:
+            raise ValueError(f"length={length}, but should be a number of tokens, from 0")
         if length < self.prune_after or length <= self.protect_first + self.protect_recent:
             return length
         return self._afford(length)

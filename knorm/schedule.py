@@ -19,6 +19,7 @@ from torch import Tensor
 
 from knorm.core import select
 from knorm.policy import Policy, whole
+from knorm.tensors import refuse_mapped, refuse_unreadable
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -90,14 +91,28 @@ def evicted_at(scores: Tensor, policy: Policy, prompt_length: int = 1, *, paddin
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy={policy!r}, but should be a knorm.Policy, e.g. Policy(keep_ratio=0.5)")
-    if not isinstance(scores, Tensor) or not scores.ndim or not scores.is_floating_point():
+    refuse_unreadable(scores=scores, **({} if padding is None else {"padding": padding}))
+    refuse_mapped("scores", scores)
+    if not scores.ndim or not scores.is_floating_point():
         raise ValueError("scores should be finite floating-point numbers, one per token: a tensor [..., T]")
     length = scores.shape[-1]
     if not 1 <= (prompt_length := whole("prompt_length", prompt_length)) <= length:
         raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and the {length} tokens of the run")
     if not scores.isfinite().all():
         raise ValueError("scores should be finite floating-point numbers, one per token")
+    if padding is not None:
+        _check_padding(padding, scores)
     return schedule_scores(scores, policy, prompt_length, padding)
+
+
+def _check_padding(padding: Tensor, scores: Tensor) -> None:
+    should = f"int64 {list(scores.shape[:1])} on {scores.device}, for scores [batch, heads, T]"
+    if scores.ndim != 3 or padding.shape != scores.shape[:1]:
+        raise ValueError(f"padding {list(padding.shape)} for scores {list(scores.shape)}, but should be {should}")
+    if padding.dtype not in (torch.int64, torch.int32) or padding.device != scores.device:
+        raise ValueError(f"padding {padding.dtype} on {padding.device}, but should be {should}")
+    if len(padding) and not 0 <= int(padding.min()) <= int(padding.max()) <= scores.shape[-1]:
+        raise ValueError(f"padding {padding.tolist()}, but should be from 0 to the {scores.shape[-1]} tokens of a row")
 
 
 def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding: Tensor | None) -> Tensor:

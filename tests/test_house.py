@@ -14,8 +14,8 @@ from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
-    "": "policy strict paths git statistics kernels core schedule masked_attention rounding model_attention cache "
-    "perplexity models bench evaluation golden laws verify cli plugin __main__",
+    "": "policy strict paths files git statistics tensors kernels core schedule masked_attention rounding "
+    "model_attention cache perplexity weights models bench evaluation golden laws verify cli plugin __main__",
     "bench": "latency counters worker policies commits",
     "evaluation": "windows curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 import knorm
-from knorm import exact_nll, load_embedded, models
+from knorm import exact_nll, files, load_embedded, models
 from knorm.evaluation.windows import cut_windows
 from knorm.models import ASSETS, detokenize_wikitext, load_model, load_text
 
@@ -161,7 +163,7 @@ def without(*names):
         pytest.param(truncated, "are damaged (", id="truncated"),
         pytest.param(with_a_broken_header, "are damaged (", id="header"),
         pytest.param(pickled, "no file named model.safetensors", id="pickled"),
-        pytest.param(without("config.json"), "model_type", id="no config"),
+        pytest.param(without("config.json"), "config.json cannot be read: it is not there", id="no config"),
         pytest.param(without("tokenizer.json"), "tokenizer", id="no tokenizer"),
         pytest.param(reconfigured(model_type="nope"), "nope", id="unknown type"),
         pytest.param(without("tokenizer.json", "tokenizer_config.json"), "tokenizer", id="no tokenizer at all"),
@@ -333,6 +335,61 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(text_file, name, conten
 def test_a_source_that_is_no_text_is_refused(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in message(load_text, source)
+
+
+def a_pipe(place):
+    os.mkfifo(place)
+
+
+def a_device(place):
+    place.symlink_to("/dev/zero")
+
+
+def a_loop(place):
+    place.symlink_to(place.name)
+
+
+def a_dangling_link(place):
+    place.symlink_to("gone")
+
+
+def a_large_file(place):
+    with place.open("wb") as file:
+        file.truncate(models.MOST_TEXT + 1)  # takes no room on the disk
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (a_pipe, "is a pipe, but should be a file"),
+        (a_device, "is a device, but should be a file"),
+        (a_loop, "Too many levels of symbolic links"),
+        (a_dangling_link, "is a link to gone, which is not there"),
+        (a_large_file, "bytes, but should have at most 268,435,456"),
+    ],
+)
+def test_what_would_be_read_without_end_is_refused(tmp_path, ending, make, words):
+    make(tmp_path / f"a{ending}")
+    assert words in message(load_text, str(tmp_path / f"a{ending}"))
+
+
+@pytest.mark.parametrize("name", ["a\0b.txt", "x" * 5000 + ".txt"])
+def test_a_text_whose_name_is_no_path_is_refused(name):
+    assert "is no file here, and none of" in message(load_text, name)
+
+
+def test_a_column_is_read_up_to_a_limit(text_file, monkeypatch):
+    file = text_file("a.jsonl", b'{"text": "' + b"x" * 600 + b'"}\n{"text": "' + b"y" * 600 + b'"}\n')
+    monkeypatch.setattr(models, "MOST_TEXT", 1300)  # of the file too
+    assert len(load_text(file)) == 1201
+    monkeypatch.setattr(models, "file_size", lambda *_: 0)  # as compressed rows, which are larger than their file
+    monkeypatch.setattr(models, "MOST_TEXT", 1000)
+    assert "has more than 1,000 characters of text" in message(load_text, file)
+
+
+def test_a_file_that_grows_beyond_its_limit_is_refused():
+    assert "has more than 10 bytes" in message(files.read_file, Path("/proc/self/status"), 10)  # says that it is empty
 
 
 @pytest.mark.parametrize(

@@ -207,13 +207,22 @@ def test_a_models_own_return_dict_does_not_matter():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"position_ids": torch.arange(24)}, r"position_ids \[24\], but should be int64 \[2, 24\]"),
+        ({"position_ids": torch.arange(24)}, r"position_ids \[24\] torch.int64, but should be int64 \[2, 24\]"),
         ({"position_ids": torch.zeros(2, 1, dtype=torch.int64)}, r"position_ids \[2, 1\]"),
         ({"position_ids": torch.zeros(2, 24)}, "should be int64"),
         ({"position_ids": torch.arange(24).expand(2, 24) + 200}, r"from 200 to 223, but .* positions 0 to 127"),
         ({"schedule": lambda *_: None}, "schedule returned NoneType"),
         ({"schedule": lambda _, keys: torch.full(keys.shape[:3], 29)}, "up to 29, but should be at most T=24"),
         ({"attention_mask": [[1] * 24] * 2}, "attention_mask list"),
+        (
+            {"attention_mask": torch.ones(2, 24, dtype=torch.complex64)},
+            "attention_mask torch.complex64, but should be 0",
+        ),
+        ({"attention_mask": -torch.ones(2, 24)}, "has other numbers than 0, for padding, and 1"),
+        ({"attention_mask": torch.full((2, 24), torch.nan)}, "has other numbers than 0, for padding, and 1"),
+        ({"position_ids": [list(range(24))] * 2}, "position_ids list, but should be"),
+        ({"position_ids": torch.ones(2, 24, dtype=torch.bool)}, "torch.bool, but should be int64"),
+        ({"schedule": 3}, "schedule=3, but should be a function"),
         ({"prompt_length": "3"}, "prompt_length='3', but should be an integer"),
         ({"policy": Policy(0.5), "prompt_length": 7, **PADDED}, "fewer than two tokens of its prompt are left"),
     ],
@@ -278,6 +287,13 @@ def test_a_policy_that_is_none_is_refused():
 def test_models_that_cannot_be_evaluated_exactly_are_refused_with_the_reason(kind, options, reason):
     with pytest.raises(ValueError, match=f"cannot be evaluated exactly: .*{reason}"):
         exact_nll(tiny(kind, **options), tokens(1, 9), Policy())
+
+
+def test_what_is_no_model_or_has_no_weights_is_refused():
+    with pytest.raises(TypeError, match="model NoneType, but should be a model of transformers"):
+        exact_nll(None, tokens(1, 9), SHORT_STREAM)
+    with pytest.raises(ValueError, match="its weights are on the device 'meta'"):
+        exact_nll(tiny("llama").to("meta"), tokens(1, 9), SHORT_STREAM)
 
 
 def test_training_mode_is_refused_wherever_it_is():

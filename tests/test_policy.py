@@ -123,3 +123,14 @@ def test_lengths_of_other_integer_types_are_counted_exactly():
 def test_what_would_be_taken_for_something_else_is_refused(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Policy(**options)
+
+
+@pytest.mark.parametrize("ratio", ["0.5_0", "1_0", "٠.٥", "0.5\u0660"])
+def test_a_ratio_that_only_python_reads_is_refused(ratio):
+    with pytest.raises(ValueError, match="should lie in"):
+        Policy(ratio)
+
+
+def test_a_cache_of_less_than_nothing_has_no_budget():
+    with pytest.raises(ValueError, match="length=-1, but should be a number of tokens"):
+        Policy(0.5).budget(-1)
