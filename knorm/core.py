@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from knorm import kernels
-from knorm.policy import Policy, Ratio, whole
+from knorm.policy import SCORES, Policy, Ratio, whole
 from knorm.tensors import refuse_mapped, refuse_unreadable
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -24,6 +24,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 _UNDERFLOW = 2.0**-100  # below it, float32 squares have lost bits
 _HUGE = 2**22  # bytes from which NumPy asks for huge pages
 _CACHED = 2**19  # elements of a temporary that stays in a CPU's cache
+_RANKED_BY_KERNELS = {"low_norm": False, "high_norm": True}  # score -> are the highest norms kept?
 
 
 class Compressed(NamedTuple):
@@ -75,12 +76,10 @@ def _hash(seed: int, layer: int, positions: Tensor) -> Tensor:
 def token_scores(keys: Tensor, policy: Policy, positions: Tensor, layer: int | None = None) -> Tensor:
     """A score per token, the lowest to be kept: keys [batch, kv_heads, length, head_dim] -> [batch, kv_heads, length].
 
-    Depends on each key alone (the random score on its position alone), so it does not change as the cache does.
+    Depends on each key and its position alone, so it does not change as the cache does.
     """
     norms = squared_norms(keys, layer)
-    if policy.score == "random":
-        return _hash(policy.seed, layer or 0, positions).expand_as(norms)
-    return norms if policy.score == "low_norm" else -norms
+    return SCORES[policy.score](norms, positions, lambda: _hash(policy.seed, layer or 0, positions).expand_as(norms))
 
 
 def select(scores: Tensor, count: int, protect_first: int = 0, protect_recent: int = 0) -> Tensor:
@@ -171,9 +170,10 @@ def compress(
     _check(keys, values, positions)
     length = keys.shape[2]
     count = length if layer in policy.skip_layers else _budget(policy, length)
-    if count < length and policy.score != "random" and kernels.available(keys, values):
+    if count < length and policy.score in _RANKED_BY_KERNELS and kernels.available(keys, values):
         protected = policy.protect_first, policy.protect_recent
-        fast = kernels.compress(keys, values, positions, count, *protected, highest=policy.score == "high_norm")
+        highest = _RANKED_BY_KERNELS[policy.score]
+        fast = kernels.compress(keys, values, positions, count, *protected, highest=highest)
         if fast is not None:  # otherwise a key has no norm, or one that wants float64
             return Compressed(*fast)
     if positions is None:

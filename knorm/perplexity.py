@@ -21,7 +21,8 @@ from knorm.core import squared_norms, token_scores
 from knorm.masked_attention import Attend, attend_seen
 from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
-from knorm.schedule import schedule_scores
+from knorm.rounding import ROUNDING
+from knorm.schedule import never, schedule_scores
 from knorm.tensors import refuse_unreadable
 
 Schedule = Callable[[int, Tensor], Tensor]
@@ -213,7 +214,7 @@ def _schedule(policy: Policy, prompt_length: int, padding: Tensor | None) -> Sch
 
     def schedule(layer: int, keys: Tensor) -> Tensor:
         if _spares(policy, layer):
-            return schedule_scores(torch.zeros(keys.shape[:3], device=keys.device), Policy(), 1, padding)
+            return never(keys.shape[:3], keys.device, padding=padding)
         positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
         if padding is not None:
             positions = positions - padding[:, None, None]
@@ -383,7 +384,7 @@ def _record(cache: KnormCache, schedules: list[Tensor], length: int, seen: int) 
     """Note which tokens, seen so far and not yet known as lost, each layer has ceased to store."""
     if not schedules:
         shapes = [(*cache.positions(layer).shape[:2], length) for layer in range(len(cache))]
-        schedules = [torch.full(shape, length, device=cache.positions(0).device) for shape in shapes]
+        schedules = [never(shape, cache.positions(0).device) for shape in shapes]
     for layer, lost in enumerate(schedules):
         stored = cache.positions(layer)
         if stored.shape[-1] < seen:
@@ -410,6 +411,11 @@ def stream_nll(
     return run.nll
 
 
+def agrees(difference: float, gap: float) -> bool:
+    """Tell whether two runs are equal as float32 and float64 can be, by Agreement's difference and gap."""
+    return difference <= ROUNDING and gap <= NEAR_TIE
+
+
 class Agreement(NamedTuple):
     """The one pass beside the loop, on the same texts and policy.
 
@@ -427,8 +433,8 @@ class Agreement(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Equal as float32 and float64 can be: each token within 1e-4, evictions but for near-ties."""
-        return self.difference <= 1e-4 and self.gap <= NEAR_TIE
+        """Equal as float32 and float64 can be: each token within ROUNDING, evictions but for near-ties."""
+        return agrees(self.difference, self.gap)
 
 
 def agreement(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ratio = float | int | str | Decimal | Fraction
 Score = Literal["low_norm", "high_norm", "random"]
 Protocol = Literal["prefill", "streaming"]
+
+# Score of each token, the lowest to be kept: from the squared norms of the keys and the positions of the tokens in the
+# sequence, both [batch, kv_heads, length], and from `draw`, which makes one uniform number for each seed and position.
+SCORES: Mapping[Score, Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]] = {
+    "low_norm": lambda norms, positions, draw: norms,
+    "high_norm": lambda norms, positions, draw: -norms,
+    "random": lambda norms, positions, draw: draw(),
+}
 
 
 @lru_cache(maxsize=256)
@@ -142,3 +154,11 @@ class Policy:
         if length < self.prune_after or length <= self.protect_first + self.protect_recent:
             return length
         return self._afford(length)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them: keep_ratio a number, or "1/3" where no float is that fraction.
+
+        Policy(**fields) reads them back: Policy(**policy.as_json()) == policy.
+        """
+        ratio = self.keep_ratio if isinstance(self.keep_ratio, float) else str(self.keep_ratio)
+        return asdict(self) | {"keep_ratio": ratio, "skip_layers": [*self.skip_layers]}

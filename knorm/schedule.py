@@ -9,6 +9,7 @@ compress" is known from the keys. Everything else about the run (masks, lengths,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -125,19 +126,31 @@ def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding:
             evicted[rows, :, pads:] = pads + schedule_scores(scores[rows, :, pads:], policy, prompt, None)
         return evicted
     if policy.protocol == "prefill":
-        evicted = torch.full(scores.shape, length, dtype=torch.int64, device=scores.device)
+        evicted = never(scores.shape, scores.device)
         budget = policy.budget(prompt_length)
         if budget < prompt_length:
             prompt = scores[..., :prompt_length]
             evicted[..., :prompt_length] = prompt_length
             evicted.scatter_(-1, select(prompt, budget, policy.protect_first, policy.protect_recent), length)
         return evicted
-    evicted = torch.full(scores.shape, length, dtype=torch.int64)
+    evicted = never(scores.shape)
     times, sizes, first = _events(policy, length, prompt_length)
     if len(times):
         order = scores.argsort(dim=-1, stable=True).reshape(-1, length).cpu().numpy()
         _evict(order, times, sizes, first, evicted.view(-1, length).numpy())
     return evicted.to(scores.device)
+
+
+def never(shape: Sequence[int], device: torch.device | str = "cpu", *, padding: Tensor | None = None) -> Tensor:
+    """Return the schedule that evicts nothing: int64 of `shape` [..., T], T for every token.
+
+    padding: int64 [batch] for a shape [batch, heads, T]; a pad sees itself only, as in evicted_at.
+    """
+    evicted = torch.full((*shape,), shape[-1], dtype=torch.int64, device=device)
+    if padding is not None:
+        places = torch.arange(shape[-1], device=device)
+        evicted = torch.where(places < padding[:, None, None], places + 1, evicted)
+    return evicted
 
 
 def cache_lengths(evicted_at: Tensor) -> Tensor:

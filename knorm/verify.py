@@ -13,13 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from knorm.core import compress
-from knorm.evaluation.curve import Row, evaluate
-from knorm.evaluation.doubts import Suspicion, judge_measured, measure_empty, measure_with
+from knorm.evaluation.curve import Row, measure_row
+from knorm.evaluation.doubts import Suspicion, judge_measured, nll_without_cache
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.laws import KNORM, Refuted, Result, Subject, iter_results, own, own_cache
+from knorm.laws.catalogue.perplexity import EQUAL
+from knorm.laws.catalogue.selection import NEAR_TIE
 from knorm.laws.subjects import in_words
 from knorm.models import EMBEDDED_TEXTS, load_embedded, load_text
-from knorm.perplexity import NEAR_TIE, agreement, exact_nll, exact_run
+from knorm.perplexity import agreement, exact_nll, exact_run
 from knorm.policy import Policy
 from knorm.rounding import attend_shuffled
 
@@ -145,7 +148,7 @@ def _one_pass(model: PreTrainedModel, ids: Tensor) -> Iterator[Verdict]:
         ordered = exact_run(model, ids, streaming)
         lost = ordered.evicted_at  # in both: a near-tie that falls differently is no effect of order
         other = exact_run(model, ids, streaming, schedule=lambda layer, _: lost[layer], attend=attend_shuffled)
-        return float((other.nll - ordered.nll).abs().max()), 1e-4
+        return float((other.nll - ordered.nll).abs().max()), EQUAL
 
     for claim, measure in (
         ("Ratio 1 equals the uncompressed model.", plain),
@@ -171,7 +174,7 @@ def _agree(model: PreTrainedModel, ids: Tensor, policy: Policy, prompt: int, cla
     own.recount(both)
     return Verdict(
         claim,
-        both.difference <= 1e-4 and both.gap <= NEAR_TIE,
+        both.difference <= EQUAL and both.gap <= NEAR_TIE,
         f"largest difference {both.difference:.1e}; {both.evictions} evictions differ, norms within {both.gap:.1e}"
         f"; {both.stream.seconds / both.exact.seconds:.0f}x the loop's speed",
         0.0,
@@ -180,8 +183,9 @@ def _agree(model: PreTrainedModel, ids: Tensor, policy: Policy, prompt: int, cla
 
 def _curve(model: PreTrainedModel, text: Windows, name: str, prune_after: int) -> Verdict:
     policies = [Policy(ratio, prune_after, protocol="streaming", skip_layers=(0,)) for ratio in CURVE]
-    rows = tuple(evaluate(model, text, policy) for policy in policies)
-    doubts = tuple(judge_measured(rows, policies, measure_with(model, text), nll_empty=measure_empty(model, text)))
+    runner = Runner(model, text)
+    rows = tuple(measure_row(runner, policy) for policy in policies)
+    doubts = tuple(judge_measured(runner, rows, policies, nll_empty=nll_without_cache(runner)))
     return Verdict(
         f"The same tokens of the {name} are scored at every ratio, at a finite perplexity.",
         len({row.tokens for row in rows}) == 1 and all(row.ppl < float("inf") for row in rows),

@@ -16,14 +16,12 @@ from commands import HOME
 from tiny import tiny, tokens
 
 import knorm
-from knorm import Policy
 from knorm.bench import commits as versus
 from knorm.bench import latency
 from knorm.bench import worker as bench_worker
 from knorm.bench.commits import Setup, Worker, changed_files, find_checkout, resolve, worktree
 from knorm.bench.counters import Counters
 from knorm.bench.latency import Prompt
-from knorm.bench.policies import policy_fields
 from knorm.cli import bench as bench_cli
 from knorm.models import ASSETS
 
@@ -35,10 +33,10 @@ def run_bench(run_knorm, monkeypatch):
     """Run `knorm bench` as if alone on the machine."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
-    def small(given):
+    def small(asked):
         """A model that takes no time, where nothing is asked of the real one."""
         prompts = {"a": Prompt(tokens(1, 9), 4), "b": Prompt(tokens(1, 12), 6)}
-        return tiny("gpt_neox"), prompts, [Policy(r, 32, (0,), protocol="streaming") for r in given["keep_ratio"]]
+        return tiny("gpt_neox"), prompts, asked.policies.policies()
 
     def run(*arguments):
         if arguments[: len(QUICK)] == QUICK and "--json" not in arguments:
@@ -56,7 +54,7 @@ def test_the_command_gives_tables_json_and_a_figure(run_bench):
     assert (found["blocks"], found["warm_up"], found["verdict"], found["margin"]) == (8, 1, "PASS", 9.0)
     plain, half = found["rows"]
     assert plain["policy"] is plain["verdict"] is plain["mde"] is None
-    assert half["policy"]["keep_ratio"] == "0.5"
+    assert half["policy"]["keep_ratio"] == 0.5
     for metric in ("ttft", "tpot", "throughput"):
         assert half[metric]["low"] < half[metric]["ratio"] < half[metric]["high"]
         assert half["mde"][metric] == half[metric]["mde"] > 0
@@ -238,7 +236,7 @@ def test_the_worktree_is_gone_whatever_happens(project):
 def setup(**changes):
     prompt = {"ids": [[1, 2, 3, 4, 5, 6, 7, 8, 9]], "new_tokens": 4}
     fields = {"model": str(ASSETS), "dtype": "float32", "device": "cpu", "threads": 1, "prompts": (prompt,)}
-    return Setup(**{**fields, "policies": (policy_fields(knorm.Policy(0.5)),), **changes})
+    return Setup(**{**fields, "policies": (knorm.Policy(0.5).as_json(),), **changes})
 
 
 def test_a_commit_that_does_not_import_is_quoted(project):

@@ -12,6 +12,7 @@ import torch
 from tiny import tiny, tokens
 
 from knorm import Policy
+from knorm.evaluation import runner
 from knorm.golden import cases, store, verify
 from knorm.golden import environment as environments
 from knorm.golden import format as golden_format
@@ -67,7 +68,7 @@ def accepted(run_golden):
 
 def slower_attention(monkeypatch):
     """An intended change of the code: attention's scale."""
-    real = cases.exact_run
+    real = runner.exact_run
 
     def run(model, *arguments, attend=None, **options):
         return real(
@@ -76,7 +77,7 @@ def slower_attention(monkeypatch):
 
     from knorm.masked_attention import attend_seen
 
-    monkeypatch.setattr(cases, "exact_run", run)
+    monkeypatch.setattr(runner, "exact_run", run)
 
 
 # What is measured

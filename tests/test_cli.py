@@ -14,8 +14,9 @@ from commands import in_a_new_process, new_environment, strict_json
 
 import knorm
 from knorm import Policy, compress, exact_nll, retained_count, verify
-from knorm.evaluation import curve
-from knorm.evaluation.curve import evaluate
+from knorm.evaluation import runner
+from knorm.evaluation.curve import measure_row
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import cut_windows
 from knorm.golden.cases import CASES
 from knorm.laws import CHECKS, KNORM, Subject
@@ -45,12 +46,12 @@ def test_ppl_writes_what_evaluate_returns(run_knorm, embedded):
     assert result["environment"]["knorm"] == knorm.__version__
     assert (result["model"], result["text"], result["window"], result["windows"]) == ("embedded", "story.txt", 32, 2)
     assert result["policy"]["protocol"] == "streaming"
-    assert result["policy"]["skip_layers"] == [2, 0]
+    assert result["policy"]["skip_layers"] == [0, 2]
     assert result["holds"] is True
     windows = cut_windows(embedded[1], STORY, 32, 2)
     for row, ratio in zip(result["rows"], ("1.0", "0.55"), strict=True):
         policy = Policy(ratio, 8, (0, 2), protect_recent=1, protocol="streaming")
-        assert untimed(row) == untimed(asdict(evaluate(embedded[0], windows, policy)))
+        assert untimed(row) == untimed(asdict(measure_row(Runner(embedded[0], windows), policy)))
         assert f"{row['ppl']:.2f}" in out
     assert result["rows"][1]["final_cache"] < result["rows"][0]["final_cache"] == 32
 
@@ -93,8 +94,8 @@ def test_stream_shows_the_loop_beside_the_one_pass(run_knorm):
 
 @pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
 def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(run_knorm, monkeypatch, dtype, code):
-    agreement = curve.agreement
-    monkeypatch.setattr(curve, "agreement", lambda *a, **k: agreement(*a, **k)._replace(difference=0.5))
+    agreement = runner.agreement
+    monkeypatch.setattr(runner, "agreement", lambda *a, **k: agreement(*a, **k)._replace(difference=0.5))
     ended, out, _ = run_knorm("ppl", *SHORT, "--keep-ratio", "1", "--stream", "--dtype", dtype, "--json", "out.json")
     assert ended == code
     assert strict_json("out.json")["holds"] is (code == 0)
@@ -331,7 +332,7 @@ def test_explain_says_what_moved_perplexity(run_knorm):
     found = strict_json("out.json")
     assert (code, err) == (0, "")
     assert "order: no effect, at most" in out
-    assert all(effect["proves"].split(";")[0][:40] in out for effect in found["effects"])
+    assert all(f"{e['kind']}: {e['sentence']}".split(";")[0][:40] in out for e in found["effects"])
     assert all(line in " ".join(out.split()) for line in found["verdict"])
     assert (found["keep_ratio"], found["policy"]["prune_after"], found["windows"]) == ("0.9", 16, 2)
     assert Path("e.png").read_bytes().startswith(b"\x89PNG")
@@ -359,11 +360,11 @@ def test_what_cannot_be_explained_is_one_line(run_knorm, arguments, words):
         ("--keep-ratio 1.0,0.3 --prompt-length 20 --protect-recent 15", "retains 6 of 20"),
         ("--json same.svg --plot same.svg", "but should be two files"),
         ("--reported story.txt --plot out.png", "drop --plot and --stream"),
-        ("--reported story.txt --json story.txt", "would overwrite the table"),
+        ("--reported story.txt --json story.txt --force", "would overwrite the table"),
     ],
 )
 def test_what_would_fail_later_fails_before_the_work(run_knorm, monkeypatch, arguments, words):
-    monkeypatch.setattr(curve, "exact_run", lambda *_, **__: pytest.fail("it was run"))
+    monkeypatch.setattr(runner, "exact_run", lambda *_, **__: pytest.fail("it was run"))
     code, out, err = run_knorm("ppl", *SHORT, *arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from knorm import Policy, exact_nll
 from knorm.evaluation import windows as cutting
-from knorm.evaluation.curve import evaluate
+from knorm.evaluation.curve import measure_row
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.models import load_text
 
@@ -52,7 +53,7 @@ def test_a_short_text_is_one_short_window_and_the_rest_of_a_long_one_is_left(emb
 
 def test_a_row_is_what_the_tokens_say():
     model, text, policy = tiny("llama"), windows(5, 40), Policy(0.5, prune_after=8, protocol="streaming")
-    row = evaluate(model, text, policy, batch=2)
+    row = measure_row(Runner(model, text, batch=2), policy)
     nll = exact_nll(model, text.input_ids, policy).double()
     assert (row.windows, row.tokens) == (5, 5 * 39)
     assert row.ppl == pytest.approx(math.exp(float(nll.mean())), rel=1e-6)
@@ -64,7 +65,7 @@ def test_a_row_is_what_the_tokens_say():
 
 
 def test_a_prefill_row_scores_and_counts_after_the_prompt_only():
-    row = evaluate(tiny("qwen2"), windows(3, 40), Policy(0.3), prompt_length=30)
+    row = measure_row(Runner(tiny("qwen2"), windows(3, 40), 30), Policy(0.3))
     assert row.tokens == 3 * 10
     assert row.final_cache == 9 + 10
     # The last token of the prompt sees it whole; nine queries follow, each with one token more.
@@ -74,13 +75,13 @@ def test_a_prefill_row_scores_and_counts_after_the_prompt_only():
 
 def test_skipped_layers_do_not_count_as_compressed():
     policy = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0, 2))
-    assert evaluate(tiny("llama"), windows(2, 40), policy).final_cache <= 8
+    assert measure_row(Runner(tiny("llama"), windows(2, 40)), policy).final_cache <= 8
     everywhere = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0, 1, 2))
-    assert evaluate(tiny("llama"), windows(2, 40), everywhere).final_cache == 40
+    assert measure_row(Runner(tiny("llama"), windows(2, 40)), everywhere).final_cache == 40
 
 
 def test_one_window_has_no_standard_error_and_a_short_one_no_sixteen_newest():
-    row = evaluate(tiny("llama"), windows(1, 9), Policy())
+    row = measure_row(Runner(tiny("llama"), windows(1, 9)), Policy())
     assert row.standard_error is None
     assert row.recent is None
 
@@ -92,15 +93,15 @@ def test_numbers_that_mean_nothing_are_refused(embedded):
         if factor != factor:  # noqa: PLR0124
             model.lm_head.weight.data[0] = factor
         with pytest.raises(ValueError, match="the model's weights are damaged, or its dtype overflows"):
-            evaluate(model, windows(2, 20), Policy())
+            measure_row(Runner(model, windows(2, 20)), Policy())
         model = tiny("llama")
     with pytest.raises(ValueError, match="within one character"):
-        evaluate(embedded[0], cut_windows(embedded[1], "日"), Policy())
+        measure_row(Runner(embedded[0], cut_windows(embedded[1], "日")), Policy())
 
 
 def test_what_cannot_be_scored_is_refused(embedded):
     with pytest.raises(ValueError, match="a prompt of 40 tokens is the whole window"):
-        evaluate(tiny("llama"), windows(2, 40), Policy(0.5), prompt_length=40)
+        Runner(tiny("llama"), windows(2, 40), 40)
     with pytest.raises(ValueError, match="the text has 1 tokens, but needs at least two"):
         cut_windows(embedded[1], "a")
     with pytest.raises(ValueError, match="should be at least 1 of 2"):

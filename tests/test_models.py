@@ -210,6 +210,7 @@ def test_a_name_that_names_no_model_is_refused(name, words, tmp_path, monkeypatc
 
 FROM_THE_HUB = f"""
 import json
+import os
 from knorm.models import load_model, load_text
 
 def refused(load, name):

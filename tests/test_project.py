@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import importlib
 import itertools
 import json
 import os
@@ -218,3 +219,12 @@ def test_a_bug_report_brings_the_verdicts_and_the_counterexample():
     assert "counterexample" in required["counterexample"]["label"]
     quoted = [line for field in form["body"] for line in re.findall(r"`(knorm [^`]+)`", str(field["attributes"]))]
     assert not [line for line in quoted if lacking(line)]
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda file: file.stem)
+def test_what_a_tool_takes_from_the_package_is_there(tool):
+    for node in ast.walk(ast.parse(tool.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "knorm":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")

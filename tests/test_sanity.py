@@ -6,8 +6,9 @@ import os
 import pytest
 
 from knorm import Policy
-from knorm.evaluation.curve import evaluate
-from knorm.evaluation.doubts import fall, judge_measured, judge_reported, measure_with, read_reported
+from knorm.evaluation.curve import measure_row
+from knorm.evaluation.doubts import fall, judge_measured, judge_reported, read_reported
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import cut_windows
 from knorm.models import load_text
 
@@ -141,10 +142,10 @@ def test_the_widest_fall_below_ratio_1_is_found():
 
 def test_a_falling_curve_measured_here_comes_with_its_cause(embedded):
     model, tokenizer = embedded
-    windows = cut_windows(tokenizer, load_text("narrative"), 200, 4)
+    runner = Runner(model, cut_windows(tokenizer, load_text("narrative"), 200, 4))
     policies = [Policy(ratio, 32, (0,), protocol="streaming") for ratio in ("1.0", "0.9", "0.5")]
-    rows = [evaluate(model, windows, policy) for policy in policies]
-    (found,) = judge_measured(rows, policies, measure_with(model, windows))
+    rows = [measure_row(runner, policy) for policy in policies]
+    (found,) = judge_measured(runner, rows, policies)
     assert found.what.startswith("perplexity falls from ")
     assert "the newest tokens had been starved" in found.then
     assert f"{rows[1].recent:.1f} of the newest 16 are cached at 0.9" in found.then
@@ -152,10 +153,10 @@ def test_a_falling_curve_measured_here_comes_with_its_cause(embedded):
 
 def test_perplexity_outside_full_and_empty_cache_is_reported_as_possible(embedded):
     model, tokenizer = embedded
-    windows = cut_windows(tokenizer, load_text("narrative"), 100, 2)
+    runner = Runner(model, cut_windows(tokenizer, load_text("narrative"), 100, 2))
     policies = [Policy(ratio, 32, (0,), protocol="streaming") for ratio in ("1.0", "0.9")]
-    rows = [evaluate(model, windows, policy) for policy in policies]
-    (found,) = judge_measured(rows, policies, measure_with(model, windows), nll_empty=rows[0].nll + 0.01)
+    rows = [measure_row(runner, policy) for policy in policies]
+    (found,) = judge_measured(runner, rows, policies, nll_empty=rows[0].nll + 0.01)
     assert "perplexity at 0.9 lies outside" in found.what
     assert "that can be right" in found.then
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from knorm import Policy, compress, evicted_at
 from knorm.core import squared_norms
 from knorm.laws.traits import exact_share
-from knorm.schedule import cache_lengths, recent_cached
+from knorm.schedule import cache_lengths, never, recent_cached
 
 
 @st.composite
@@ -166,3 +166,11 @@ def test_the_layout_of_the_scores_does_not_matter():
     scores, policy = torch.rand(3, 8, 2), Policy(0.5, prune_after=4, protocol="streaming")
     turned = scores.transpose(1, 2)
     assert torch.equal(evicted_at(turned, policy), evicted_at(turned.contiguous(), policy))
+
+
+def test_never_evicted_is_the_schedule_of_the_full_cache():
+    scores = torch.zeros(2, 3, 5)
+    assert torch.equal(never(scores.shape), evicted_at(scores, Policy()))
+    padding = torch.tensor([0, 3])
+    assert torch.equal(never(scores.shape, padding=padding), evicted_at(scores, Policy(), padding=padding))
+    assert never((2, 0)).shape == (2, 0)

@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 
 from knorm import KnormCache, Policy, exact_nll, load_embedded, retained_count
 from knorm.cli.figures import plot_curves, plot_recall
-from knorm.evaluation.curve import Row, evaluate
+from knorm.evaluation.curve import Row, measure_row
 from knorm.evaluation.facts import Recall, fact_windows, recall
 from knorm.evaluation.interventions import newest_to_protect
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.laws.subjects import CompressingCache, Kept
 from knorm.model_attention import cache_keyword
@@ -52,7 +53,8 @@ def curves(model: PreTrainedModel, windows: Windows) -> dict[str, list[Row]]:
         "highest norms kept": [replace(p, score="high_norm") for p in policies],
         "lowest norms, newest half of the budget protected": protected,
     }
-    return {name: [evaluate(model, windows, policy) for policy in chosen] for name, chosen in kinds.items()}
+    runner = Runner(model, windows)
+    return {name: [measure_row(runner, policy) for policy in chosen] for name, chosen in kinds.items()}
 
 
 def order(model: PreTrainedModel, ids: Tensor) -> float:

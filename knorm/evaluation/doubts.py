@@ -10,20 +10,16 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from knorm.evaluation.curve import NEWEST, Row, evaluate
+from knorm.evaluation.curve import NEWEST, Row, measure_row
 from knorm.evaluation.interventions import newest_to_protect, sees_itself
-from knorm.evaluation.windows import Windows
+from knorm.evaluation.runner import Runner
 from knorm.files import read_text
-from knorm.perplexity import exact_nll
 from knorm.policy import Policy, exact_ratio
 from knorm.strict import no_field_twice
 
@@ -242,17 +238,18 @@ def _number(file: Path, number: int, name: object, value: Any) -> float | None:
 
 
 def judge_measured(
-    rows: Sequence[Row],
-    policies: Sequence[Policy],
-    measure: Callable[[Policy], Row],
-    *,
-    prompt_length: int = 1,
-    nll_empty: float | None = None,
+    runner: Runner, rows: Sequence[Row], policies: Sequence[Policy], *, nll_empty: float | None = None
 ) -> list[Suspicion]:
-    """What does not make sense in rows measured here; the cause of a falling curve is found by intervention.
+    """Doubt rows measured here; the cause of a falling curve is found by intervention.
 
-    measure     evaluates one more policy on the same tokens
-    nll_empty   mean NLL where each token sees itself only, to tell what lies outside [full cache, no cache]
+    Args:
+        runner: what measured the rows, to measure one more policy on the same tokens.
+        rows: a row for each policy.
+        policies: of the rows, in the same order.
+        nll_empty: mean NLL without a cache (nll_without_cache), to tell what lies outside [full cache, no cache].
+
+    Returns:
+        A suspicion for each thing that makes no sense; none where the curve is as it should be.
     """
     ppl, found = {row.keep_ratio: row.ppl for row in rows}, []
     by_ratio = {row.keep_ratio: (row, policy) for row, policy in zip(rows, policies, strict=True)}
@@ -261,8 +258,8 @@ def judge_measured(
         protected = []
         for ratio in pair:
             policy = by_ratio[ratio][1]
-            newest = newest_to_protect(policy, prompt_length, NEWEST) or policy.protect_recent
-            protected.append((newest, measure(replace(policy, protect_recent=newest)).ppl))
+            newest = newest_to_protect(policy, runner.prompt_length, NEWEST) or policy.protect_recent
+            protected.append((newest, measure_row(runner, replace(policy, protect_recent=newest)).ppl))
         (n, at_a), (m, at_b) = protected
         cached = [by_ratio[ratio][0].recent for ratio in pair]
         said = f"with the newest {n} and {m} protected it is {at_a:.2f} and {at_b:.2f}"
@@ -292,15 +289,6 @@ def judge_measured(
     return found
 
 
-def measure_with(
-    model: PreTrainedModel, windows: Windows, *, prompt_length: int = 1, batch: int = 8
-) -> Callable[[Policy], Row]:
-    """A function that evaluates one more policy on the same windows."""
-    return lambda policy: evaluate(model, windows, policy, prompt_length=prompt_length, batch=batch)
-
-
-def measure_empty(model: PreTrainedModel, windows: Windows, *, prompt_length: int = 1, batch: int = 8) -> float:
-    """Mean NLL of the same tokens where each sees itself only: no cache at all."""
-    parts = windows.input_ids.split(batch)
-    nll = [exact_nll(model, ids, Policy(), schedule=sees_itself)[:, prompt_length - 1 :] for ids in parts]
-    return float(torch.cat(nll).double().mean())
+def nll_without_cache(runner: Runner) -> float:
+    """Measure the mean NLL, in nats a token, of a run in which each token sees itself only."""
+    return float(runner.run(Policy(), schedule=sees_itself).nll.double().mean())

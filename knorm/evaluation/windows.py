@@ -22,14 +22,16 @@ class Windows:
     """A text cut into windows of equal length, each evaluated as a sequence of its own.
 
     input_ids   int64 [windows, tokens]
-    byte_ends   int64 [windows, tokens]: where each token ends in the text's UTF-8
+    byte_ends   int64 [windows, tokens]: where each token ends in the text's UTF-8; None for tokens of no text
     """
 
     input_ids: Tensor
-    byte_ends: Tensor
+    byte_ends: Tensor | None = None
 
     def scored_bytes(self, prompt_length: int) -> int:
-        """Bytes of text that the tokens after the prompt stand for."""
+        """Count the bytes that the tokens after the prompt stand for. Raises ValueError for tokens of no text."""
+        if self.byte_ends is None:
+            raise ValueError("byte_ends is None, but should say where each token ends in its text: see cut_windows")
         return int((self.byte_ends[:, -1] - self.byte_ends[:, prompt_length - 1]).sum())
 
 
@@ -107,5 +109,6 @@ def check_prompt(windows: Windows, prompt_length: int) -> None:
             f"a prompt of {prompt_length} tokens is the whole window, but only tokens after the prompt are scored: "
             "give a shorter prompt, or longer windows"
         )
-    if 1 <= prompt_length < windows.input_ids.shape[1] and not windows.scored_bytes(prompt_length):
+    length = windows.input_ids.shape[1]
+    if windows.byte_ends is not None and 1 <= prompt_length < length and not windows.scored_bytes(prompt_length):
         raise ValueError("the text's tokens end within one character: there are no bytes to score, give a longer text")

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from knorm.core import compress
 from knorm.laws import oracle
+from knorm.laws.catalogue.perplexity import EQUAL
+from knorm.laws.catalogue.selection import NEAR_TIE
 from knorm.laws.model import gap, small_model
 from knorm.laws.oracle import Rules
 from knorm.laws.registry import Refuted
@@ -294,7 +296,7 @@ def recount(both: Agreement) -> None:
     _differs("the number of evictions that differ", both.evictions, evictions)
     if not evictions:
         _differs("the largest difference of a token's NLL", both.difference, gap(both.exact.nll, both.stream.nll))
-    _differs("whether one pass and loop agree", both.holds, both.difference <= 1e-4 and both.gap <= 2.0**-20)
+    _differs("whether one pass and loop agree", both.holds, both.difference <= EQUAL and both.gap <= NEAR_TIE)
 
 
 def check_parting() -> str:
