@@ -17,7 +17,7 @@ from knorm.evaluation.curve import Row, measure_row
 from knorm.evaluation.doubts import Suspicion, judge_measured, nll_without_cache
 from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
-from knorm.laws import KNORM, Refuted, Result, Subject, iter_results, own, own_cache
+from knorm.laws import KNORM, Refuted, Result, Subject, iter_results, own, own_cache, own_model
 from knorm.laws.catalogue.perplexity import EQUAL
 from knorm.laws.catalogue.selection import NEAR_TIE
 from knorm.laws.subjects import in_words
@@ -114,6 +114,8 @@ OWN: tuple[Callable[[], str], ...] = (
     own.check_schedules,
     own.check_masked_attention,
     own.check_parting,
+    own_model.check_contexts,
+    own_model.check_run_refusals,
     own_cache.check_any_order,
     own_cache.check_cache_refusals,
 )

@@ -21,7 +21,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation.published": "schema measure judge",
     "golden": "format gates environment store latency cases verify",
     "laws": "traits registry strategies subjects oracle model presses adapters loading snippets catalogue runner "
-    "own own_cache process",
+    "own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "worker supervisor",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny import tokens
 
-from knorm import verify
-from knorm.laws import Refuted, oracle, own, own_cache, traits
+from knorm import core, verify
+from knorm.laws import Refuted, oracle, own, own_cache, own_model, traits
 from knorm.laws.oracle import Rules
 from knorm.laws.traits import Traits, exact_share
 from knorm.perplexity import Agreement, Run
@@ -142,3 +142,28 @@ def test_what_must_be_refused_is_refused_by_the_right_error():
         own.must_raise("it", ValueError, lambda: None)
     with pytest.raises(Refuted, match=r"it raised ZeroDivisionError: .*, but should raise ValueError"):
         own.must_raise("it", ValueError, lambda: 1 / 0)
+
+
+def test_a_context_that_leaves_padding_to_others_is_refuted(monkeypatch):
+    monkeypatch.setattr("knorm.model_attention._leads", lambda mask: None)
+    with pytest.raises(
+        Refuted, match=r"^a call without a cache inside attention\(\), sdpa: logits of a padded batch are"
+    ):
+        own_model.check_contexts()
+
+
+def test_a_run_that_should_be_refused_is_refuted(monkeypatch):
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda device: False)
+    with pytest.raises(Refuted, match=r"^a run under autocast was answered, but should raise ValueError$"):
+        own_model.check_run_refusals()
+
+
+def test_large_caches_are_compared_too(monkeypatch):
+    take = core._take
+    monkeypatch.setattr(
+        core, "_take", lambda rows, index: take(rows, index.flip(-1) if rows.numel() > 2**20 else index)
+    )
+    with pytest.raises(
+        Refuted, match=r"^of 8192 tokens, the keys or values that stay are not those of their positions$"
+    ):
+        own.check_selections()

@@ -12,37 +12,40 @@ then runs on that copy without the goldens, up to its first refuted line; with -
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, DOCUMENT = ROOT / "knorm", ROOT / "docs" / "mutations.md"
 TESTS = {
-    "policy.py": ("policy", "core"),
+    "policy.py": ("policy", "core", "schedule"),
     "core.py": ("core",),
     "schedule.py": ("schedule",),
     "masked_attention.py": ("masked_attention", "perplexity"),
     "perplexity.py": ("perplexity",),
     "cache.py": ("cache",),
-    "model_attention.py": ("cache",),
+    "model_attention.py": ("model_attention", "cache"),
 }
 # The command itself, on a main job without goldens that ends at its first refuted line.
 VERIFY = """
-import sys
+import os, sys
+import knorm
 from knorm import cli, verify
+assert knorm.__file__.startswith(os.getcwd() + os.sep), f"{knorm.__file__} is not the copy"
 whole = verify.verify
 def first_refuted():
     for verdict in whole(goldens=False):
@@ -51,15 +54,9 @@ def first_refuted():
             return
 verify.verify = first_refuted
 sys.argv = ["knorm", "verify"]
-cli.main()
+sys.exit(cli.main())
 """
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-PRELOADED = (  # what every run loads before it comes to knorm: once for all of them
-    "torch", "torch.nn.attention.flex_attention", "transformers", "transformers.cache_utils", "hypothesis.strategies",
-    "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.models.llama.modeling_llama",
-    "transformers.models.mistral.modeling_mistral", "transformers.generation.utils", "numba", "pydantic", "scipy.stats",
-    "rich.console", "rich.table", "safetensors.torch", "click", "filelock",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,41 +96,28 @@ def key_of(mutation: Mutation) -> str:
     return digest.hexdigest()[:16]
 
 
-def _enter(folder: str) -> None:
-    """Take the package of a folder for knorm, and a file there for standard output and error."""
-    os.chdir(folder)
-    sys.path.insert(0, folder)
-    output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def run_in(folder: Path, limit: float, arguments: list[str]) -> tuple[int | None, str]:
+    """Run Python in a folder, whose package it imports: the exit code (None: not within the limit), and the output.
 
-
-def _verify(folder: str) -> None:
-    _enter(folder)
-    exec(VERIFY, {"__name__": "__main__"})
-
-
-def _test(folder: str, files: list[str]) -> None:
-    _enter(folder)
-    import pytest
-
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
-    sys.exit(int(pytest.main([*options, *files])))
-
-
-def run_in(folder: Path, limit: float, target: Callable[..., None], *arguments: Any) -> tuple[int | None, str]:
-    """Exit code (None: not within the limit) and output of a function that runs in a process of its own."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
-    process = context.Process(target=target, args=(str(folder), *arguments))
-    process.start()
-    process.join(limit)
-    late = process.is_alive()
-    if late:
-        process.kill()
-        process.join()
-    file = folder / "output"
-    return None if late else process.exitcode, file.read_text(encoding="utf-8") if file.exists() else ""
+    Whatever it has started ends with it.
+    """
+    output = folder / "output"
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": str(folder)}
+    environment.pop("KNORM_PROCESSES", None)  # a fault is tried in one process
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=folder, env=environment, stdout=stream, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return code, output.read_text(encoding="utf-8", errors="replace")
 
 
 def try_mutation(mutation: Mutation, *, tests: bool = False, limit: float = 300) -> dict[str, Any]:
@@ -144,13 +128,15 @@ def try_mutation(mutation: Mutation, *, tests: bool = False, limit: float = 300)
         folder = Path(name)
         shutil.copytree(PACKAGE, folder / "knorm")
         (folder / "knorm" / mutation.file).write_text(source_of(mutation), encoding="utf-8")
-        code, output = run_in(folder, limit, _verify)
+        code, output = run_in(folder, limit, ["-c", VERIFY])
         said = re.search(r"^REFUTED\s+(.+)$", output, re.MULTILINE)
         last = output.strip().rpartition("\n")[2] if code is not None else f"no answer in {limit:g} s"
         row |= {"exit": code, "said": said[1] if said else last}
         if tests:
             files = [str(ROOT / "tests" / f"test_{each}.py") for each in TESTS[mutation.file]]
-            code, output = run_in(folder, limit, _test, files)
+            options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}"]
+            config = ["-c", str(ROOT / "pyproject.toml")]
+            code, output = run_in(folder, limit, ["-m", "pytest", *options, *config, *files])
             failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\w+)", output, re.MULTILINE)
             row["tests"] = failed[1] if failed else "" if code == 0 else f"exit code {code}"
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
@@ -244,7 +230,6 @@ def main() -> int:
     running.add_argument("--workers", type=int, default=2)
     running.add_argument("--limit", type=float, default=300)
     given = parser.parse_args()
-    os.environ.update(ONE_THREAD)
     try:
         if given.verb == "list":
             print("\n".join(f"{m.name:24} {m.file}: {m.what}" for m in MUTATIONS))

@@ -94,11 +94,12 @@ def check_refusals() -> str:
 
     refused: list[tuple[str, type[Exception], Any]] = [
         (f"Policy({ratio!r})", ValueError, lambda ratio=ratio: Policy(ratio))
-        for ratio in (0, 0.0, -0.5, 1.5, "0", float("nan"), "1/0", "half")
+        for ratio in (0, 0.0, -0.5, 1.5, "0", float("nan"), "1/0", "half", "0.5_0")
     ]
     refused += [
         ("exact_ratio(numpy.float32(0.55))", TypeError, lambda: exact_ratio(np.float32(0.55))),  # type: ignore[arg-type]
         ("retained_count(0, 0.5)", ValueError, lambda: retained_count(0, 0.5)),
+        ("Policy(0.5).budget(-1)", ValueError, lambda: Policy(0.5).budget(-1)),
         ("Policy(0.5, protect_first=3, protect_recent=3).budget(8)", ValueError,
          lambda: Policy(0.5, protect_first=3, protect_recent=3).budget(8)),
         ("a streaming Policy that protects 9 of the 8 that it keeps", ValueError,
@@ -108,6 +109,8 @@ def check_refusals() -> str:
          lambda: evicted_at(torch.tensor([1.0, torch.nan]), Policy(0.5, 2, protocol="streaming"))),
         ("evicted_at with a prompt longer than the text", ValueError,
          lambda: evicted_at(torch.zeros(4), Policy(0.5), 5)),
+        ("evicted_at with 5 pads for 4 tokens", ValueError,
+         lambda: evicted_at(torch.zeros(1, 1, 4), Policy(0.5), 2, padding=torch.tensor([5]))),
     ]  # fmt: skip
     for what, kind, call in refused:
         must_raise(what, kind, call)
@@ -143,7 +146,21 @@ def check_selections() -> str:
                         raise Refuted(f"{name} after {what} are not those of the positions {alive}")
                 kept, positions = got[:2], got.positions
                 tried += 1
-    return f"{tried} compressions"
+    _check_large()
+    return f"{tried + 1} compressions"
+
+
+def _check_large() -> None:
+    """Compress a few megabytes: from there on, norms are taken part by part, and rows gathered another way."""
+    rules, length = Rules(0.5), 8192
+    keys, values = _draw((1, 2, length, 128), 1), _draw((1, 2, length, 128), 2)
+    should = [[rules.leave([*range(length)], head) for head in oracle.scores_of(keys, rules, 0)[0]]]
+    got = compress(keys, values, rules.policy())
+    if got.positions.tolist() != should:
+        raise Refuted(f"of {length} tokens, those of the lowest norms should stay in time order, but others do")
+    place = torch.tensor(should)[..., None].expand(-1, -1, -1, 128)
+    if not torch.equal(got.keys, keys.gather(2, place)) or not torch.equal(got.values, values.gather(2, place)):
+        raise Refuted(f"of {length} tokens, the keys or values that stay are not those of their positions")
 
 
 STREAMED = (
