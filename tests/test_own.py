@@ -146,9 +146,7 @@ def test_what_must_be_refused_is_refused_by_the_right_error():
 
 def test_a_context_that_leaves_padding_to_others_is_refuted(monkeypatch):
     monkeypatch.setattr("knorm.model_attention._leads", lambda mask: None)
-    with pytest.raises(
-        Refuted, match=r"^a call without a cache inside attention\(\), sdpa: logits of a padded batch are"
-    ):
+    with pytest.raises(Refuted, match=r"^a call without a cache inside attention\(\), sdpa: logits of "):
         own_model.check_contexts()
 
 

@@ -120,18 +120,23 @@ def run_in(folder: Path, limit: float, arguments: list[str]) -> tuple[int | None
     return code, output.read_text(encoding="utf-8", errors="replace")
 
 
-def try_mutation(mutation: Mutation, *, tests: bool = False, limit: float = 300) -> dict[str, Any]:
-    """Put one fault into a copy, and let the judges look at it."""
+def try_mutation(
+    mutation: Mutation, known: dict[str, Any] | None = None, *, tests: bool = False, limit: float = 300
+) -> dict[str, Any]:
+    """Put one fault into a copy, and let the judges look at it; what a known result of the same code says is kept."""
     begin = time.perf_counter()
     row: dict[str, Any] = {"name": mutation.name, "file": mutation.file, "key": key_of(mutation)}
+    if known and known["key"] == row["key"]:
+        row = {**known}
     with tempfile.TemporaryDirectory(prefix="knorm-mutant-") as name:
         folder = Path(name)
         shutil.copytree(PACKAGE, folder / "knorm")
         (folder / "knorm" / mutation.file).write_text(source_of(mutation), encoding="utf-8")
-        code, output = run_in(folder, limit, ["-c", VERIFY])
-        said = re.search(r"^REFUTED\s+(.+)$", output, re.MULTILINE)
-        last = output.strip().rpartition("\n")[2] if code is not None else f"no answer in {limit:g} s"
-        row |= {"exit": code, "said": said[1] if said else last}
+        if "exit" not in row:
+            code, output = run_in(folder, limit, ["-c", VERIFY])
+            said = re.search(r"^REFUTED\s+(.+)$", output, re.MULTILINE)
+            last = output.strip().rpartition("\n")[2] if code is not None else f"no answer in {limit:g} s"
+            row |= {"exit": code, "said": said[1] if said else last}
         if tests:
             files = [str(ROOT / "tests" / f"test_{each}.py") for each in TESTS[mutation.file]]
             options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}"]
@@ -169,7 +174,7 @@ def run(file: Path, only: list[str], tests: bool, workers: int, limit: float) ->
     ]
     missed = 0
     with ThreadPoolExecutor(workers) as pool, file.open("a", encoding="utf-8") as stream:
-        jobs = {m.name: pool.submit(try_mutation, m, tests=tests, limit=limit) for m in left}
+        jobs = {m.name: pool.submit(try_mutation, m, done.get(m.name), tests=tests, limit=limit) for m in left}
         for mutation in left:
             row = jobs[mutation.name].result()
             stream.write(json.dumps(row) + "\n")
