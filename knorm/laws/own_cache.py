@@ -53,7 +53,10 @@ def check_generation(model: PreTrainedModel, ids: Tensor, new: int = 10) -> str:
 
     model, ids: in float64, and int64 [3, T] of at least 20 tokens. generate() gives its logits in float32.
     """
-    widest, prompt = 0.0, ids.shape[1]
+    widest, prompt, whole = 0.0, ids.shape[1], KnormCache(Policy())
+    with torch.no_grad():
+        model(ids, use_cache=True, **{cache_keyword(model): whole})
+    _check_bytes(whole, "a prompt of which nothing is evicted")
     for what, rules, leads, options in GENERATED:
         cache, mask = KnormCache(rules.policy()), torch.ones_like(ids[: len(leads)])
         for row, lead in enumerate(leads):
@@ -219,7 +222,8 @@ class _Walk:
         self.cache.crop(0)
         if fresh and fresh < min(len(row.tokens) for row in self.rows):
             self.said.append(f"crop of {fresh}")
-            self.cache.crop(-fresh if fresh % 2 else seen - fresh)
+            self.cache.crop(-(fresh // 2))
+            self.cache.crop(seen - fresh)
             for row in self.rows:
                 row.cut(fresh)
 
