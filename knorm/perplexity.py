@@ -531,14 +531,14 @@ def agreement(
             return stream.evicted_at[layer]
 
         same = exact_run(model, input_ids, policy, schedule=replay, **options)
-        gap = _parting_gap(exact.evicted_at, stream.evicted_at, norms)
+        gap = parting_gap(exact.evicted_at, stream.evicted_at, norms)
     # Not a number where both are padding is agreement; anywhere else it is none.
     padded = (torch.ones_like(input_ids) if attention_mask is None else attention_mask)[:, :-1].to(same.nll.device) == 0
     difference = float((same.nll - stream.nll).abs().masked_fill(padded, 0.0).nan_to_num(torch.inf).max())
     return Agreement(exact, stream, evictions, gap, difference)
 
 
-def _parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
+def parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
     """How far apart, relatively, the norms lie over which each row's schedules first part; the widest over rows.
 
     Nothing but those norms can be the cause there; whatever parts later in the row may be a consequence.

@@ -21,8 +21,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format gates environment store latency cases verify",
-    "laws": "traits results targets registry names strategies subjects model presses adapters loading snippets "
-    "catalogue runner process",
+    "laws": "traits results targets registry names strategies subjects oracle model presses adapters loading snippets "
+    "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
