@@ -170,7 +170,8 @@ def test_a_damaged_golden_is_refused_and_the_field_named(store, change, words):
         store.read("streaming", "cpu-x86_64")
     assert words in str(damaged.value)
     assert "streaming/cpu-x86_64.json" in str(damaged.value)
-    assert f"git checkout -- {store.folder}/streaming" in str(damaged.value)
+    assert f"git status -- {store.folder}/streaming" in str(damaged.value)
+    assert "checkout" not in str(damaged.value), "that would throw an acceptance away which is not committed"
     assert "\n" not in str(damaged.value)
 
 
@@ -735,3 +736,65 @@ def test_a_folder_in_which_no_lock_can_be_made_is_one_line(store, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with pytest.raises(ValueError, match=r"cannot write to .*Permission denied"):
         store.write_candidate(candidate(), {"nll/0.5": NLL})
+
+
+def _accept_in_turns(folder, ready, over):
+    """Accept two goldens of other tokens in turns until told to stop."""
+    store = Store(folder)
+    halves = [measured(NLL * np.float32(factor), ratio=1.0) for factor in (0.5, 0.25)]
+    goldens_of = [candidate(half) for half in halves]
+    while not over.is_set():
+        for made, half in zip(goldens_of, halves, strict=True):
+            store.accept(made, half.tensors)
+        ready.set()
+
+
+def test_a_reader_beside_a_writer_sees_the_old_golden_or_the_new_one_whole(store):
+    context = multiprocessing.get_context("fork")
+    ready, over = context.Event(), context.Event()
+    writer = context.Process(target=_accept_in_turns, args=(store.folder, ready, over))
+    writer.start()
+    try:
+        assert ready.wait(30)
+        means, reading = set(), Store(store.folder)
+        for _ in range(3000):
+            golden, tensors = reading.read("streaming", "cpu-x86_64")
+            mean = golden.metric("nll/0.5").value
+            assert mean == float(tensors["nll/0.5"].mean())
+            means.add(mean)
+    finally:
+        over.set()
+        writer.join()
+    assert len(means) == 2, "both were seen"
+    assert writer.exitcode == 0
+
+
+def test_a_candidate_that_is_replaced_while_it_is_read_is_the_old_one_or_the_new(store, monkeypatch):
+    other = measured(NLL * np.float32(0.5))
+    file = store.write_candidate(candidate(), {"nll/0.5": NLL})
+    real = Path.read_bytes
+
+    def replaced(path):
+        store.write_candidate(candidate(other), other.tensors)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", replaced)
+    golden, tensors = read_candidate(file)
+    assert golden.metric("nll/0.5").value == float(tensors["nll/0.5"].mean())
+
+
+def test_a_golden_whose_tensors_never_fit_is_damaged_however_often_it_is_accepted(store, monkeypatch):
+    file = store.file("streaming", "cpu-x86_64")
+    (beside,) = store.folder.glob("*/*.safetensors")
+    beside.unlink()
+    real, reads = Path.read_text, []
+
+    def touched(path, *rest, **options):
+        reads.append(path)
+        os.utime(file, ns=(len(reads), len(reads)))  # as if somebody wrote it again and again
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "read_text", touched)
+    with pytest.raises(Damaged, match=r"is missing, which field 'tensors' names"):
+        store.read("streaming", "cpu-x86_64")
+    assert 1 < len(reads) < 1000

@@ -68,7 +68,7 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
     for file in store.candidates():
         console.print(f"candidate: {file}", soft_wrap=True, markup=False)
     for file in store.leftovers():
-        console.print(f"left by an interrupted accept, the next one removes it: {file}", soft_wrap=True, markup=False)
+        console.print(f"left by an interrupted accept, or by one that is running: {file}", soft_wrap=True, markup=False)
     fields = ("case", "device_class", "accepted", "commit", "reason", "pins")
     write_json(json, {"goldens": [dict(zip(fields, row, strict=True)) for row in rows]})
     sys.exit(REFUTED if damaged or orphans else HOLDS)

@@ -5,19 +5,21 @@ A candidate is one file with both the golden and its tensors. Only `accept` chan
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from safetensors.numpy import load
 
 from knorm.git import git
@@ -27,6 +29,7 @@ from knorm.paths import PACKAGE, REPORTED, goldens
 
 _TEMPORARY, _LOCK, _CANDIDATE = ".tmp", ".lock", ".candidate"
 _LOCK_SECONDS = 10.0
+_READS, _PAUSE_SECONDS = 50, 0.01  # of a changing golden; a pause outlasts a tick of the file system's clock
 
 
 @dataclass(frozen=True)
@@ -99,30 +102,55 @@ class Store:
         return self.folder / case / f"{device_class}.json"
 
     def read(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
-        """A golden and its tensors. Raises Damaged, naming file and field; FileNotFoundError where there is none."""
+        """Read a golden and its tensors: the old ones or the new ones, whole, also while another process accepts.
+
+        An `accept` in between removes the tensors that the golden read before it names, so what does not fit is read
+        again, until it fits or the golden has stood still. No lock: the folder may be read-only.
+
+        Raises:
+            Damaged: the golden cannot be trusted; names the file and the field.
+            FileNotFoundError: there is none.
+        """
+        file, last = self.file(case, device_class), None
+        for _ in range(_READS):
+            try:
+                return self._read_once(case, device_class)
+            except Damaged as damaged:
+                failure, state = damaged, _state(file)
+            if state == last:
+                break
+            last = state
+            time.sleep(_PAUSE_SECONDS)
+        raise Damaged(f"{failure}; what changed since the last commit: git status -- {quote(str(file.parent))}")
+
+    def _read_once(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
         file = self.file(case, device_class)
-        back = f"; get it back: git checkout -- {self.folder}/{case}"
+        name = f"{case}/{file.name}"
         try:
-            golden = parse(file.read_text(encoding="utf-8"), f"{case}/{file.name}")
+            golden = parse(file.read_text(encoding="utf-8"), name)
         except FileNotFoundError:
             raise
         except UnicodeDecodeError:
-            raise Damaged(f"{case}/{file.name} is no text{back}") from None
+            raise Damaged(f"{name} is no text") from None
         except OSError as error:
-            raise Damaged(f"{case}/{file.name} cannot be read ({error.strerror}){back}") from None
-        except Damaged as damaged:
-            raise Damaged(f"{damaged}{back}") from None
-        for name, inside, outside in (("case", golden.case, case), ("device_class", golden.device_class, device_class)):
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+        for field, inside, outside in (
+            ("case", golden.case, case),
+            ("device_class", golden.device_class, device_class),
+        ):
             if inside != outside:
-                raise Damaged(f"{case}/{file.name}: field {name!r} is {inside!r}: a copy of another golden; remove it")
+                raise Damaged(f"{name}: field {field!r} is {inside!r}: a copy of another golden; remove it")
         if golden.tensors is None:
             return golden, {}
         beside = self._tensors_file(golden)
-        if not beside.is_file():
-            raise Damaged(f"{case}/{beside.name} is missing, which field 'tensors' names{back}")
-        data = beside.read_bytes()
+        try:
+            data = beside.read_bytes()
+        except FileNotFoundError:
+            raise Damaged(f"{case}/{beside.name} is missing, which field 'tensors' names") from None
+        except OSError as error:
+            raise Damaged(f"{case}/{beside.name} cannot be read ({error.strerror})") from None
         if digest(data) != golden.tensors:
-            raise Damaged(f"{case}/{beside.name} is damaged: its sha256 is not that of field 'tensors'{back}")
+            raise Damaged(f"{case}/{beside.name} is damaged: its sha256 is not that of field 'tensors'")
         return golden, load(data)
 
     def _tensors_file(self, golden: Golden) -> Path:
@@ -245,14 +273,24 @@ class Store:
             raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from None
 
 
+def _state(file: Path) -> tuple[int, int] | None:
+    """What another file in its place, or another writing, would change."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def read_candidate(file: Path) -> tuple[Golden, Tensors]:
     """A candidate and its tensors. Raises Damaged, in one line, for a file that is none or not whole."""
     if not file.is_file():
         raise ValueError(f"there is no candidate {file}: knorm golden record makes one")
     try:
-        with safe_open(file, "np") as stream:
-            text = (stream.metadata() or {}).get("golden", "")
-        tensors = load(file.read_bytes())
+        data = file.read_bytes()  # once: another `record` may replace the file
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        text = header.get("__metadata__", {}).get("golden", "")
     except Exception as error:  # whatever safetensors raises for dtypes that NumPy lacks
         raise Damaged(f"{file.name} is no candidate, or truncated ({error}): record it again") from None
     golden = parse(text, file.name)
