@@ -20,7 +20,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "bench": "latency counters worker policies commits",
     "evaluation": "windows curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
-    "golden": "format gates environment store latency cases verify",
+    "golden": "format shift gates files environment store approval metrics latency cases verify",
     "laws": "traits registry strategies subjects model presses adapters loading reproduce catalogue runner process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
