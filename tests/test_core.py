@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from math import ceil
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from knorm import Policy, compress, retained_count
+from knorm import Policy, compress
 from knorm.core import select, squared_norms
 from knorm.laws.strategies import Cache, caches, larger_ratio, tagged_values
+from knorm.laws.traits import exact_share
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -22,7 +26,7 @@ def lowest(norms: list[float], count: int, first: int = 0, recent: int = 0) -> l
 @given(caches(), st.integers(0, 3), st.integers(0, 3))
 def test_protected_tokens_and_the_lowest_norms_are_kept_in_time_order(cache: Cache, first, recent):
     policy = Policy(cache.keep_ratio, protect_first=first, protect_recent=recent)
-    count = retained_count(cache.length, cache.keep_ratio)
+    count = ceil(exact_share(cache.length, cache.keep_ratio))
     if cache.length > first + recent > count:
         with pytest.raises(ValueError, match="Protect fewer, or raise keep_ratio"):
             compress(cache.keys, cache.values, policy)
@@ -41,7 +45,7 @@ def test_every_score_nests_and_keeps_the_count_in_time_order(cache: Cache, score
         compress(cache.keys, cache.values, Policy(ratio, score=score, seed=seed)).positions
         for ratio in (cache.keep_ratio, larger_ratio(cache.keep_ratio))
     )
-    assert few.shape[-1] == retained_count(cache.length, cache.keep_ratio)
+    assert few.shape[-1] == ceil(exact_share(cache.length, cache.keep_ratio))
     assert (few.diff(dim=-1) > 0).all()
     assert (few[..., :, None] == many[..., None, :]).any(-1).all()
     if score == "random":
@@ -51,7 +55,7 @@ def test_every_score_nests_and_keeps_the_count_in_time_order(cache: Cache, score
 @given(caches(), st.integers(0, 2), st.integers(0, 2))
 def test_positions_stay_those_of_the_sequence_through_a_second_compression(cache: Cache, first, recent):
     policy = Policy(cache.keep_ratio, protect_first=first, protect_recent=recent)
-    assume(retained_count(retained_count(cache.length, cache.keep_ratio), cache.keep_ratio) >= first + recent)
+    assume(exact_share(ceil(exact_share(cache.length, cache.keep_ratio)), cache.keep_ratio) > first + recent - 1)
     once = compress(cache.keys, cache.values, policy)
     twice = compress(once.keys, once.values, policy, positions=once.positions)
     assert torch.equal(cache.positions(twice), twice.positions)
@@ -179,11 +183,29 @@ def test_derivatives_forwards_and_maps_work_at_every_size():
     assert torch.func.jvp(summed, (keys,), (torch.ones_like(keys),))[1] == positions.numel() * 64
     both = torch.func.vmap(lambda values: compress(keys, values, 0.5).values)(torch.stack([keys, 2 * keys]))
     assert torch.equal(2 * both[0], both[1])
+    with pytest.raises(ValueError, match=r"torch\.vmap maps over keys, .* keys\.flatten\(0, 1\)"):
+        torch.func.vmap(lambda keys: compress(keys, keys, 0.5).values)(torch.stack([keys, 2 * keys]))
+    gradient = torch.func.grad(lambda keys: compress(keys, keys, 0.5).values.sum())
+    with pytest.raises(ValueError, match=r"torch\.vmap maps over keys"):
+        torch.func.vmap(gradient)(torch.stack([keys, 2 * keys]))
+
+
+@pytest.mark.parametrize("layer", [0.5, -1, "0", [0], True])
+def test_a_layer_that_is_no_index_is_refused(layer):
+    keys = torch.randn(1, 1, 4, 8)
+    with pytest.raises((TypeError, ValueError), match=r"layer=.*, but should be an integer"):
+        compress(keys, keys, Policy(0.5, score="random"), layer=layer)
+
+
+def test_a_layer_may_come_from_numpy():
+    keys, policy = torch.randn(1, 1, 40, 8), Policy(0.5, score="random")
+    ours, theirs = (compress(keys, keys, policy, layer=layer).positions for layer in (np.int64(3), 3))
+    assert torch.equal(ours, theirs)
 
 
 def test_positions_elsewhere_are_refused():
     keys, positions = torch.randn(1, 1, 4, 8), torch.arange(4, device="meta").view(1, 1, 4)
-    with pytest.raises(ValueError, match="positions on meta, but should be on cpu, as the keys are"):
+    with pytest.raises(ValueError, match="positions is a meta tensor"):
         compress(keys, keys, 0.5, positions=positions)
 
 
@@ -213,7 +235,7 @@ def test_squared_norms_accept_any_leading_shape():
 
 def test_what_is_no_tensor_or_of_another_dtype_is_refused():
     keys = torch.zeros(1, 1, 4, 2)
-    with pytest.raises(TypeError, match=r"keys ndarray, values ndarray, but both should be torch\.Tensor"):
+    with pytest.raises(TypeError, match=r"keys ndarray, but should be a torch\.Tensor"):
         compress(keys.numpy(), keys.numpy(), 0.5)
     for other in (keys.long(), keys.to(torch.float8_e4m3fn)):
         with pytest.raises(ValueError, match="both should be float16"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 
 from knorm import Policy, compress, evicted_at
 from knorm.core import squared_norms
-from knorm.schedule import cache_lengths, recent_cached
+from knorm.laws.traits import exact_share
+from knorm.schedule import cache_lengths, never, recent_cached
 
 
 @st.composite
@@ -23,6 +26,15 @@ def policies(draw):
     return Policy(prune_after=draw(st.integers(enough, enough + 12)), protocol="streaming", **options)
 
 
+def budget(policy: Policy, length: int) -> int:
+    protected = policy.protect_first + policy.protect_recent
+    if length < policy.prune_after or length <= protected:
+        return length
+    if (count := ceil(exact_share(length, policy.keep_ratio))) < protected:
+        raise ValueError
+    return count
+
+
 def replay(scores: list[float], policy: Policy, prompt: int) -> list[int]:
     """The run itself, in plain Python: feed, and when the policy says so keep the best of what is there."""
     lost, cache = [len(scores)] * len(scores), []
@@ -33,7 +45,7 @@ def replay(scores: list[float], policy: Policy, prompt: int) -> list[int]:
         newest = cache[max(0, len(cache) - policy.protect_recent) :]
         protected = [s for s in cache if s in cache[: policy.protect_first] or s in newest]
         others = sorted((s for s in cache if s not in protected), key=lambda s: (scores[s], s))
-        kept = sorted([*protected, *others][: policy.budget(len(cache))])
+        kept = sorted([*protected, *others][: budget(policy, len(cache))])
         for s in cache:
             if s not in kept:
                 lost[s] = token + 1
@@ -125,12 +137,40 @@ def test_other_types_are_refused():
         evicted_at(torch.zeros(4), 0.5)
     with pytest.raises(TypeError, match="prompt_length='2', but should be an integer"):
         evicted_at(torch.zeros(4), Policy(0.5), "2")
-    for scores in (torch.zeros(4).numpy(), torch.tensor(1.0)):
-        with pytest.raises(ValueError, match=r"a tensor \[\.\.\., T\]"):
-            evicted_at(scores, Policy(0.5))
+    with pytest.raises(TypeError, match=r"scores ndarray, but should be a torch\.Tensor"):
+        evicted_at(torch.zeros(4).numpy(), Policy(0.5))
+    with pytest.raises(ValueError, match=r"a tensor \[\.\.\., T\]"):
+        evicted_at(torch.tensor(1.0), Policy(0.5))
+    with pytest.raises(ValueError, match=r"torch\.vmap maps over scores"):
+        torch.func.vmap(lambda scores: evicted_at(scores, Policy(0.5), 2))(torch.rand(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("padding", "message"),
+    [
+        ([1, 2], "padding list, but should be a torch.Tensor"),
+        (torch.tensor([1, 2, 3]), r"padding \[3\] for scores \[2, 1, 8\], but should be int64 \[2\]"),
+        (torch.tensor([[1, 2]]), r"padding \[1, 2\] for scores"),
+        (torch.tensor([1.0, 2.0]), "padding torch.float32 on cpu, but should be int64"),
+        (torch.tensor([True, False]), "padding torch.bool"),
+        (torch.tensor([-1, 2]), r"padding \[-1, 2\], but should be from 0 to the 8 tokens"),
+        (torch.tensor([9, 2]), r"padding \[9, 2\], but should be from 0 to the 8 tokens"),
+    ],
+)
+def test_padding_that_is_no_count_of_each_row_is_refused(padding, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        evicted_at(torch.rand(2, 1, 8), Policy(0.5), 4, padding=padding)
 
 
 def test_the_layout_of_the_scores_does_not_matter():
     scores, policy = torch.rand(3, 8, 2), Policy(0.5, prune_after=4, protocol="streaming")
     turned = scores.transpose(1, 2)
     assert torch.equal(evicted_at(turned, policy), evicted_at(turned.contiguous(), policy))
+
+
+def test_never_evicted_is_the_schedule_of_the_full_cache():
+    scores = torch.zeros(2, 3, 5)
+    assert torch.equal(never(scores.shape), evicted_at(scores, Policy()))
+    padding = torch.tensor([0, 3])
+    assert torch.equal(never(scores.shape, padding=padding), evicted_at(scores, Policy(), padding=padding))
+    assert never((2, 0)).shape == (2, 0)

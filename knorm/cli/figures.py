@@ -8,8 +8,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knorm.cli.outputs import MADE_BY, replace_file
+
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
+    from knorm.evaluation.ways import Evaluation
     from knorm.statistics import Comparison
 
 
@@ -32,7 +35,7 @@ def plot_curve(rows: Sequence[Row], title: str, file: Path) -> None:
     below.set(ylabel=f"newest {NEWEST}\nstill cached", xlabel="keep_ratio", ylim=(0, NEWEST + 0.5))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> None:
@@ -48,6 +51,24 @@ def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> 
     left.legend(fontsize="small")
     right.set(ylabel=f"newest {NEWEST} still cached", xlabel="keep_ratio", ylim=(0, NEWEST + 0.5))
     finish_figure(figure, (left, right), title, file)
+
+
+def plot_frontier(rows: Sequence[Evaluation], title: str, file: Path) -> None:
+    """Draw KL from the full cache against bytes per token; what lies in the band cannot be told from the full cache."""
+    figure, axes = new_figure((9, 6), columns=1)
+    control, *methods = rows
+    floor = max(control.damage.kl, 1e-6)
+    for number, row in enumerate(methods):
+        damage = row.damage
+        kl, low, high = (max(x or 0, floor) for x in (damage.kl, damage.kl_low, damage.kl_high or damage.kl))
+        style = {"marker": "osD^vP*X"[number % 8], "capsize": 3, "label": row.label}
+        axes.errorbar([row.bytes_per_token], [kl], [[kl - min(low, kl)], [max(high, kl) - kl]], linestyle="", **style)
+    full = control.bytes_full / control.tokens_before
+    axes.axvline(full, color="gray", linestyle=":", label="full cache")
+    axes.set(xlabel="bytes of cache per token", ylabel="KL(full || compressed), nats per token", yscale="log")
+    axes.axhspan(axes.get_ylim()[0], floor, color="gray", alpha=0.2, label="the full cache run again, and less")
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    finish_figure(figure, [axes], title, file)
 
 
 def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file: Path) -> None:
@@ -86,9 +107,17 @@ def finish_figure(figure: Any, axes: Sequence[Any], title: str, file: Path) -> N
     for each in axes:
         each.grid(alpha=0.3)
         if each.get_yscale() == "log":
-            for axis_format in (each.yaxis.set_major_formatter, each.yaxis.set_minor_formatter):
-                axis_format("{x:g}")
-    figure.savefig(file, dpi=120)
+            low, high = each.get_ylim()
+            each.yaxis.set_major_formatter("{x:g}")
+            if high < 50 * low:  # over more decades, numbers between the powers of ten would not fit
+                each.yaxis.set_minor_formatter("{x:g}")
+    save_figure(figure, file)
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure whole or not at all, marked as knorm's own, which may overwrite it the next time."""
+    mark = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}[file.suffix]
+    replace_file(file, lambda beside: figure.savefig(beside, dpi=120, metadata={mark: MADE_BY}))
 
 
 def check_plot(file: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options, write_json
+from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
+from knorm.cli.outputs import write_json
 
 
 @click.group()
@@ -137,6 +138,8 @@ def golden_record(
     golden_dir: Path | None,
 ) -> None:
     """Measure each CASE several times and write a candidate beside its golden, which stays as it is."""
+    if bool(cases) == everything:  # before anything heavy is loaded
+        raise ValueError("name the cases to record, or give --all")
     import torch
 
     from knorm.golden.cases import CASES, find_case
@@ -144,8 +147,6 @@ def golden_record(
     from knorm.golden.verify import record
     from knorm.models import hush
 
-    if bool(cases) == everything:
-        raise ValueError("name the cases to record, or give --all")
     kind = torch.device(check_device(device)).type
     chosen = (
         [c for c in CASES.values() if kind in c.devices and not (c.optional or c.timed)]
@@ -282,11 +283,11 @@ def golden_accept(
 
     All of them are accepted, or none. A refusal names every problem, and the command that permits what it may.
     """
+    if not candidates:  # before anything heavy is loaded
+        raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")
     from knorm.golden.approval import Refused, approve, parse_permissions
     from knorm.golden.store import checkout
 
-    if not candidates:
-        raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")
     permissions = parse_permissions(allow_worse, allow_gate)
     console, store = make_console(quiet), _store(golden_dir, json)
     chosen, now = _chosen_candidates(store, candidates), checkout(store.folder)

@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from knorm.cli.compared import Asked, compare_methods, explicit
 from knorm.cli.options import (
     COMMON,
+    CURVE,
     HOLDS,
-    MODEL,
     REFUTED,
-    SCORING,
+    ModelOptions,
     Numbers,
-    file_option,
+    PolicyOptions,
+    check_device,
+    check_outputs,
     make_console,
+    model_options,
+    policy_options,
     progress_bar,
     with_options,
-    write_json,
 )
-from knorm.cli.setting import _CURVE, _policy_options, _setting, _text_options
+from knorm.cli.outputs import file_option, write_json
+from knorm.cli.setting import TextOptions, load_setting, text_options
+from knorm.files import file_size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from knorm.evaluation.curve import Row
+    from knorm.evaluation.ways import How
 
 
 @click.command()
-@with_options(*_text_options)
-@click.option("--keep-ratio", type=Numbers(str), default=_CURVE, show_default=True, help="A row each.")
-@with_options(*_policy_options, *SCORING, *MODEL)
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@text_options
+@policy_options(CURVE, "A row each; for a TARGET: 0.5, unless it has a budget of its own.")
+@click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
+@click.option(
+    "--how",
+    type=click.Choice(["auto", "schedule", "two calls", "loop"]),
+    default="auto",
+    show_default=True,
+    help="The way a TARGET is run; auto takes the cheapest, and checks it.",
+)
+@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
+@click.option("--facts", is_flag=True, help="Recall of names that the embedded story gives early and needs late.")
+@model_options
 @click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
 @click.option(
     "--reported",
@@ -38,67 +62,98 @@ from knorm.cli.setting import _CURVE, _policy_options, _setting, _text_options
 )
 @file_option("--plot", "Draw the curve (.png, .svg, .pdf).")
 @with_options(*COMMON)
-def ppl(json: Path | None, plot: Path | None, quiet: bool, reported: Path | None, **given: Any) -> None:
-    """Perplexity of a text at each ratio, exactly, from one forward pass each."""
-    console = make_console(quiet)
+@click.pass_context
+def ppl(
+    context: click.Context,
+    /,
+    targets: tuple[str, ...],
+    keep_tokens: tuple[int, ...] | None,
+    how: How,
+    kind: str | None,
+    facts: bool,
+    text_options: TextOptions,
+    policy_options: PolicyOptions,
+    model_options: ModelOptions,
+    stream: bool,
+    reported: Path | None,
+    plot: Path | None,
+    json: Path | None,
+    quiet: bool,
+) -> None:
+    """What does compression cost in quality, and for what memory?
+
+    Without a TARGET: perplexity of knorm's own policies, exactly, from one forward pass each. With targets: each beside
+    the full cache on the same tokens. A target is knorm, path/to/file.py:name, package.module:name,
+    kvpress:SnapKVPress, transformers:QuantizedCache(backend="fp8"), or kvpress:* for all.
+    """
+    console, given = make_console(quiet), explicit(context)
+    if targets:
+        ratios = policy_options.keep_ratio if "keep_ratio" in given else None
+        asked = Asked(targets, tuple(ratios) if ratios else None, keep_tokens, kind, how, facts)
+        _refuse(reported=reported, stream=stream)
+        check_outputs(json, plot)
+        check_device(model_options.device)
+        whole, fields = compare_methods(
+            asked, policy_options, text_options, model_options, given=given, plot=plot, quiet=quiet,
+            verbose=bool(context.obj),
+        )  # fmt: skip
+        write_json(json, fields)
+        sys.exit(HOLDS if whole else REFUTED)
+    if asked_of := [flag for flag in ("keep_tokens", "how", "kind", "facts") if flag in given]:
+        raise ValueError(f"--{asked_of[0].replace('_', '-')} is about a TARGET: give one, as knorm")
     if reported:
-        if plot or given["stream"]:
+        if plot or stream:
             raise ValueError("--reported judges a table and measures nothing: drop --plot and --stream")
         if json and json.resolve() == reported.resolve():
             raise ValueError(f"--json {json} would overwrite the table that --reported reads: give another file")
+        file_size(reported)  # before anything heavy is loaded
         _judge(reported, json, console)
+    setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
+
     from knorm.cli.figures import plot_curve
     from knorm.cli.tables import curve_table, show_suspicions
-    from knorm.evaluation.curve import evaluate
-    from knorm.evaluation.doubts import judge_measured, measure_empty, measure_with
-    from knorm.perplexity import NEAR_TIE
+    from knorm.evaluation.curve import measure_row
+    from knorm.evaluation.doubts import judge_measured, nll_without_cache
 
-    setting = _setting(given, given["keep_ratio"], plot, json)
-    on = (setting.model, setting.windows)
-    rows = []
+    runner, policies, rows = setting.runner, setting.policies, []
     with progress_bar(quiet) as progress:
-        count = -(-len(setting.windows.input_ids) // given["batch"])
-        task = progress.add_task("windows x ratios", total=len(setting.policies) * count)
-        for policy in setting.policies:
+        count = -(-len(runner.windows.input_ids) // runner.batch)
+        task = progress.add_task("windows x ratios", total=len(policies) * count)
+        for policy in policies:
             progress.update(task, description=f"ratio {policy.keep_ratio}")
-            rows.append(
-                evaluate(
-                    *on,
-                    policy,
-                    prompt_length=setting.prompt_length,
-                    stream=given["stream"],
-                    batch=given["batch"],
-                    on_batch=lambda: progress.advance(task),
-                )
-            )
+            rows.append(measure_row(runner, policy, stream=stream, on_batch=lambda: progress.advance(task)))
     console.print(curve_table(rows, setting.title))
-    holds = True
-    if given["stream"]:
-        difference, gap = max(r.stream_difference or 0.0 for r in rows), max(r.stream_gap or 0.0 for r in rows)
-        evictions = sum(r.stream_evictions or 0 for r in rows)
-        console.print(
-            f"One pass against the loop: {evictions} evictions differ, norms within {gap:.1e} where they first do; "
-            f"under the loop's schedule, tokens within {difference:.1e}."
-        )
-        if given["dtype"] in ("float32", "float64"):
-            holds = difference <= 1e-4 and gap <= NEAR_TIE
-        else:
-            console.print(f"Equality is claimed for float32 and float64, not for {given['dtype']}.")
-    again = {"prompt_length": setting.prompt_length, "batch": given["batch"]}
-    doubts = judge_measured(
-        rows, setting.policies, measure_with(*on, **again), prompt_length=setting.prompt_length,
-        nll_empty=measure_empty(*on, **again),
-    )  # fmt: skip
+    holds = _holds(rows, model_options.dtype, console) if stream else True
+    doubts = judge_measured(runner, rows, policies, nll_empty=nll_without_cache(runner))
     show_suspicions(console, doubts)
     if plot:
         plot_curve(rows, setting.title, plot)
-    found = {"holds": holds, "suspicious": [asdict(doubt) for doubt in doubts], "rows": [asdict(row) for row in rows]}
-    write_json(json, {**setting.fields, **found})
+    result = {"holds": holds, "suspicious": [asdict(doubt) for doubt in doubts], "rows": [asdict(row) for row in rows]}
+    write_json(json, {**setting.fields, **result})
     sys.exit(HOLDS if holds else REFUTED)
 
 
-def _judge(reported: Path, json: Path | None, console: Any) -> None:
-    """Somebody else's table: exit 1 where it is suspicious."""
+def _refuse(*, reported: Path | None, stream: bool) -> None:
+    if reported or stream:
+        raise ValueError("--reported and --stream are about knorm's own curve: drop the TARGET, or them")
+
+
+def _holds(rows: Sequence[Row], dtype: str, console: Console) -> bool:
+    """Say how the one pass compares with the loop; False where they should be equal and are not."""
+    difference, gap = max(r.stream_difference or 0.0 for r in rows), max(r.stream_gap or 0.0 for r in rows)
+    evictions = sum(r.stream_evictions or 0 for r in rows)
+    console.print(
+        f"One pass against the loop: {evictions} evictions differ, norms within {gap:.1e} where they first do; "
+        f"under the loop's schedule, tokens within {difference:.1e}."
+    )
+    if dtype in ("float32", "float64"):
+        return all(row.agrees for row in rows)
+    console.print(f"Equality is claimed for float32 and float64, not for {dtype}.")
+    return True
+
+
+def _judge(reported: Path, json: Path | None, console: Console) -> None:
+    """Judge somebody else's table: exit 1 where it is suspicious."""
     from knorm.cli.tables import show_suspicions
     from knorm.evaluation.doubts import judge_reported, read_reported
 

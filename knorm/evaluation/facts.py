@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from knorm.evaluation.runner import Runner
+from knorm.evaluation.ways import Ways
+from knorm.evaluation.windows import Windows
+from knorm.methods.method import Method, Tokenizer
 from knorm.models import load_text
 from knorm.paths import ASSETS
-from knorm.perplexity import exact_run
 from knorm.policy import Policy
 
 PASSAGE = 80  # tokens of the passage that names the fact
@@ -81,9 +84,9 @@ def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named
 
 def recall(model: PreTrainedModel, facts: Facts, policy: Policy, *, prompt_length: int = 1, batch: int = 8) -> Recall:
     """How well the names are predicted where they are needed. Raises what perplexity.exact_nll raises."""
-    runs = [exact_run(model, ids, policy, prompt_length=prompt_length) for ids in facts.input_ids.split(batch)]
-    nll = torch.cat([run.nll for run in runs]).double().cpu()
-    correct = torch.cat([run.correct for run in runs]).cpu()
+    runner = Runner(model, Windows(facts.input_ids), batch=batch)  # all tokens are scored: those of the prompt too
+    run = runner.run(policy, prompt_length=prompt_length)
+    nll, correct = run.nll.double().cpu(), run.correct.cpu()
     mean = float(nll[facts.asked].mean())
     others = nll[:, PASSAGE:][~facts.asked[:, PASSAGE:]]
     return Recall(
@@ -93,3 +96,30 @@ def recall(model: PreTrainedModel, facts: Facts, policy: Policy, *, prompt_lengt
         int(facts.asked.sum()),
         math.exp(float(others.mean())),
     )
+
+
+def recall_of(
+    model: PreTrainedModel, facts: Facts, method: Method, *, tokenizer: Tokenizer | None = None, batch: int = 1
+) -> Recall:
+    """Say how well the names are predicted where they are needed, by any method.
+
+    Args:
+        model: a causal language model in eval mode.
+        facts: made by fact_windows with the model's tokenizer; the prompt ends 16 tokens before a name is asked.
+        method: made by `knorm.method`.
+        tokenizer: of the model, for methods that read text.
+        batch: windows at a time.
+
+    Returns:
+        A Recall; `others` is of the tokens after the prompt that are not asked.
+
+    Raises:
+        MethodError: what the method's own code raised.
+    """
+    prompt = max(PASSAGE, int(facts.asked.any(0).nonzero()[0]) - AFTER)
+    ways = Ways(model, Windows(facts.input_ids), prompt, batch=batch, tokenizer=tokenizer)
+    tokens = ways.evaluate(method).per_token
+    asked = facts.asked[:, prompt - 1 :]
+    mean, others = float(tokens.nll[asked].mean()), float(tokens.nll[~asked].mean())
+    accuracy = float(tokens.correct[asked].double().mean())
+    return Recall(mean, math.exp(mean), accuracy, int(asked.sum()), math.exp(others))
