@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from knorm.golden import cases, store, verify
 from knorm.golden import environment as environments
 from knorm.golden import format as golden_format
 from knorm.golden import latency as latency_cases
+from knorm.golden.approval import approve
 from knorm.golden.cases import CASES, RANDOM_SHA256, Case, curve
 from knorm.golden.environment import How, device_class, environment
 from knorm.golden.store import Checkout, Store, hash_of_code
@@ -64,6 +66,11 @@ def accepted(run_golden):
     assert run_golden("record", "--all")[0] == 0
     assert run_golden("accept", "tiny", "selections", "--reason", "the first")[0] == 0
     return run_golden
+
+
+def accept(store, made, tensors):
+    """Accept one candidate, without a command."""
+    store.accept(*approve(store, [(made, tensors)], "why", now=HERE), tensors)
 
 
 def slower_attention(monkeypatch):
@@ -207,7 +214,7 @@ def test_the_life_of_a_golden(run_golden, monkeypatch):
     code, out, _ = run_golden("record", "tiny")
     assert code == 0
     assert "tiny (" in out
-    assert 'To accept: knorm golden accept tiny --reason "..."' in out
+    assert 'To accept: knorm golden accept tiny --reason "..." --golden-dir golden' in out
     assert not files(), "a candidate is no golden"
     code, out, _ = run_golden("accept", "tiny", "--reason", "the first")
     assert (code, len(files())) == (0, 2)
@@ -228,7 +235,7 @@ def test_the_life_of_a_golden(run_golden, monkeypatch):
     assert "MOVED         tiny" in out
     assert "nll/0.5" in out
     assert "first accepted" in out
-    assert "If the change is intended: knorm golden record" in out
+    assert "If the change is intended: knorm golden record tiny --golden-dir golden, look at it" in out
     assert files() == before
 
     assert run_golden("record", "tiny", "-q") == (0, "", "")
@@ -238,10 +245,12 @@ def test_the_life_of_a_golden(run_golden, monkeypatch):
     code, _, err = run_golden("accept", "tiny", "--reason", "attention is sharper")
     assert code == 2
     assert "% worse" in err
-    assert "--allow-worse 'nll/1.0=" in err
+    assert "--allow-worse tiny:nll/1.0=" in err
+    pasted = shlex.split(err.splitlines()[-1].partition(": ")[2])
+    assert pasted[:5] == ["knorm", "golden", "accept", "tiny", "--reason"]
+    assert pasted[-2:] == ["--golden-dir", "golden"]
     assert files() == before
-    allow = ("--allow-worse", "nll/*=100", "--allow-worse", "ppl_ratio/*=100")
-    assert run_golden("accept", "tiny", "--reason", "attention is sharper", *allow)[0] == 0
+    assert run_golden(*pasted[2:-2])[0] == 0
     assert run_golden("verify", "tiny")[0] == 0
     code, out, _ = run_golden("list")
     assert code == 0
@@ -362,7 +371,8 @@ def test_an_artifact_is_accepted(run_golden):
         ("accept --reason x", "name the cases, or the candidate files, to accept"),
         ("accept tiny --reason x", "tiny has no candidate in golden: knorm golden record tiny"),
         ("accept none.candidate --reason x", "there is no candidate none.candidate"),
-        ("accept tiny --reason x --allow-worse nll", "should be METRIC=PERCENT"),
+        ("accept tiny --reason x --allow-worse nll", "should be CASE:METRIC=PERCENT"),
+        ("accept tiny --reason x --allow-gate tiny:", "should be CASE:METRIC, e.g."),
         ("accept nothing --reason x", "no case is named 'nothing'; there are selections, tiny"),
         ("diff", "there are no candidates in golden"),
         ("list --json golden/out.json", "--json golden/out.json lies among the goldens"),
@@ -465,7 +475,7 @@ def test_an_optional_case_without_golden_or_weights_is_not_compared_and_says_wha
     assert (outcome.verdict, outcome.failed) == ("not compared", False)
     assert "knorm golden record extra --device cpu" in outcome.evidence
     made, measured = record(few["extra"], "cpu", HERE)
-    store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
+    accept(store, made, measured.tensors)
     assert next(verify_goldens(store, ["extra"])).verdict == "holds"
     few["extra"] = replace(few["extra"], measure=fetch)
     (outcome,) = verify_goldens(store, ["extra"])
@@ -497,7 +507,7 @@ def test_a_ratio_of_times_moves_where_it_is_shown_to_have_risen(few, tmp_path):
     few["timed"] = timed(0.2)
     store = Store(tmp_path)
     made, measured = record(few["timed"], "cpu", HERE)
-    store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
+    accept(store, made, measured.tensors)
     verdicts = {}
     for shift, noise in ((0.2, 1.0), (0.21, 1.0), (0.1, 1.0), (0.35, 1.0), (0.2, 40.0)):
         few["timed"] = timed(shift, noise)
@@ -513,7 +523,7 @@ def test_times_of_another_environment_are_shown(few, tmp_path, monkeypatch):
     few["timed"] = timed(0.2)
     store = Store(tmp_path)
     made, measured = record(few["timed"], "cpu", HERE)
-    store.accept(store.approve(made, measured.tensors, "why", now=HERE, allow_worse={}), measured.tensors)
+    accept(store, made, measured.tensors)
     few["timed"] = timed(0.9)
     monkeypatch.setattr(environments, "_processor", lambda: "another")
     (outcome,) = verify_goldens(store, ["timed"])
@@ -539,7 +549,7 @@ def test_operators_are_gated_with_the_versions_they_were_counted_with(few, tmp_p
     few["counted"] = counted(7)
     store = Store(tmp_path)
     made, _ = record(few["counted"], "cpu", HERE)
-    store.accept(store.approve(made, {}, "why", now=HERE, allow_worse={}), {})
+    accept(store, made, {})
     few["counted"] = counted(8)
     monkeypatch.setattr(environments, "_processor", lambda: "another")
     assert next(verify_goldens(store, ["counted"])).verdict == "moved"

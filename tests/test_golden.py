@@ -12,60 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
+from goldens import CLEAN, NLL, accept, candidate, measured
 
 from knorm.golden import store as module
-from knorm.golden.format import (
-    Damaged,
-    Environment,
-    Gate,
-    Measured,
-    Metric,
-    Noise,
-    Provenance,
-    environment_changes,
-    make,
-    parse,
-)
-from knorm.golden.gates import MEAN_ABSOLUTE, compare, gate_changes, judge_tokens, shift_of, worse_by
-from knorm.golden.store import Checkout, Store, checkout, hash_of_code, parse_allowance, read_candidate
-
-NOISE = Noise(runs=200, sigma=1e-7, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0)
-TOKENS = Gate(rule="tokens", threshold=2e-6, noise=NOISE)
-HERE = Environment(
-    device="x86_64", driver=None, cuda=None, capability="AVX2", threads=1, numerics="usual", torch="2.13.0",
-    transformers="5.24.0", numpy="2.4.6", python="3.11.7",
-)  # fmt: skip
-ELSEWHERE = HERE.model_copy(update={"torch": "2.14.1"})
-CLEAN = Checkout("a" * 40, True, "c" * 64)
-NLL = np.random.default_rng(0).gamma(2, 2, (8, 40)).astype(np.float32)
-
-
-def metric(name, value, kind="count", gate=None, direction="same", unit="tokens"):
-    gate = gate or Gate(rule="exact")
-    return Metric(name=name, unit=unit, direction=direction, kind=kind, value=value, anchor=value, gate=gate)
-
-
-def measured(nll=NLL, seen=100, schedule="ab12", ratio=1.5):
-    return Measured(
-        (
-            metric("nll/0.5", float(nll.mean()), "nll", TOKENS, "lower", "nats/token"),
-            metric("seen/0.5", seen),
-            metric("evicted_at/0.5", schedule, "schedule", Gate(rule="same_environment")),
-            metric("ppl_ratio/0.5", ratio, "ratio", Gate(rule="at_most", threshold=1e-4), "lower"),
-        ),
-        {"nll/0.5": nll},
-    )
-
-
-def candidate(found=None, now=CLEAN, environment=HERE, case="streaming", device="cpu-x86_64"):
-    found = found or measured()
-    made = Provenance(
-        knorm="0.1.0", commit=now.commit, clean=now.clean, code=now.code, date="2026-01-02T03:04:05Z", runs=3, reason=""
-    )
-    return make(case, device, {"windows": 8, "policies": [{"keep_ratio": 0.5}]}, found, environment, made)
+from knorm.golden.approval import approve
+from knorm.golden.files import Damaged, parse
+from knorm.golden.format import Measured
+from knorm.golden.store import Checkout, Store, checkout, hash_of_code, read_candidate
 
 
 @pytest.fixture
@@ -76,11 +29,6 @@ def store(tmp_path):
     store = Store(folder)
     accept(store, candidate(), reason="the first")
     return store
-
-
-def accept(store, made, tensors=None, reason="why", allow=None, now=CLEAN, file=None):
-    tensors = {"nll/0.5": NLL} if tensors is None else tensors
-    return store.accept(store.approve(made, tensors, reason, now=now, allow_worse=allow or {}), tensors, file)
 
 
 def contents(folder):
@@ -170,7 +118,8 @@ def test_a_damaged_golden_is_refused_and_the_field_named(store, change, words):
         store.read("streaming", "cpu-x86_64")
     assert words in str(damaged.value)
     assert "streaming/cpu-x86_64.json" in str(damaged.value)
-    assert f"git checkout -- {store.folder}/streaming" in str(damaged.value)
+    assert f"git status -- {store.folder}/streaming" in str(damaged.value)
+    assert "checkout" not in str(damaged.value), "that would throw an acceptance away which is not committed"
     assert "\n" not in str(damaged.value)
 
 
@@ -208,114 +157,6 @@ def test_what_is_not_finite_is_not_recorded(bad):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give --golden-dir the folder"):
         Store(tmp_path / "nowhere")
-
-
-# Gates
-
-
-def verdicts(found, environment=HERE):
-    golden = candidate()
-    return {f.metric: f.verdict for f in compare(golden, {"nll/0.5": NLL}, found, environment)}
-
-
-def test_the_same_holds():
-    assert set(verdicts(measured()).values()) == {"holds"}
-    assert set(verdicts(measured(), ELSEWHERE).values()) == {"holds"}
-
-
-@pytest.mark.parametrize("environment", [HERE, ELSEWHERE])
-def test_counts_are_exact_everywhere(environment):
-    assert verdicts(measured(seen=101), environment)["seen/0.5"] == "moved"
-
-
-def test_schedules_are_exact_in_the_same_environment_and_shown_elsewhere():
-    assert verdicts(measured(schedule="cd34"))["evicted_at/0.5"] == "moved"
-    assert verdicts(measured(schedule="cd34"), ELSEWHERE)["evicted_at/0.5"] == "shown"
-
-
-def test_a_value_that_is_not_finite_moves_in_words_that_json_can_hold():
-    golden = candidate()
-    found = compare(golden, {"nll/0.5": NLL}, measured(ratio=float("nan")), HERE)
-    (ratio,) = (f for f in found if f.metric == "ppl_ratio/0.5")
-    assert (ratio.verdict, ratio.measured, ratio.evidence) == ("moved", "nan", "is nan, not at most 1.5")
-
-
-def test_a_ratio_may_fall_but_not_rise():
-    assert verdicts(measured(ratio=1.5002))["ppl_ratio/0.5"] == "moved"
-    assert verdicts(measured(ratio=1.5001))["ppl_ratio/0.5"] == "holds"
-    assert verdicts(measured(ratio=1.2))["ppl_ratio/0.5"] == "holds"
-
-
-def test_what_a_golden_does_not_know_of_its_environment_does_not_count():
-    golden, driven = candidate(), HERE.model_copy(update={"driver": "580.65"})
-    assert environment_changes(golden, driven) == []
-    assert environment_changes(golden, driven.model_copy(update={"threads": 2})) == ["threads"]
-    assert environment_changes(candidate(environment=driven), HERE) == ["driver"]
-
-
-def test_metrics_that_come_and_go_are_moved():
-    less = Measured(measured().metrics[:3], {"nll/0.5": NLL})
-    more = Measured((*measured().metrics, metric("new", 1)), {"nll/0.5": NLL})
-    assert verdicts(less)["ppl_ratio/0.5"] == "moved"
-    assert verdicts(more)["new"] == "moved"
-
-
-def moved(nll, same):
-    return judge_tokens(TOKENS, nll.astype(np.float64), NLL.astype(np.float64), same)
-
-
-def test_one_token_beyond_the_tolerance_moves_the_same_environment_only():
-    one = NLL.copy()
-    one[3, 7] += 1e-3
-    assert moved(one, same=True) == "window 3, token 7 moved by 1.0e-03 nats, at most 5e-05 in the same environment"
-    assert moved(one, same=False) is None, "a near-tie of one window may flip"
-
-
-def test_the_mean_absolute_difference_is_bounded_where_the_mean_stands_still():
-    swung = NLL + np.where(np.arange(40) % 2, 1, -1) * 1.5 * MEAN_ABSOLUTE
-    assert "on average" in moved(swung, same=True)
-    assert "the typical window's tokens moved by 1.5e-04" in moved(swung, same=False)
-
-
-@pytest.mark.parametrize("by", [5.0, -2.0, 0.1])
-def test_damage_to_few_windows_moves_wherever_it_is_measured(by):
-    few = NLL.copy()
-    few[1:3] += by
-    few[5] -= by
-    assert moved(few, same=True)
-    assert "one window's tokens moved by" in moved(few, same=False)
-
-
-def test_a_shift_of_all_windows_moves_and_one_within_the_noise_does_not():
-    generator = np.random.default_rng(1)
-    noise = generator.normal(0, 1e-6, NLL.shape)
-    noise -= noise.mean(1, keepdims=True)
-    assert "the mean moved by +5.0e-06 nats" in moved(NLL.astype(np.float64) + 5e-6 + noise, same=False)
-    assert moved(NLL.astype(np.float64) + 1.5e-6 + noise, same=False) is None
-    per_window = 3e-6 + 8e-6 * np.array([[1], [-1]] * 4)
-    assert moved(NLL.astype(np.float64) + per_window, same=False) is None, "the interval over windows holds 0"
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_what_is_not_a_number_or_of_another_shape_moves(same):
-    broken = NLL.copy()
-    broken[2, 5] = np.nan
-    assert moved(broken, same) == "the NLL of window [2, 5] is not finite"
-    assert "[7, 40] windows and tokens, but the golden has [8, 40]" in moved(NLL[:7], same)
-
-
-@given(st.integers(2, 12), st.integers(0, 2**32 - 1))
-def test_the_interval_is_students_over_windows(windows, seed):
-    difference = np.random.default_rng(seed).normal(0.1, 1, (windows, 5))
-    shift = shift_of(difference, np.zeros_like(difference), alpha=0.025)
-    low, high = stats.ttest_1samp(difference.mean(1), 0).confidence_interval(0.95)
-    assert (shift.low, shift.high) == pytest.approx((low, high))
-    assert shift.mean == pytest.approx(difference.mean())
-    assert shift.largest == np.abs(difference).max() == abs(difference[shift.where])
-
-
-def test_one_window_has_no_interval_but_its_tokens_are_still_bounded():
-    assert judge_tokens(TOKENS, NLL[:1] + np.float32(0.1), NLL[:1], False).startswith("the typical window's")
 
 
 # Candidates and acceptance
@@ -359,89 +200,6 @@ def test_acceptance_keeps_the_anchor_and_removes_the_candidate_and_old_tensors(s
     assert len([*store.folder.glob("*/*.safetensors")]) == 1
 
 
-REFUSED = {
-    "no reason": ({"reason": "  "}, "--reason is empty"),
-    "a dirty tree": ({"now": Checkout("a" * 40, False, "c" * 64)}, r"the tree has changes outside golden/"),
-    "other code": ({"now": Checkout("a" * 40, True, "d" * 64)}, "made by other code than this"),
-    "another commit": (
-        {"now": Checkout("b" * 40, True, "c" * 64)},
-        "made at another commit, aaaaaaaaaaaa, but this is bbbb",
-    ),
-}
-
-
-@pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
-def test_acceptance_is_refused(store, options, words):
-    before = contents(store.folder)
-    with pytest.raises(ValueError, match=words):
-        accept(store, candidate(measured(seen=7)), **options)
-    assert contents(store.folder) == before
-
-
-def test_a_candidate_of_a_dirty_tree_is_refused(store):
-    with pytest.raises(ValueError, match=r"the candidate is of a tree with changes outside golden/"):
-        accept(store, candidate(now=Checkout("a" * 40, False, "c" * 64)))
-
-
-def test_a_worse_metric_needs_to_be_allowed_by_name_and_per_cent(store):
-    worse = measured(NLL * np.float32(1.01), ratio=1.503)
-    made, before = candidate(worse), contents(store.folder)
-    for allow, words in (
-        ({}, r"nll/0.5 is 1% worse, ppl_ratio/0.5 is 0.2% worse: .*--allow-worse 'nll/0.5=1.* 'ppl_ratio/0.5=0.2'"),
-        ({"nll/0.5": 0.5}, "nll/0.5 is 1% worse"),
-        ({"nll/*": 1.1}, "ppl_ratio/0.5 is 0.2% worse"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            accept(store, made, worse.tensors, allow=allow)
-        assert contents(store.folder) == before
-    accept(store, made, worse.tensors, allow={"nll/*": 1.1, "ppl_ratio/0.5": 0.3})
-    assert store.read("streaming", "cpu-x86_64")[0].metric("ppl_ratio/0.5").value == 1.503
-
-
-def test_what_is_within_the_noise_is_not_worse():
-    old, new = (metric("nll", value, "nll", TOKENS, "lower") for value in (3.0, 3.000001))
-    assert worse_by(old, new) == 0
-    assert worse_by(metric("seen", 1), metric("seen", 2)) == 0, "neither way is better"
-    higher = [metric("rate", value, "memory", Gate(rule="at_most", threshold=0.0), "higher") for value in (10.0, 9.0)]
-    assert worse_by(*higher) == pytest.approx(10)
-
-
-@pytest.mark.parametrize("text", ["nll", "nll=", "=2", "nll=-1", "nll=much"])
-def test_an_allowance_is_a_metric_and_a_per_cent(text):
-    assert parse_allowance("nll/0.5=2.5") == ("nll/0.5", 2.5)
-    with pytest.raises(ValueError, match="should be METRIC=PERCENT"):
-        parse_allowance(text)
-
-
-def test_what_was_nothing_and_is_something_is_worse():
-    assert (
-        worse_by(
-            *(metric("bytes", value, "memory", Gate(rule="at_most", threshold=0.0), "lower") for value in (0.0, 5.0))
-        )
-        == np.inf
-    )
-
-
-def with_gates(gate):
-    one, *rest = measured().metrics
-    return Measured((one.model_copy(update={"gate": gate}), *rest), {"nll/0.5": NLL})
-
-
-def test_a_gate_is_not_loosened_and_no_metric_lost_in_silence(store):
-    loose = TOKENS.model_copy(update={"noise": NOISE.model_copy(update={"typical": 1.0})})
-    with pytest.raises(
-        ValueError, match=r"nll/0.5 is judged by another gate: typical 1e-05 becomes 1.0: if that is intended"
-    ):
-        accept(store, candidate(with_gates(loose)))
-    with pytest.raises(
-        ValueError, match=r"ppl_ratio/0.5 is gone: if that is intended, the reason has to speak of the gate"
-    ):
-        accept(store, candidate(Measured(measured().metrics[:3], {"nll/0.5": NLL})))
-    assert not gate_changes(candidate(), candidate(measured(seen=7)))
-    accept(store, candidate(with_gates(loose)), reason="the gate follows what 500 runs showed")
-    assert store.read("streaming", "cpu-x86_64")[0].metrics[0].gate == loose
-
-
 def test_a_candidate_of_too_few_runs_or_without_its_tokens_is_none():
     with pytest.raises(Damaged, match=r"field 'tensors' is null, but nll/0.5 is judged by its tokens"):
         candidate(Measured(measured().metrics, {}))
@@ -454,19 +212,6 @@ def test_a_candidate_of_too_few_runs_or_without_its_tokens_is_none():
     few["provenance"]["runs"] = 1
     with pytest.raises(Damaged, match=r"field provenance.runs: input should be greater than or equal to 3"):
         parse(json.dumps(few), "a")
-
-
-def test_anchors_are_those_of_the_same_configuration(store):
-    made = candidate(measured(seen=7)).model_copy(update={"configuration": {"windows": 9}})
-    golden = store.approve(made, {"nll/0.5": NLL}, "more windows", now=CLEAN, allow_worse={})
-    assert golden.metric("seen/0.5").anchor == 7
-
-
-def test_a_reason_is_one_line(store):
-    accept(store, candidate(measured(seen=7)), reason="two\n lines")
-    assert store.read("streaming", "cpu-x86_64")[0].provenance.reason == "two lines"
-    with pytest.raises(ValueError, match="--reason is empty"):
-        accept(store, candidate(measured(seen=8)), reason="\x1b[2J")
 
 
 # Checkouts
@@ -564,7 +309,7 @@ def killed(line, action):
             nonlocal count
             if not any(
                 name in frame.f_code.co_filename
-                for name in ("store.py", "golden.py", "filelock", "pathlib", "safetensors")
+                for name in ("store.py", "approval.py", "files.py", "filelock", "pathlib", "safetensors")
             ):
                 return None
             if event == "line":
@@ -589,7 +334,7 @@ def killed(line, action):
 def test_record_and_accept_killed_at_200_points_leave_the_old_golden_or_the_new(store):
     better = measured(NLL - np.float32(0.5), ratio=1.4)
     made = candidate(better)
-    approved = store.approve(made, better.tensors, "better", now=CLEAN, allow_worse={})
+    (approved,) = approve(store, [(made, better.tensors)], "better", now=CLEAN)
     old, kills, new = goldens(store.folder), 0, 0
 
     def restored():
@@ -601,7 +346,7 @@ def test_record_and_accept_killed_at_200_points_leave_the_old_golden_or_the_new(
 
     for action in (
         lambda: store.write_candidate(made, better.tensors),
-        lambda: store.accept(store.approve(made, better.tensors, "better", now=CLEAN, allow_worse={}), better.tensors),
+        lambda: accept(store, made, better.tensors, "better"),
     ):
         lines = killed(-1, action)
         restored()
@@ -735,3 +480,65 @@ def test_a_folder_in_which_no_lock_can_be_made_is_one_line(store, monkeypatch):
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with pytest.raises(ValueError, match=r"cannot write to .*Permission denied"):
         store.write_candidate(candidate(), {"nll/0.5": NLL})
+
+
+def _accept_in_turns(folder, ready, over):
+    """Accept two goldens of other tokens in turns until told to stop."""
+    store = Store(folder)
+    halves = [measured(NLL * np.float32(factor), ratio=1.0) for factor in (0.5, 0.25)]
+    goldens_of = [candidate(half) for half in halves]
+    while not over.is_set():
+        for made, half in zip(goldens_of, halves, strict=True):
+            store.accept(made, half.tensors)
+        ready.set()
+
+
+def test_a_reader_beside_a_writer_sees_the_old_golden_or_the_new_one_whole(store):
+    context = multiprocessing.get_context("fork")
+    ready, over = context.Event(), context.Event()
+    writer = context.Process(target=_accept_in_turns, args=(store.folder, ready, over))
+    writer.start()
+    try:
+        assert ready.wait(30)
+        means, reading = set(), Store(store.folder)
+        for _ in range(3000):
+            golden, tensors = reading.read("streaming", "cpu-x86_64")
+            mean = golden.metric("nll/0.5").value
+            assert mean == float(tensors["nll/0.5"].mean())
+            means.add(mean)
+    finally:
+        over.set()
+        writer.join()
+    assert len(means) == 2, "both were seen"
+    assert writer.exitcode == 0
+
+
+def test_a_candidate_that_is_replaced_while_it_is_read_is_the_old_one_or_the_new(store, monkeypatch):
+    other = measured(NLL * np.float32(0.5))
+    file = store.write_candidate(candidate(), {"nll/0.5": NLL})
+    real = Path.read_bytes
+
+    def replaced(path):
+        store.write_candidate(candidate(other), other.tensors)
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", replaced)
+    golden, tensors = read_candidate(file)
+    assert golden.metric("nll/0.5").value == float(tensors["nll/0.5"].mean())
+
+
+def test_a_golden_whose_tensors_never_fit_is_damaged_however_often_it_is_accepted(store, monkeypatch):
+    file = store.file("streaming", "cpu-x86_64")
+    (beside,) = store.folder.glob("*/*.safetensors")
+    beside.unlink()
+    real, reads = Path.read_text, []
+
+    def touched(path, *rest, **options):
+        reads.append(path)
+        os.utime(file, ns=(len(reads), len(reads)))  # as if somebody wrote it again and again
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "read_text", touched)
+    with pytest.raises(Damaged, match=r"is missing, which field 'tensors' names"):
+        store.read("streaming", "cpu-x86_64")
+    assert 1 < len(reads) < 1000

@@ -37,7 +37,8 @@ from knorm import schedule  # noqa: E402
 from knorm.golden.cases import CASES, NOISE  # noqa: E402
 from knorm.golden.environment import How, device_class, environment  # noqa: E402
 from knorm.golden.format import environment_changes  # noqa: E402
-from knorm.golden.gates import compare, shift_of  # noqa: E402
+from knorm.golden.gates import Results, judge  # noqa: E402
+from knorm.golden.shift import shift_of  # noqa: E402
 from knorm.golden.store import Checkout, Store, hash_of_code, read_candidate  # noqa: E402
 from knorm.golden.verify import record  # noqa: E402
 from knorm.masked_attention import attend_seen  # noqa: E402
@@ -156,7 +157,7 @@ def one_run(job: tuple[Path, str, str | None, int]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     adjust, around = CHANGES[change] if change else (lambda how, seed: how, nothing)
     here = environment(device, how)
-    same = not environment_changes(next(iter(goldens.values()))[0], here)
+    same = not environment_changes(next(iter(goldens.values()))[0].environment, here)
     row: dict[str, Any] = {"device": kind, "torch": here.torch.split("+")[0], "transformers": here.transformers}
     row |= {"change": change, "seed": seed, "same": same, "threads": threads, "numerics": [how.batch, attention]}
     row |= {"fired": [], "mean": 0.0, "typical": 0.0, "largest": 0.0, "schedules": 0}
@@ -164,7 +165,8 @@ def one_run(job: tuple[Path, str, str | None, int]) -> dict[str, Any]:
         with around():
             measured = CASES[name].measure(device, adjust(how, seed))
         kinds = {metric.name: metric.kind for metric in golden.metrics}
-        for found in compare(golden, tensors, measured, here):
+        again = Results(measured.metrics, measured.tensors, here)
+        for found in judge(Results.of(golden, tensors), again):
             row["schedules"] += kinds[found.metric] == "schedule" and found.golden != found.measured
             if found.verdict == "moved":
                 row["fired"].append([GATES[kinds[found.metric]], name, found.metric, found.evidence])
@@ -247,10 +249,12 @@ def document(files: list[Path]) -> str:
         "could be found or repeated. It fired under the bound of 1e-5 that held then; the bound was widened to 1e-4 "
         "because of it, and all runs are judged by that here: this one run is no independent proof. The injected "
         "changes touch every window and lie at least ten times beyond a gate; what touches few windows is bounded by "
-        "`golden.ANY_WINDOW` and shown in `tests/test_golden.py`. None of them changes peak memory: the power of its "
-        "gate is not shown.\n"
+        "`ANY_WINDOW` in `knorm/golden/gates.py` and shown in `tests/test_gates.py`. None of them changes peak memory: "
+        "the power of its gate is not shown.\n"
     )
-    parts.append(f"What the gates know of this (`knorm/cases.py`, stored with each golden): `{json.dumps(noise)}`.\n")
+    parts.append(
+        f"What the gates know of this (`knorm/golden/cases.py`, stored with each golden): `{json.dumps(noise)}`.\n"
+    )
     return "\n".join(parts)
 
 

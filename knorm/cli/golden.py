@@ -47,7 +47,7 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
     """Which cases there are, and which goldens, candidates and leftovers."""
     from knorm.cli.tables import goldens_table
     from knorm.golden.cases import CASES
-    from knorm.golden.format import Damaged
+    from knorm.golden.files import Damaged
 
     console, store = make_console(quiet), _store(golden_dir, json)
     rows: list[tuple[str, ...]] = []
@@ -69,7 +69,7 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
     for file in store.candidates():
         console.print(f"candidate: {file}", soft_wrap=True, markup=False)
     for file in store.leftovers():
-        console.print(f"left by an interrupted accept, the next one removes it: {file}", soft_wrap=True, markup=False)
+        console.print(f"left by an interrupted accept, or by one that is running: {file}", soft_wrap=True, markup=False)
     fields = ("case", "device_class", "accepted", "commit", "reason", "pins")
     write_json(json, {"goldens": [dict(zip(fields, row, strict=True)) for row in rows]})
     sys.exit(REFUTED if damaged or orphans else HOLDS)
@@ -95,8 +95,8 @@ def golden_verify(
     from knorm.models import hush
 
     hush()
-    console, outcomes = make_console(quiet), []
-    for outcome in verify_goldens(_store(golden_dir, json), list(cases) or None, check_device(device)):
+    console, store, outcomes = make_console(quiet), _store(golden_dir, json), []
+    for outcome in verify_goldens(store, list(cases) or None, check_device(device)):
         outcomes.append(outcome)
         show_outcome(console, outcome)
     failed = sum(outcome.failed for outcome in outcomes)
@@ -107,9 +107,13 @@ def golden_verify(
             said.append(f"{number} {verdict.upper()}")
     style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
     console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
-    if any(outcome.verdict == "moved" for outcome in outcomes):
+    if moved := " ".join(outcome.case for outcome in outcomes if outcome.verdict == "moved"):
+        on = "" if device == "cpu" else f" --device {device}"
         console.print(
-            "If the change is intended: knorm golden record, look at it, then knorm golden accept --reason ..."
+            f"If the change is intended: knorm golden record {moved}{on}{store.option}, look at it, then "
+            f'knorm golden accept {moved} --reason "..."{store.option}',
+            soft_wrap=True,
+            markup=False,
         )
     write_json(json, {"device": device, "outcomes": [asdict(outcome) for outcome in outcomes]})
     sys.exit(REFUTED if failed or (idle and require_goldens) else HOLDS)
@@ -162,14 +166,16 @@ def golden_record(
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
     if now.clean:
         names = " ".join(case.id for case in chosen)
-        console.print(f'To accept: knorm golden accept {names} --reason "..."', soft_wrap=True, markup=False)
+        said = f'To accept: knorm golden accept {names} --reason "..."{store.option}'
+        console.print(said, soft_wrap=True, markup=False)
     write_json(json, {"device": device, "candidates": written})
 
 
 def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any]:
     """Print what a candidate would change; the changes."""
     from knorm.cli.tables import changes_table
-    from knorm.golden.format import Damaged, differing
+    from knorm.golden.files import Damaged
+    from knorm.golden.format import differing
     from knorm.golden.gates import gate_changes
     from knorm.golden.verify import changes
 
@@ -181,7 +187,7 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
             console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
     found = changes(old, (made, tensors))
     title = f"{made.case} ({made.device_class})"
-    if old and any(change.before != change.after for change in found):
+    if old and any(change.verdict != "holds" or change.golden != change.measured for change in found):
         console.print(changes_table(found, title))
     else:
         said = f"{title}: nothing differs in {len(found)} metrics" if old else f"{title}, new: {len(found)} metrics"
@@ -190,8 +196,8 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
         was, now = old[0].configuration, made.configuration
         for name in differing(was, now):
             console.print(f"configuration: {name} was {was.get(name)}, is {now.get(name)}", markup=False)
-        for change in gate_changes(old[0], made):
-            console.print(f"GATE  {change}", soft_wrap=True, markup=False)
+        for metric, change in gate_changes(old[0], made).items():
+            console.print(f"GATE  {metric} is {change}", soft_wrap=True, markup=False)
     return found
 
 
@@ -209,7 +215,7 @@ def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, A
         case = find_case(name).id
         waiting = [file for file in store.candidates() if file.parent.name == case]
         if not waiting:
-            raise ValueError(f"{name} has no candidate in {store.folder}: knorm golden record {name}")
+            raise ValueError(f"{name} has no candidate in {store.folder}: knorm golden record {name}{store.option}")
         files += waiting
     found = [(file, *read_candidate(file)) for file in dict.fromkeys(files)]
     places = [(made.case, made.device_class) for _, made, _ in found]
@@ -230,7 +236,10 @@ def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, A
 @_golden_dir
 @with_options(*COMMON)
 def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], golden_dir: Path | None) -> None:
-    """What each candidate would change: old, new, difference with its interval. Exit code 1 where anything moved."""
+    """Show what each candidate would change: old, new, difference with its interval.
+
+    The verdicts are those of `knorm golden verify`. Exit code 1 where a metric moved.
+    """
     console, store = make_console(quiet), _store(golden_dir, json)
     names = candidates or tuple(str(file) for file in store.candidates())
     if not names:
@@ -239,13 +248,26 @@ def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], gol
     for _, made, tensors in _chosen_candidates(store, names):
         found[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
     write_json(json, {"changes": {name: [asdict(change) for change in each] for name, each in found.items()}})
-    sys.exit(REFUTED if any(change.significant for each in found.values() for change in each) else HOLDS)
+    sys.exit(REFUTED if any(change.verdict == "moved" for each in found.values() for change in each) else HOLDS)
 
 
 @golden.command("accept")
 @click.argument("candidates", nargs=-1, metavar="CASE|FILE...")
 @click.option("--reason", default="", help="Why the change is intended; kept with the golden.")
-@click.option("--allow-worse", multiple=True, metavar="METRIC=PERCENT", help="E.g. 'nll/*=2': may be 2 % worse.")
+@click.option(
+    "--allow-worse",
+    multiple=True,
+    metavar="CASE:METRIC=PERCENT",
+    help="Let metrics of a case be worse by at most PERCENT, e.g. 'prefill:nll/*=2'. May be repeated; CASE: may be "
+    "left out where one golden is accepted.",
+)
+@click.option(
+    "--allow-gate",
+    multiple=True,
+    metavar="CASE:METRIC",
+    help="Let metrics of a case be judged by another gate than before, or be gone, e.g. 'prefill:nll/*'. May be "
+    "repeated; CASE: may be left out where one golden is accepted.",
+)
 @_golden_dir
 @with_options(*COMMON)
 def golden_accept(
@@ -254,17 +276,28 @@ def golden_accept(
     candidates: tuple[str, ...],
     reason: str,
     allow_worse: tuple[str, ...],
+    allow_gate: tuple[str, ...],
     golden_dir: Path | None,
 ) -> None:
-    """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded."""
+    """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded.
+
+    All of them are accepted, or none. A refusal names every problem, and the command that permits what it may.
+    """
     if not candidates:  # before anything heavy is loaded
         raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")
-    from knorm.golden.store import checkout, parse_allowance
+    from knorm.golden.approval import Refused, approve, parse_permissions
+    from knorm.golden.store import checkout
 
+    permissions = parse_permissions(allow_worse, allow_gate)
     console, store = make_console(quiet), _store(golden_dir, json)
-    allowed = dict(map(parse_allowance, allow_worse))
     chosen, now = _chosen_candidates(store, candidates), checkout(store.folder)
-    approved = [store.approve(made, x, reason, now=now, allow_worse=allowed) for _, made, x in chosen]  # all, or none
+    pairs = [(made, tensors) for _, made, tensors in chosen]
+    try:
+        approved = approve(store, pairs, reason, now=now, permissions=permissions)
+    except Refused as refused:
+        command = refused.command(candidates, reason, permissions, store.option)
+        lead = "Then" if any(problem.stale for problem in refused.problems) else "If that is intended"
+        raise ValueError(f"{refused}\n{lead}: {command}" if command else str(refused)) from None
     written = [str(store.accept(made, x, file)) for made, (file, _, x) in zip(approved, chosen, strict=True)]
     for path in written:
         console.print(f"accepted {path}", soft_wrap=True, markup=False)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from knorm.evaluation.facts import Recall
     from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
-    from knorm.golden.verify import Change, Outcome
+    from knorm.golden.verify import Outcome
     from knorm.laws.results import Result
     from knorm.policy import Policy
 
@@ -278,27 +278,28 @@ def _value(value: int | float | str | None) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)[:26] + ("..." if len(str(value)) > 26 else "")
 
 
-def changes_table(changes: Sequence[Change], title: str) -> Table:
-    """What a candidate would change: old, new, difference with its interval; what did not change is counted."""
-    changed = [change for change in changes if change.before != change.after]
+_VERDICTS = {
+    "holds": "within its gate",
+    "moved": "moved",
+    "shown": "not gated between these environments",
+    "inconclusive": "inconclusive: too noisy",
+}
+
+
+def changes_table(changes: Sequence[Finding], title: str) -> Table:
+    """Show what a candidate would change: old, new, difference with its interval; count what it would not."""
+    changed = [change for change in changes if change.verdict != "holds" or change.golden != change.measured]
     same = len(changes) - len(changed)
     table = Table(title=f"{title}: {len(changed)} of {len(changes)} metrics differ", box=None, pad_edge=False)
     table.title_justify = "left"
-    for column in ("metric", "first accepted", "golden", "candidate", "difference", "interval over windows"):
+    for column in ("metric", "first accepted", "golden", "candidate", "difference", "interval"):
         table.add_column(column, justify="left" if column == "metric" else "right", overflow="fold")
     table.add_column("")
     for c in changed:
         between = "-" if c.low is None or c.high is None else f"{c.low:+.2e} to {c.high:+.2e}"
         difference = "-" if c.difference is None else f"{c.difference:+.3g}"
-        table.add_row(
-            c.metric,
-            _value(c.anchor),
-            _value(c.before),
-            _value(c.after),
-            difference,
-            between,
-            "moved" if c.significant else "within its gate",
-        )
+        numbers = map(_value, (c.anchor, c.golden, c.measured))
+        table.add_row(c.metric, *numbers, difference, between, _VERDICTS[c.verdict])
     table.caption = f"{same} are the same" if same and changed else None
     return table
 

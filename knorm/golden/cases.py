@@ -20,8 +20,9 @@ from knorm.evaluation.published.schema import PYTHIA, bug_report
 from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.environment import How
-from knorm.golden.format import Gate, Measured, Metric, Noise, digest
+from knorm.golden.format import Measured, Metric, Noise, digest
 from knorm.golden.latency import COUNTED_SHAPE, POLICIES, TIMED_SHAPE, measure_counters, measure_latency
+from knorm.golden.metrics import count, fingerprint, memory_ratio, ppl_ratio, tokens
 from knorm.models import load_embedded, load_model, load_text, random_gpt_neox
 from knorm.paths import ASSETS
 from knorm.policy import Policy
@@ -34,8 +35,6 @@ NOISE = {
     "cpu": Noise(runs=244, sigma=5e-7, largest=5e-5, typical=1e-4, alpha=0.01, power=1.0),
     "cuda": Noise(runs=200, sigma=2e-6, largest=5e-5, typical=1e-5, alpha=0.01, power=1.0),
 }
-_MEAN_SHIFT = 2e-6  # nats a token: smaller shifts are nobody's concern
-_RATIO = 1e-4  # relative, of PPL at a ratio to PPL at 1.0
 
 
 @dataclass(frozen=True)
@@ -167,36 +166,18 @@ def curve(
         mean = float(nll.double().mean())
         tensors[f"nll/{ratio}"] = nll.numpy()
         metrics += [
-            _metric(
-                f"nll/{ratio}",
-                mean,
-                "nll",
-                "nats/token",
-                "lower",
-                Gate(rule="tokens", threshold=_MEAN_SHIFT, noise=noise),
-            ),
+            tokens(f"nll/{ratio}", mean, noise),
             *_counts(ratio, evicted, policy, model, prompt_length),
-            _metric(
-                f"evicted_at/{ratio}",
-                _hashes(evicted),
-                "schedule",
-                "sha256 per layer",
-                "same",
-                Gate(rule="same_environment"),
+            fingerprint(
+                f"evicted_at/{ratio}", _hashes(evicted), kind="schedule", of="per layer", rule="same_environment"
             ),
         ]
         if index == 0:
             plain_mean, plain_peak = mean, peak
             continue
-        limit = Gate(rule="at_most", threshold=_RATIO)
-        metrics.append(
-            _metric(f"ppl_ratio/{ratio}", math.exp(mean - plain_mean), "ratio", "PPL / PPL at 1.0", "lower", limit)
-        )
+        metrics.append(ppl_ratio(f"ppl_ratio/{ratio}", math.exp(mean - plain_mean)))
         if plain_peak:
-            limit = Gate(rule="at_most", threshold=0.02)
-            metrics.append(
-                _metric(f"peak_memory/{ratio}", peak / plain_peak, "memory", "bytes / bytes at 1.0", "lower", limit)
-            )
+            metrics.append(memory_ratio(f"peak_memory/{ratio}", peak / plain_peak, "at 1.0"))
     return Measured(tuple(metrics), tensors)
 
 
@@ -209,18 +190,14 @@ def _start_memory(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _metric(name: str, value: Any, kind: Any, unit: str, direction: Any, gate: Gate) -> Metric:
-    return Metric(name=name, unit=unit, direction=direction, kind=kind, value=value, anchor=value, gate=gate)
-
-
 def _counts(ratio: Any, evicted: list[Tensor], policy: Policy, model: Any, prompt_length: int) -> Iterator[Metric]:
     lengths = [cache_lengths(layer)[..., prompt_length - 1 :] for layer in evicted]
-    exact, config = Gate(rule="exact"), model.config
+    config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     final = sum(int(layer[..., -1].sum()) for layer in lengths)
     seen = sum(int(layer.sum()) for layer in lengths)
-    yield _metric(f"seen/{ratio}", seen, "count", "tokens over queries, heads, layers", "same", exact)
-    yield _metric(f"cache_bytes/{ratio}", final * width * 2 * model.dtype.itemsize, "count", "bytes", "lower", exact)
+    yield count(f"seen/{ratio}", seen, "tokens over queries, heads, layers")
+    yield count(f"cache_bytes/{ratio}", final * width * 2 * model.dtype.itemsize, "bytes", direction="lower")
 
 
 def _hashes(evicted: list[Tensor]) -> str:
@@ -293,14 +270,12 @@ def _pythia(device: str, how: How) -> Measured:
     given = {"wikitext": ("KNORM_WIKITEXT", "wikitext2"), "pg19": ("KNORM_PG19", "pg19")}
     texts = load_seed_texts(protocol, {n: os.environ.get(variable) or hub for n, (variable, hub) in given.items()})
     model, tokenizer = load_model(os.environ.get("KNORM_PYTHIA70M") or PYTHIA, device=device)
-    exact = Gate(rule="exact")
-    weights = _metric("weights", _digest_of(model), "selection", "sha256", "same", exact)
-    metrics: list[Metric] = [weights]
+    metrics: list[Metric] = [fingerprint("weights", _digest_of(model))]
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, text in texts.items():
         ids = seed_ids(tokenizer, text, protocol.streamed_tokens)
         found = curve(how.model(model), ids, _pythia_policies(), 1, how)
-        metrics.append(_metric(f"{name}/text", digest(text.encode()), "selection", "sha256", "same", exact))
+        metrics.append(fingerprint(f"{name}/text", digest(text.encode())))
         metrics += [m.model_copy(update={"name": f"{name}/{m.name}"}) for m in found.metrics]
         tensors |= {f"{name}/{key}": tensor for key, tensor in found.tensors.items()}
     return Measured(tuple(metrics), tensors)
@@ -335,9 +310,7 @@ def _selections(device: str, how: How) -> Measured:
             positions = compress(keys, keys, how.policy(policy)).positions.cpu().numpy()
             label = f"positions/{dtype}, {name}"
             tensors[label] = positions.astype(np.int32)
-            metrics.append(
-                _metric(label, digest(tensors[label].tobytes())[:16], "selection", "sha256", "same", Gate(rule="exact"))
-            )
+            metrics.append(fingerprint(label, digest(tensors[label].tobytes())[:16]))
     return Measured(tuple(metrics), tensors)
 
 

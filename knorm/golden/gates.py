@@ -1,241 +1,389 @@
-"""The gates of golden results: did a metric move since a person accepted it?"""
+"""The gates of golden results: one class for each rule, and the one judgement of two results.
+
+A gate in a file names its rule. The rule's class knows in which environments it speaks, how it judges, how much worse
+a metric may become without permission, and which tensors it needs. `judge` is what `knorm golden verify`, `record`,
+`diff` and `accept` all ask.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from knorm.golden.format import (
-    Environment,
-    Gate,
-    Golden,
-    Measured,
-    Metric,
-    Noise,
-    Tensors,
-    differing,
-    environment_changes,
-)
-from knorm.statistics import ALPHA, MARGIN, interval
+from knorm.golden.format import Environment, Gate, Golden, Metric, Noise, Tensors, differing, environment_changes
+from knorm.golden.shift import Shift, shift_of
+from knorm.statistics import ALPHA, MARGIN
 from knorm.statistics import compare as compare_times
 
+Array = np.ndarray[Any, Any]
+Value = int | float | str
+Where = Literal["same", "versions", "elsewhere"]
+Verdict = Literal["holds", "moved", "shown", "inconclusive"]
+
+EVERYWHERE: tuple[Where, ...] = ("same", "versions", "elsewhere")
 MEAN_ABSOLUTE = 1e-4  # nats a token, in the same environment
 ANY_WINDOW = 0.05  # nats a token, of one window's tokens in another: four times what near-ties did to any single token
 _SIGMAS = 5  # of mean shift, before it is looked at
+_WORST = 1e9  # per cent; what was 0 and is something, or is not finite, is worse by this: JSON holds no infinity
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a case gave, and in which environment: a golden, a candidate or a run."""
+
+    metrics: tuple[Metric, ...]
+    tensors: Tensors
+    environment: Environment
+
+    @classmethod
+    def of(cls, golden: Golden, tensors: Tensors) -> Results:
+        """Take the results of a golden, or of a candidate, and its tensors."""
+        return cls(golden.metrics, tensors, golden.environment)
+
+    def metric(self, name: str) -> Metric | None:
+        """Find the metric of that name, if there is one."""
+        return next((metric for metric in self.metrics if metric.name == name), None)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One metric, accepted and measured again.
+
+    before, now   the metric then and now; it is judged by the gate of `before`
+    old, new      its tensors then and now; None where there are none
+    where         how near the two environments are
+    peers         how many metrics of the golden the same rule judges: they share its error rate
+    """
+
+    before: Metric
+    now: Metric
+    old: Array | None
+    new: Array | None
+    where: Where
+    peers: int = 1
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a rule says of a pair: the verdict, the evidence, and the interval of the difference where it has one."""
+
+    verdict: Literal["holds", "moved", "inconclusive"]
+    evidence: str = ""
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
     """What became of one metric, and the evidence.
 
-    verdict   "holds", "moved"; "shown" where it differs and is not gated; "inconclusive" where noise hides it
+    verdict      "holds"; "moved"; "shown": it differs where its gate does not speak; "inconclusive": noise hides it
+    difference   measured minus golden; None where they are no numbers
+    low, high    interval of the difference, in the metric's unit: clustered by window, or by block
+    worse        per cent by which the metric is worse than its gate lets pass; 0 where it is not
     """
 
     metric: str
-    verdict: Literal["holds", "moved", "shown", "inconclusive"]
-    golden: int | float | str | None
-    measured: int | float | str | None
-    anchor: int | float | str | None
+    verdict: Verdict
+    golden: Value | None
+    measured: Value | None
+    anchor: Value | None
     evidence: str
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    worse: float = 0.0
 
 
-@dataclass(frozen=True)
-class Shift:
-    """How token NLLs [windows, tokens] differ from others, nats.
+# The rules, a class each
 
-    mean          of all tokens; low, high: its interval at one-sided alpha each, clustered by window
-    absolute      mean absolute difference; typical: its median over windows; worst: of any window
-    largest       of any token, and where
+
+class Rule(ABC):
+    """How the metrics of one kind of gate are judged.
+
+    name      as the gate in a file names it
+    speaks    in which environments its verdict counts; in the others a difference is shown
+    tensors   what its tensors hold, where it cannot judge without them: "tokens", "blocks"
+    numbers   it judges numbers only
     """
 
-    mean: float
-    low: float
-    high: float
-    absolute: float
-    typical: float
-    worst: float
-    largest: float
-    where: tuple[int, ...]
+    name: ClassVar[str]
+    speaks: ClassVar[tuple[Where, ...]] = EVERYWHERE
+    tensors: ClassVar[str] = ""
+    numbers: ClassVar[bool] = False
+
+    @abstractmethod
+    def judge(self, pair: Pair) -> Judgement:
+        """Judge one metric as if its gate spoke in this environment."""
+
+    def slack(self, before: Metric) -> float:
+        """Return by how much the metric may become worse without permission, in its own unit."""
+        return 0.0
 
 
-def shift_of(measured: np.ndarray[Any, Any], golden: np.ndarray[Any, Any], alpha: float = 0.01) -> Shift:
-    """How far tokens moved: float [windows, tokens] twice."""
-    difference = measured.astype(np.float64) - golden.astype(np.float64)
-    difference = np.where(np.isnan(difference), np.inf, difference)
-    means = difference.mean(1)
-    mean = float(means.mean())
-    low, high = interval(means, 1 - 2 * alpha) if np.isfinite(means).all() else (None, None)
-    at = tuple(int(i) for i in np.unravel_index(np.abs(difference).argmax(), difference.shape))
-    each = np.abs(difference).mean(1)
-    largest = float(np.abs(difference).max())
-    typical, worst = float(np.median(each)), float(each.max())
-    low, high = -math.inf if low is None else low, math.inf if high is None else high
-    return Shift(mean, low, high, float(each.mean()), typical, worst, largest, at)
+class Exact(Rule):
+    """The value is equal, everywhere."""
+
+    name = "exact"
+
+    def judge(self, pair: Pair) -> Judgement:
+        """Compare the values; name the first position that differs where there are tensors."""
+        if pair.before.value == pair.now.value:
+            return Judgement("holds")
+        if pair.old is None or pair.new is None:
+            return Judgement("moved", "differs")
+        return Judgement("moved", _first_difference(pair.old, pair.new))
 
 
-def shift_limit(gate: Gate) -> float:
-    """The mean shift, nats a token, that environments alone may cause: the threshold, or 5 standard deviations."""
-    sigma = gate.noise.sigma if gate.noise else 0.0
-    return max(gate.threshold or 0.0, _SIGMAS * sigma)
+class SameEnvironment(Exact):
+    """The value is equal in the golden's own environment."""
+
+    name = "same_environment"
+    speaks = ("same",)
 
 
-def judge_tokens(
-    gate: Gate, measured: np.ndarray[Any, Any], golden: np.ndarray[Any, Any], same_environment: bool
-) -> str | None:
-    """Why token NLLs [windows, tokens] moved; None if they did not.
+class SameVersions(Exact):
+    """The value is equal with the golden's torch and transformers."""
+
+    name = "same_versions"
+    speaks = ("same", "versions")
+
+
+class AtMost(Rule):
+    """The value is at most the golden's x (1 + threshold), everywhere."""
+
+    name = "at_most"
+    numbers = True
+
+    def judge(self, pair: Pair) -> Judgement:
+        """Compare the values."""
+        was, value = float(pair.before.value), float(pair.now.value)
+        if value <= was + self.slack(pair.before):
+            return Judgement("holds")
+        if not was or not math.isfinite(value):
+            return Judgement("moved", f"is {value:g}, not at most {was:g}")
+        limit = pair.before.gate.threshold or 0.0
+        return Judgement("moved", f"is {(value - was) / abs(was):.2%} above the golden, at most {limit:.2%}")
+
+    def slack(self, before: Metric) -> float:
+        """Return the threshold's share of the golden value."""
+        return abs(float(before.value)) * (before.gate.threshold or 0.0)
+
+
+class Tokens(Rule):
+    """Token NLLs [windows, tokens], nats, stay within the noise that was measured.
 
     In the same environment: no token by more than noise.largest, all by at most 1e-4 on average. In another one of the
-    same device class: the mean by more than shift_limit, with an interval, clustered by window, that excludes 0; or
-    the typical window's tokens by more than noise.typical (near-ties of a window or two may flip); or any window's by
-    more than ANY_WINDOW.
+    same device class: the mean by at most the slack, unless its interval, clustered by window, contains 0; the typical
+    window's tokens by at most noise.typical (near-ties of a window or two may flip); any window's by ANY_WINDOW.
     """
-    noise = gate.noise or Noise(runs=0, sigma=0.0, largest=0.0, typical=0.0, alpha=0.01, power=None)
-    if measured.shape != golden.shape:
-        return f"{[*measured.shape]} windows and tokens, but the golden has {[*golden.shape]}"
-    if not np.isfinite(measured).all():
-        return f"the NLL of window {np.argwhere(~np.isfinite(measured))[0].tolist()} is not finite"
-    shift = shift_of(measured, golden, noise.alpha)
-    at = f"window {shift.where[0]}, token {shift.where[1]}"
-    if same_environment:
-        if shift.absolute > MEAN_ABSOLUTE:
-            return f"tokens moved by {shift.absolute:.1e} nats on average, most at {at} ({shift.largest:.1e})"
-        if shift.largest > noise.largest:
-            return f"{at} moved by {shift.largest:.1e} nats, at most {noise.largest:.0e} in the same environment"
-        return None
-    if abs(shift.mean) > shift_limit(gate) and not shift.low <= 0 <= shift.high:
-        return f"the mean moved by {shift.mean:+.1e} nats ({shift.low:+.1e} to {shift.high:+.1e})"
-    if shift.typical > noise.typical:
-        return f"the typical window's tokens moved by {shift.typical:.1e} nats, at most {noise.typical:.0e} elsewhere"
-    if shift.worst > ANY_WINDOW:
-        return f"one window's tokens moved by {shift.worst:.1e} nats, at most {ANY_WINDOW:g} (most at {at})"
-    return None
+
+    name = "tokens"
+    tensors = "tokens"
+    numbers = True
+
+    def judge(self, pair: Pair) -> Judgement:
+        """Compare the tokens by the bounds of this environment."""
+        assert pair.old is not None
+        assert pair.new is not None
+        if pair.new.shape != pair.old.shape or pair.new.ndim != 2 or not pair.new.size:
+            shapes = f"{[*pair.new.shape]} windows and tokens, but the golden has {[*pair.old.shape]}"
+            return Judgement("moved", shapes)
+        if not np.isfinite(pair.new).all():
+            return Judgement(
+                "moved", f"the NLL of window {np.argwhere(~np.isfinite(pair.new))[0].tolist()} is not finite"
+            )
+        noise = _noise(pair.before.gate)
+        shift = shift_of(pair.new, pair.old, noise.alpha)
+        why = _moved_here(shift, noise) if pair.where == "same" else self._moved_elsewhere(shift, pair.before)
+        low, high = (bound if math.isfinite(bound) else None for bound in (shift.low, shift.high))
+        return Judgement("moved" if why else "holds", why, low, high)
+
+    def slack(self, before: Metric) -> float:
+        """Return the mean shift that environments alone may cause: the threshold, or 5 standard deviations."""
+        return max(before.gate.threshold or 0.0, _SIGMAS * _noise(before.gate).sigma)
+
+    def _moved_elsewhere(self, shift: Shift, before: Metric) -> str:
+        typical = _noise(before.gate).typical
+        if abs(shift.mean) > self.slack(before) and not shift.low <= 0 <= shift.high:
+            return f"the mean moved by {shift.mean:+.1e} nats ({shift.low:+.1e} to {shift.high:+.1e})"
+        if shift.typical > typical:
+            return f"the typical window's tokens moved by {shift.typical:.1e} nats, at most {typical:.0e} elsewhere"
+        if shift.worst > ANY_WINDOW:
+            return (
+                f"one window's tokens moved by {shift.worst:.1e} nats, at most {ANY_WINDOW:g} (most at {shift.place})"
+            )
+        return ""
 
 
-def compare(golden: Golden, tensors: Tensors, measured: Measured, environment: Environment) -> list[Finding]:
-    """Judge each metric by the gate that was accepted with it."""
-    same = not environment_changes(golden, environment)
-    shares = sum(metric.gate.rule == "timing" for metric in golden.metrics)
-    found = []
-    for metric in measured.metrics:
-        before = golden.metric(metric.name)
-        if before is None:
-            found.append(Finding(metric.name, "moved", None, _finite(metric.value), None, "is new: record it again"))
-            continue
-        why = why_moved(before, metric, tensors, measured.tensors, same)
-        verdict: Any = (
-            "holds" if why is None else "moved" if _gated(before.gate, golden, environment, same) else "shown"
-        )
-        if before.gate.rule == "timing" and metric.name in tensors and metric.name in measured.tensors:
-            verdict, why = judge_timing(before, tensors[metric.name], measured.tensors[metric.name], shares)
-            verdict = verdict if same else "shown"
-        found.append(Finding(metric.name, verdict, before.value, _finite(metric.value), before.anchor, why or ""))
-    for name in sorted({m.name for m in golden.metrics} - {m.name for m in measured.metrics}):
-        before = golden.metric(name)
-        assert before is not None
-        found.append(
-            Finding(name, "moved", before.value, None, before.anchor, "is not measured any more: record it again")
-        )
-    return found
+class Timing(Rule):
+    """A ratio of times is not shown to have risen, in the golden's own environment.
+
+    Its tensors are the log-ratios of blocks [blocks, 1]. It moved where it rose, by the threshold or more for all one
+    knows; the metrics of a golden share the error rate.
+    """
+
+    name = "timing"
+    speaks = ("same",)
+    tensors = "blocks"
+    numbers = True
+
+    def judge(self, pair: Pair) -> Judgement:
+        """Compare the log-ratios of the blocks, then and now."""
+        assert pair.old is not None
+        assert pair.new is not None
+        margin = pair.before.gate.threshold or MARGIN["cpu"]
+        for blocks in (pair.old, pair.new):
+            if blocks.ndim != 2 or blocks.shape[1] != 1:
+                return Judgement("moved", f"blocks of shape {[*blocks.shape]}, but should be [blocks, 1]")
+        old, new = pair.old[:, 0].tolist(), pair.new[:, 0].tolist()
+        try:
+            compared = compare_times(new, margin=margin, alpha=ALPHA / pair.peers, golden=old)
+        except ValueError as error:
+            return Judgement("moved", str(error))
+        was = float(pair.before.value)
+        low, high = compared.low - 1, compared.high - 1
+        bounds = was * low, was * high
+        rise = f"{compared.ratio - 1:+.1%} ({low:+.1%} to {high:+.1%}, could see {compared.mde:.1%})"
+        if compared.verdict == "PASS":
+            return Judgement("holds", rise, *bounds)
+        if compared.verdict == "FAIL":
+            return Judgement("moved", f"the ratio rose: {rise}, at most {margin:.1%}", *bounds)
+        return Judgement("inconclusive", f"{rise}: about {compared.more} more blocks would decide", *bounds)
+
+    def slack(self, before: Metric) -> float:
+        """Return the threshold's share of the golden ratio."""
+        return abs(float(before.value)) * (before.gate.threshold or 0.0)
 
 
-def _gated(gate: Gate, golden: Golden, environment: Environment, same: bool) -> bool:
-    """Whether a gate speaks in this environment."""
-    if gate.rule == "same_versions":
-        was, now = golden.environment, environment
-        return (_release(was.torch), was.transformers) == (_release(now.torch), now.transformers)
-    return same or gate.rule not in ("same_environment", "timing")
+RULES: dict[str, Rule] = {
+    rule.name: rule for rule in (Exact(), SameEnvironment(), SameVersions(), Tokens(), AtMost(), Timing())
+}
+
+
+# The judgement
+
+
+def where(then: Environment, now: Environment) -> Where:
+    """Tell how near two environments are: the "same", others of the same "versions", or "elsewhere"."""
+    if not environment_changes(then, now):
+        return "same"
+    was, will = ((_release(e.torch), e.transformers) for e in (then, now))
+    return "versions" if was == will else "elsewhere"
 
 
 def _release(version: str) -> str:
     return version.partition("+")[0]  # 2.13.0+cpu does what 2.13.0 does
 
 
-def judge_timing(
-    before: Metric, old: np.ndarray[Any, Any], new: np.ndarray[Any, Any], shares: int = 1
-) -> tuple[Literal["holds", "moved", "inconclusive"], str]:
-    """Whether a ratio of times rose, from the log-ratio of each block [blocks, 1], then and now; and the evidence.
+def judge(old: Results, new: Results) -> list[Finding]:
+    """Judge each metric by the gate that was accepted with it.
 
-    shares   metrics that share the alpha. Moved where it rose, and by the gate's threshold or more for all one knows
+    Args:
+        old: what was accepted: `Results.of(golden, tensors)`.
+        new: a candidate, or what a run gave.
+
+    Returns:
+        A finding for each metric of either, those of `new` first. A metric that only one of them has moved.
     """
-    margin = before.gate.threshold or MARGIN["cpu"]
-    found = compare_times(new[:, 0].tolist(), margin=margin, alpha=ALPHA / shares, golden=old[:, 0].tolist())
-    said = f"{found.ratio - 1:+.1%} ({found.low - 1:+.1%} to {found.high - 1:+.1%}, could see {found.mde:.1%})"
-    if found.verdict == "PASS":
-        return "holds", said
-    if found.verdict == "FAIL":
-        return "moved", f"the ratio rose: {said}, at most {margin:.1%}"
-    return "inconclusive", f"{said}: about {found.more} more blocks would decide"
+    near = where(old.environment, new.environment)
+    peers = Counter(metric.gate.rule for metric in old.metrics)
+    findings = []
+    for now in new.metrics:
+        before = old.metric(now.name)
+        if before is None:
+            findings.append(Finding(now.name, "moved", None, _as_json(now.value), None, "is new: record it again"))
+            continue
+        tensors = old.tensors.get(now.name), new.tensors.get(now.name)
+        findings.append(_judge_pair(Pair(before, now, *tensors, near, peers[before.gate.rule])))
+    for name in sorted({metric.name for metric in old.metrics} - {metric.name for metric in new.metrics}):
+        before = old.metric(name)
+        assert before is not None
+        gone = "is not measured any more: record it again"
+        findings.append(Finding(name, "moved", before.value, None, before.anchor, gone))
+    return findings
 
 
-def _finite(value: int | float | str) -> int | float | str:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value  # as JSON can hold it
+def _judge_pair(pair: Pair) -> Finding:
+    before, now = pair.before, pair.now
+    rule = RULES[before.gate.rule]
+    if rule.numbers and isinstance(now.value, str):
+        judged = Judgement("moved", f"is {now.value!r}, but should be a number")
+    elif rule.tensors and (pair.old is None or pair.new is None):
+        judged = Judgement("moved", f"has no {rule.tensors} to compare")
+    else:
+        judged = rule.judge(pair)
+    verdict: Verdict = judged.verdict
+    if verdict != "holds" and pair.where not in rule.speaks:
+        verdict = "shown"
+    difference = None
+    if not isinstance(before.value, str) and not isinstance(now.value, str) and math.isfinite(now.value):
+        difference = now.value - before.value
+    return Finding(
+        now.name, verdict, before.value, _as_json(now.value), before.anchor, judged.evidence,
+        difference, judged.low, judged.high, _worse(before, now, rule.slack(before)),
+    )  # fmt: skip
 
 
-def why_moved(before: Metric, now: Metric, old: Tensors, new: Tensors, same: bool) -> str | None:
-    """Why a metric moved by the gate it was accepted with; None if it did not."""
-    if before.gate.rule == "tokens":
-        if before.name not in old or now.name not in new:
-            return "has no tokens to compare"
-        return judge_tokens(before.gate, new[now.name], old[before.name], same)
-    if before.gate.rule == "timing":
-        if before.name not in old or now.name not in new:
-            return "has no blocks to compare"
-        verdict, why = judge_timing(before, old[before.name], new[now.name])
-        return why if verdict == "moved" else None
-    if before.gate.rule == "at_most":
-        was, value, threshold = float(before.value), float(now.value), before.gate.threshold or 0.0
-        if value <= was + abs(was) * threshold:
-            return None
-        if not was or not math.isfinite(value):
-            return f"is {value:g}, not at most {was:g}"
-        return f"is {(value - was) / abs(was):.2%} above the golden, at most {threshold:.2%}"
-    if before.value == now.value:
-        return None
-    if before.name in old and now.name in new:
-        return _first_difference(old[before.name], new[now.name])
-    return "differs"
+def _as_json(value: Value) -> Value:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _first_difference(old: np.ndarray[Any, Any], new: np.ndarray[Any, Any]) -> str:
+def _worse(before: Metric, now: Metric, slack: float) -> float:
+    if before.direction == "same" or isinstance(before.value, str) or isinstance(now.value, str):
+        return 0.0
+    change = (now.value - before.value) * (1 if before.direction == "lower" else -1)
+    if change <= slack:
+        return 0.0
+    percent = 100 * change / abs(before.value) if before.value else math.inf
+    return min(percent, _WORST) if math.isfinite(percent) else _WORST
+
+
+def gate_changes(before: Golden, now: Golden) -> dict[str, str]:
+    """Say of each metric that a candidate lacks, or would judge by other bounds than before, what changes."""
+    changes = {}
+    for metric in before.metrics:
+        new = now.metric(metric.name)
+        if new is None:
+            changes[metric.name] = "gone"
+            continue
+        was, will = _bounds(metric), _bounds(new)
+        if changed := differing(was, will):
+            words = ", ".join(f"{name} {was.get(name)} becomes {will.get(name)}" for name in changed)
+            changes[metric.name] = f"judged by another gate: {words}"
+    return changes
+
+
+def _bounds(metric: Metric) -> dict[str, Any]:
+    """Everything that decides what is accepted later without permission."""
+    gate = metric.gate
+    noise = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha"}) if gate.noise else {}
+    return {"rule": gate.rule, "threshold": gate.threshold, "direction": metric.direction, "unit": metric.unit} | noise
+
+
+def _noise(gate: Gate) -> Noise:
+    return gate.noise or Noise(runs=0, sigma=0.0, largest=0.0, typical=0.0, alpha=0.01, power=None)
+
+
+def _moved_here(shift: Shift, noise: Noise) -> str:
+    if shift.absolute > MEAN_ABSOLUTE:
+        return f"tokens moved by {shift.absolute:.1e} nats on average, most at {shift.place} ({shift.largest:.1e})"
+    if shift.largest > noise.largest:
+        return f"{shift.place} moved by {shift.largest:.1e} nats, at most {noise.largest:.0e} in the same environment"
+    return ""
+
+
+def _first_difference(old: Array, new: Array) -> str:
     if old.shape != new.shape:
         return f"shape {[*new.shape]}, but the golden has {[*old.shape]}"
     if (old == new).all():
         return "differs"
+    if not old.ndim:
+        return f"{new.item()}, but the golden has {old.item()}"
     at = np.argwhere((old != new).any(-1))[0]
     return f"positions {new[tuple(at)].tolist()} at {at.tolist()}, but the golden has {old[tuple(at)].tolist()}"
-
-
-def worse_by(before: Metric, now: Metric) -> float:
-    """Per cent by which a metric is worse than its gate lets pass unsaid; 0 if it is not."""
-    if before.direction == "same" or isinstance(before.value, str) or isinstance(now.value, str):
-        return 0.0
-    change = (float(now.value) - float(before.value)) * (1 if before.direction == "lower" else -1)
-    slack = shift_limit(before.gate) if before.gate.rule == "tokens" else 0.0
-    if before.gate.rule in ("at_most", "timing"):
-        slack = abs(float(before.value)) * (before.gate.threshold or 0.0)
-    if change <= slack:
-        return 0.0
-    return 100 * change / abs(float(before.value)) if before.value else math.inf
-
-
-def gate_changes(before: Golden, now: Golden) -> list[str]:
-    """In words: metrics that a candidate lacks, and bounds by which it would judge others than before."""
-    words: dict[str, list[str]] = {}
-    for metric in before.metrics:
-        new = now.metric(metric.name)
-        if new is None:
-            words.setdefault("gone", []).append(metric.name)
-            continue
-        was, will = _bounds(metric.gate), _bounds(new.gate)
-        if changed := differing(was, will):
-            said = ", ".join(f"{name} {was.get(name)} becomes {will.get(name)}" for name in changed)
-            words.setdefault(f"judged by another gate: {said}", []).append(metric.name)
-    return [f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {what}" for what, names in words.items()]
-
-
-def _bounds(gate: Gate) -> dict[str, Any]:
-    noise = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha"}) if gate.noise else {}
-    return {"rule": gate.rule, "threshold": gate.threshold} | noise

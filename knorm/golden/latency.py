@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ import torch
 from knorm.bench.counters import Counters, count
 from knorm.bench.latency import Arm, attending, check_alone
 from knorm.bench.policies import GATED, bench, make_prompts
-from knorm.golden.format import Gate, Measured, Metric
+from knorm.golden.format import Measured, Metric
+from knorm.golden.metrics import count as counted
+from knorm.golden.metrics import memory_ratio, time_ratio
 from knorm.policy import Policy
 from knorm.statistics import MARGIN
 
@@ -50,11 +53,9 @@ def measure_latency(model: Any, tokenizer: Any) -> Measured:
         for metric in GATED:
             label = f"{metric}/{name}"
             tensors[label] = np.asarray(row.logs[metric])[:, None]
-            gate = Gate(rule="timing", threshold=MARGIN[device])
-            metrics.append(_metric(label, float(np.exp(tensors[label].mean())), "ratio", "s / s uncompressed", gate))
+            metrics.append(time_ratio(label, float(np.exp(tensors[label].mean())), MARGIN[device]))
         if row.peak and found.rows[0].peak:
-            peak, gate = row.peak / found.rows[0].peak, Gate(rule="at_most", threshold=0.02)
-            metrics.append(_metric(f"peak_memory/{name}", peak, "memory", "bytes / bytes uncompressed", gate))
+            metrics.append(memory_ratio(f"peak_memory/{name}", row.peak / found.rows[0].peak, "uncompressed"))
     return Measured(tuple(metrics), tensors)
 
 
@@ -70,26 +71,12 @@ def measure_counters(model: Any, tokenizer: Any) -> Measured:
 
 
 def _counts(name: str, found: Counters) -> Iterable[Metric]:
-    exact, versions, here = (
-        Gate(rule="exact"),
-        Gate(rule="same_versions"),
-        Gate(rule="same_environment"),
-    )
-    yield _metric(f"retained/{name}", ", ".join(map(str, found.retained)), "count", "tokens per layer", exact, "same")
-    yield _metric(f"cache_bytes/{name}", found.cache_bytes, "memory", "bytes", exact)
-    yield _metric(f"prompt_operators/{name}", found.prompt_operators, "count", "operators", versions)
-    yield _metric(f"step_operators/{name}", found.step_operators, "count", f"operators / {found.steps} steps", versions)
+    operators = partial(counted, rule="same_versions", direction="lower")
+    launches = partial(counted, rule="same_environment", direction="lower")
+    yield counted(f"retained/{name}", ", ".join(map(str, found.retained)), "tokens per layer")
+    yield counted(f"cache_bytes/{name}", found.cache_bytes, "bytes", kind="memory", direction="lower")
+    yield operators(f"prompt_operators/{name}", found.prompt_operators, "operators")
+    yield operators(f"step_operators/{name}", found.step_operators, f"operators / {found.steps} steps")
     if found.prompt_launches is not None and found.step_launches is not None:
-        yield _metric(f"prompt_launches/{name}", found.prompt_launches, "count", "kernels", here)
-        yield _metric(f"step_launches/{name}", found.step_launches, "count", f"kernels / {found.steps} steps", here)
-
-
-def _metric(
-    name: str,
-    value: int | float | str,
-    kind: Literal["count", "ratio", "memory"],
-    unit: str,
-    gate: Gate,
-    direction: Literal["lower", "same"] = "lower",
-) -> Metric:
-    return Metric(name=name, unit=unit, direction=direction, kind=kind, value=value, anchor=value, gate=gate)
+        yield launches(f"prompt_launches/{name}", found.prompt_launches, "kernels")
+        yield launches(f"step_launches/{name}", found.step_launches, f"kernels / {found.steps} steps")

@@ -1,32 +1,33 @@
-"""Where goldens are kept: a folder of a checkout. Reading them, candidates for them, and a person's acceptance.
+"""Where goldens are kept: a folder of a checkout. Reading them, and writing them and candidates for them.
 
 A candidate is one file with both the golden and its tensors. Only `accept` changes a golden, in one rename.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 from filelock import FileLock, Timeout
-from safetensors import safe_open
 from safetensors.numpy import load
 
 from knorm.git import git
-from knorm.golden.format import Damaged, Golden, Measured, Tensors, digest, make, pack, parse
-from knorm.golden.gates import gate_changes, worse_by
+from knorm.golden.files import Damaged, pack, parse
+from knorm.golden.format import Golden, Tensors, digest
 from knorm.paths import PACKAGE, REPORTED, goldens
 
 _TEMPORARY, _LOCK, _CANDIDATE = ".tmp", ".lock", ".candidate"
 _LOCK_SECONDS = 10.0
+_READS, _PAUSE_SECONDS = 50, 0.01  # of a changing golden; a pause outlasts a tick of the file system's clock
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Store:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or goldens()
+        self.option = f" --golden-dir {quote(str(folder))}" if folder else ""  # for commands that are to be pasted
         if not self.folder.is_dir():
             raise ValueError(
                 f"no goldens in {self.folder}: give --golden-dir the folder that holds <case>/<class>.json"
@@ -99,30 +101,55 @@ class Store:
         return self.folder / case / f"{device_class}.json"
 
     def read(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
-        """A golden and its tensors. Raises Damaged, naming file and field; FileNotFoundError where there is none."""
+        """Read a golden and its tensors: the old ones or the new ones, whole, also while another process accepts.
+
+        An `accept` in between removes the tensors that the golden read before it names, so what does not fit is read
+        again, until it fits or the golden has stood still. No lock: the folder may be read-only.
+
+        Raises:
+            Damaged: the golden cannot be trusted; names the file and the field.
+            FileNotFoundError: there is none.
+        """
+        file, last = self.file(case, device_class), None
+        for _ in range(_READS):
+            try:
+                return self._read_once(case, device_class)
+            except Damaged as damaged:
+                failure, state = damaged, _state(file)
+            if state == last:
+                break
+            last = state
+            time.sleep(_PAUSE_SECONDS)
+        raise Damaged(f"{failure}; what changed since the last commit: git status -- {quote(str(file.parent))}")
+
+    def _read_once(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
         file = self.file(case, device_class)
-        back = f"; get it back: git checkout -- {self.folder}/{case}"
+        name = f"{case}/{file.name}"
         try:
-            golden = parse(file.read_text(encoding="utf-8"), f"{case}/{file.name}")
+            golden = parse(file.read_text(encoding="utf-8"), name)
         except FileNotFoundError:
             raise
         except UnicodeDecodeError:
-            raise Damaged(f"{case}/{file.name} is no text{back}") from None
+            raise Damaged(f"{name} is no text") from None
         except OSError as error:
-            raise Damaged(f"{case}/{file.name} cannot be read ({error.strerror}){back}") from None
-        except Damaged as damaged:
-            raise Damaged(f"{damaged}{back}") from None
-        for name, inside, outside in (("case", golden.case, case), ("device_class", golden.device_class, device_class)):
+            raise Damaged(f"{name} cannot be read ({error.strerror})") from None
+        for field, inside, outside in (
+            ("case", golden.case, case),
+            ("device_class", golden.device_class, device_class),
+        ):
             if inside != outside:
-                raise Damaged(f"{case}/{file.name}: field {name!r} is {inside!r}: a copy of another golden; remove it")
+                raise Damaged(f"{name}: field {field!r} is {inside!r}: a copy of another golden; remove it")
         if golden.tensors is None:
             return golden, {}
         beside = self._tensors_file(golden)
-        if not beside.is_file():
-            raise Damaged(f"{case}/{beside.name} is missing, which field 'tensors' names{back}")
-        data = beside.read_bytes()
+        try:
+            data = beside.read_bytes()
+        except FileNotFoundError:
+            raise Damaged(f"{case}/{beside.name} is missing, which field 'tensors' names") from None
+        except OSError as error:
+            raise Damaged(f"{case}/{beside.name} cannot be read ({error.strerror})") from None
         if digest(data) != golden.tensors:
-            raise Damaged(f"{case}/{beside.name} is damaged: its sha256 is not that of field 'tensors'{back}")
+            raise Damaged(f"{case}/{beside.name} is damaged: its sha256 is not that of field 'tensors'")
         return golden, load(data)
 
     def _tensors_file(self, golden: Golden) -> Path:
@@ -163,37 +190,6 @@ class Store:
             _write(file, pack(tensors or {"none": np.zeros(1)}, {"golden": golden.text()}))
         return file
 
-    def approve(
-        self, candidate: Golden, tensors: Tensors, reason: str, *, now: Checkout, allow_worse: Mapping[str, float]
-    ) -> Golden:
-        """The golden that a candidate becomes. Writes nothing.
-
-        reason        why the change is intended
-        now           the checkout that it is accepted in
-        allow_worse   pattern of metrics -> per cent that they may be worse
-
-        Raises ValueError for an empty reason, a candidate of other code or of another commit, a dirty tree, a metric
-        that is worse or gone and not allowed to be, and a gate that was loosened without a word of it in the reason.
-        """
-        name, reason = f"{candidate.case}/{candidate.device_class}", " ".join(reason.split())
-        if not reason or not reason.isprintable():
-            raise ValueError('--reason is empty, but should say why the change is intended, e.g. "sinks are protected"')
-        self._check_origin(candidate, now, name)
-        metrics = candidate.metrics
-        if self.file(candidate.case, candidate.device_class).exists():
-            before, _ = self.read(candidate.case, candidate.device_class)
-            _refuse_worse(before, candidate, allow_worse, name)
-            if (changed := gate_changes(before, candidate)) and "gate" not in reason:
-                raise ValueError(f"{name}: {changed[0]}: if that is intended, the reason has to speak of the gate")
-            same = before.configuration == candidate.configuration
-            anchors = {metric.name: metric.anchor for metric in before.metrics if same}
-            metrics = tuple(m.model_copy(update={"anchor": anchors.get(m.name, m.value)}) for m in metrics)
-        provenance = candidate.provenance.model_copy(update={"reason": reason})
-        return make(
-            candidate.case, candidate.device_class, candidate.configuration, Measured(metrics, tensors),
-            candidate.environment, provenance,
-        )  # fmt: skip
-
     def accept(self, golden: Golden, tensors: Tensors, candidate: Path | None = None) -> Path:
         """Write what was approved in place of the golden, and remove the candidate it came from if that lies here."""
         with self._locked():
@@ -208,30 +204,6 @@ class Store:
         self.__dict__.pop("files", None)
         return file
 
-    def _check_origin(self, candidate: Golden, now: Checkout, name: str) -> None:
-        origin = candidate.provenance
-        if not origin.clean:
-            raise ValueError(f"{name}: the candidate is of a tree with changes outside golden/: commit, record again")
-        if not now.clean:
-            raise ValueError(
-                f"the tree has changes outside {self.folder.name}/: commit them, record again, then accept"
-            )
-        if origin.code != now.code:
-            raise ValueError(
-                f"{name}: the candidate was made by other code than this (commit {origin.commit[:12]}, here "
-                f"{now.commit[:12]}): record it again at this commit"
-            )
-        if origin.commit != now.commit:
-            try:
-                other = git(self.folder, "diff", "--name-only", origin.commit, now.commit, "--", ":/", ":(exclude).")
-            except ValueError:
-                other = "unknown here"
-            if other:
-                raise ValueError(
-                    f"{name}: the candidate was made at another commit, {origin.commit[:12]}, but this is "
-                    f"{now.commit[:12]} ({other.splitlines()[0]}): record it again"
-                )
-
     @contextmanager
     def _locked(self) -> Iterator[None]:
         try:
@@ -245,14 +217,24 @@ class Store:
             raise ValueError(f"cannot write to {self.folder}: {error.strerror}") from None
 
 
+def _state(file: Path) -> tuple[int, int] | None:
+    """What another file in its place, or another writing, would change."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def read_candidate(file: Path) -> tuple[Golden, Tensors]:
     """A candidate and its tensors. Raises Damaged, in one line, for a file that is none or not whole."""
     if not file.is_file():
         raise ValueError(f"there is no candidate {file}: knorm golden record makes one")
     try:
-        with safe_open(file, "np") as stream:
-            text = (stream.metadata() or {}).get("golden", "")
-        tensors = load(file.read_bytes())
+        data = file.read_bytes()  # once: another `record` may replace the file
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        text = header.get("__metadata__", {}).get("golden", "")
     except Exception as error:  # whatever safetensors raises for dtypes that NumPy lacks
         raise Damaged(f"{file.name} is no candidate, or truncated ({error}): record it again") from None
     golden = parse(text, file.name)
@@ -260,28 +242,6 @@ def read_candidate(file: Path) -> tuple[Golden, Tensors]:
     if golden.tensors and digest(pack(tensors)) != golden.tensors:
         raise Damaged(f"{file.name}: its tensors are not those of field 'tensors': record it again")
     return golden, tensors
-
-
-def _refuse_worse(before: Golden, now: Golden, allow_worse: Mapping[str, float], name: str) -> None:
-    worse = []
-    for metric in now.metrics:
-        old = before.metric(metric.name)
-        percent = worse_by(old, metric) if old else 0.0
-        allowed = [limit for pattern, limit in allow_worse.items() if fnmatchcase(metric.name, pattern)]
-        if percent > max(allowed, default=0.0):
-            worse.append((metric.name, percent))
-    if worse:
-        said = ", ".join(f"{metric} is {percent:.3g}% worse" for metric, percent in worse)
-        flags = " ".join(f"--allow-worse '{metric}={math.ceil(min(p, 1e9) * 10) / 10:.1f}'" for metric, p in worse)
-        raise ValueError(f"{name}: {said}: if that is intended, {flags}")
-
-
-def parse_allowance(text: str) -> tuple[str, float]:
-    """METRIC=PERCENT as on a command line. Raises ValueError for anything else."""
-    found = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", text)
-    if not found:
-        raise ValueError(f"--allow-worse {text}, but should be METRIC=PERCENT, e.g. 'nll/0.5=2'")
-    return found[1], float(found[2])
 
 
 def _write(file: Path, data: bytes) -> None:

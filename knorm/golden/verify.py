@@ -6,15 +6,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
 from knorm import __version__
 from knorm.golden.cases import CASES, Case, find_case
 from knorm.golden.environment import How, device_class, environment
-from knorm.golden.format import Golden, Measured, Provenance, differing, environment_changes, make
-from knorm.golden.gates import Finding, compare, shift_of, why_moved
+from knorm.golden.files import make
+from knorm.golden.format import Golden, Measured, Provenance, Tensors, differing, environment_changes
+from knorm.golden.gates import Finding, Results, judge
 from knorm.golden.store import Checkout, Store
 
 RUNS = 3  # that agree, at least, before anything is recorded
@@ -74,18 +74,17 @@ def verify_goldens(
 def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
     """Measure one case and compare it."""
     begin = time.perf_counter()
+    recording = f"knorm golden record {case.id} --device {device}{store.option}"
     try:
         golden, tensors = store.read(case.id, mine)
     except FileNotFoundError:
         if case.optional:
-            said = (
-                f"none accepted for {mine}; with its weights at hand: knorm golden record {case.id} --device {device}"
-            )
+            said = f"none accepted for {mine}; with its weights at hand: {recording}"
             return Outcome(case.id, mine, "not compared", said)
         if mine not in store.device_classes:
             there = ", ".join(sorted(store.device_classes)) or "none"
             return Outcome(case.id, mine, "not compared", f"no golden of device class {mine} (there are: {there})")
-        said = f"no golden, but {mine} has others: knorm golden record {case.id} --device {device}"
+        said = f"no golden, but {mine} has others: {recording}"
         return Outcome(case.id, mine, "missing", said)
     except ValueError as damaged:
         return Outcome(case.id, mine, "damaged", str(damaged))
@@ -103,7 +102,7 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
         if case.optional:  # its weights are not at hand, or the machine is not its own
             return Outcome(case.id, mine, "not compared", str(error))
         return Outcome(case.id, mine, "moved", f"it cannot be measured any more: {error}")
-    findings = tuple(compare(golden, tensors, measured, here))
+    findings = tuple(judge(Results.of(golden, tensors), Results(measured.metrics, measured.tensors, here)))
     seconds = time.perf_counter() - begin
     moved = [finding for finding in findings if finding.verdict == "moved"]
     if moved:
@@ -113,7 +112,7 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
     if unsure := [finding for finding in findings if finding.verdict == "inconclusive"]:
         evidence = f"{unsure[0].metric}: {unsure[0].evidence} ({len(unsure)} of {len(findings)} metrics)"
         return Outcome(case.id, mine, "inconclusive", evidence, findings, seconds)
-    elsewhere = environment_changes(golden, here)
+    elsewhere = environment_changes(golden.environment, here)
     where = f"in another environment ({', '.join(elsewhere)})" if elsewhere else "in the same environment"
     shown = [finding.metric for finding in findings if finding.verdict == "shown"]
     differ = f"; {len(shown)} differ, which is not gated there: {', '.join(shown)}" if shown else ""
@@ -138,49 +137,17 @@ def record(case: Case, device: str, now: Checkout, runs: int = RUNS, how: How | 
     first = case.measure(device, how or How())
     golden = make(case.id, mine, configuration, first, here, provenance)
     for _ in range(runs - 1):
-        found = compare(golden, first.tensors, case.measure(device, how or How()), here)
-        if moved := [finding for finding in found if finding.verdict == "moved"]:
+        again = case.measure(device, how or How())
+        findings = judge(Results.of(golden, first.tensors), Results(again.metrics, again.tensors, here))
+        if moved := [finding for finding in findings if finding.verdict == "moved"]:
             raise ValueError(f"{case.id}: runs disagree, nothing was recorded: {moved[0].metric} {moved[0].evidence}")
-        if unsure := [finding for finding in found if finding.verdict == "inconclusive"]:
+        if unsure := [finding for finding in findings if finding.verdict == "inconclusive"]:
             said = f"{unsure[0].metric} {unsure[0].evidence}"
             raise ValueError(f"{case.id}: too noisy to record, nothing was: {said}. Leave the machine to it")
     return golden, first
 
 
-@dataclass(frozen=True)
-class Change:
-    """A metric before and after, and as first accepted.
-
-    low, high     interval of the difference, clustered by window, where there are tokens
-    significant   the golden's own gate would not let it pass
-    """
-
-    metric: str
-    anchor: int | float | str | None
-    before: int | float | str | None
-    after: int | float | str | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    significant: bool
-
-
-def changes(old: tuple[Golden, Any] | None, new: tuple[Golden, Any]) -> list[Change]:
-    """What a candidate would change, metric by metric."""
-    found = []
-    names = [m.name for m in new[0].metrics] + [m.name for m in (old[0].metrics if old else ())]
-    for name in dict.fromkeys(names):
-        before, after = (old[0].metric(name) if old else None), new[0].metric(name)
-        a, b = (before.value if before else None), (after.value if after else None)
-        difference = low = high = None
-        significant = a != b
-        if not isinstance(a, str | None) and not isinstance(b, str | None):
-            difference = b - a
-            if old and name in old[1] and name in new[1] and old[1][name].shape == new[1][name].shape:
-                shift = shift_of(new[1][name], old[1][name])
-                low, high = shift.low, shift.high
-        if old and before and after:
-            same = not environment_changes(old[0], new[0].environment)
-            significant = why_moved(before, after, old[1], new[1], same) is not None
-        found.append(Change(name, before.anchor if before else None, a, b, difference, low, high, significant))
-    return found
+def changes(old: tuple[Golden, Tensors] | None, new: tuple[Golden, Tensors]) -> list[Finding]:
+    """Judge what a candidate would change, metric by metric, as `verify` would; of a new golden everything is new."""
+    before = Results.of(*old) if old else Results((), {}, new[0].environment)
+    return judge(before, Results.of(*new))

@@ -1,0 +1,50 @@
+"""How far token NLLs moved: the mean with its interval, and the bounds of windows and tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from knorm.statistics import interval
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How token NLLs [windows, tokens] differ from others, nats.
+
+    mean          of all tokens; low, high: its interval at one-sided alpha each, clustered by window
+    absolute      mean absolute difference; typical: its median over windows; worst: of any window
+    largest       of any token, and where
+    """
+
+    mean: float
+    low: float
+    high: float
+    absolute: float
+    typical: float
+    worst: float
+    largest: float
+    where: tuple[int, ...]
+
+    @property
+    def place(self) -> str:
+        """Name the token that moved most."""
+        return f"window {self.where[0]}, token {self.where[1]}"
+
+
+def shift_of(measured: np.ndarray[Any, Any], golden: np.ndarray[Any, Any], alpha: float = 0.01) -> Shift:
+    """Measure how far tokens moved: float [windows, tokens] twice."""
+    difference = measured.astype(np.float64) - golden.astype(np.float64)
+    difference = np.where(np.isnan(difference), np.inf, difference)
+    means = difference.mean(1)
+    mean = float(means.mean())
+    low, high = interval(means, 1 - 2 * alpha) if np.isfinite(means).all() else (None, None)
+    at = tuple(int(i) for i in np.unravel_index(np.abs(difference).argmax(), difference.shape))
+    absolute = np.abs(difference).mean(1)
+    largest = float(np.abs(difference).max())
+    typical, worst = float(np.median(absolute)), float(absolute.max())
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    return Shift(mean, low, high, float(absolute.mean()), typical, worst, largest, at)
