@@ -1,0 +1,16 @@
+import knorm
+from knorm.models import load_text
+
+model, tokenizer = knorm.load_embedded()
+ids = tokenizer(load_text("narrative")[:1000], return_tensors="pt").input_ids
+policy = knorm.Policy(keep_ratio=0.5, prune_after=32, protect_recent=8, protocol="streaming")
+
+nll = knorm.exact_nll(model, ids, policy)  # [1, tokens - 1]: NLL of each token in nats, from one forward pass
+print(f"{nll.shape[1]} tokens, perplexity {nll.mean().exp():.1f}")
+
+cache = knorm.KnormCache(policy)  # compresses itself while the model writes
+written = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)
+print(tokenizer.decode(written[0, -20:]), cache.memory())
+
+keys = values = model.get_input_embeddings()(ids)[None].detach()  # any [batch, kv_heads, length, head_dim]
+print(knorm.compress(keys, values, 0.5).positions.shape)  # one layer, compressed once
