@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from knorm.methods.door import method as method
     from knorm.methods.method import Method as Method
     from knorm.model_attention import attention as attention
+    from knorm.model_attention import cache_keyword as cache_keyword
     from knorm.models import load_embedded as load_embedded
     from knorm.perplexity import exact_nll as exact_nll
     from knorm.perplexity import stream_nll as stream_nll
@@ -28,6 +29,7 @@ _HOME = {
     "Method": "methods.method",
     "Policy": "policy",
     "attention": "model_attention",
+    "cache_keyword": "model_attention",
     "compress": "core",
     "evaluate": "evaluation.ways",
     "evicted_at": "schedule",
