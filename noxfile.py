@@ -16,9 +16,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    session.install("-c", PINS, "ruff")
+    session.install("-c", PINS, "codespell", "ruff")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
 
 
 @nox.session
@@ -36,6 +37,13 @@ def transformers(session: nox.Session, version: str) -> None:
     wanted = "transformers" if version == "newest" else f"transformers=={version}"
     session.install("--upgrade", "-c", str(pins), ".[test]", wanted)
     session.run("pytest", "tests", "-n", "auto", *session.posargs, env=NO_CUDA)
+
+
+@nox.session
+def cpus(session: nox.Session) -> None:
+    """The tests as other makes of CPU would run them; `-- --short` as .ci/run does."""
+    session.install("-c", PINS, ".[test]")
+    session.run("python", "tools/cpus.py", *session.posargs, env=NO_CUDA)
 
 
 @nox.session

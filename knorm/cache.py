@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from knorm.core import compress
+from knorm.model_attention import Call, call_of, not_a_row_of_ones
 from knorm.model_attention import attention as attention
 from knorm.model_attention import attention_through as attention_through  # older timing code asks for it here
 from knorm.model_attention import cache_keyword as cache_keyword
-from knorm.model_attention import current_call, not_a_row_of_ones
 from knorm.policy import Policy
 
 
@@ -59,9 +59,11 @@ class KnormLayer(DynamicLayer):
             positions = (positions - leads).clamp(min=-1)
         return positions if self._kept is None else torch.cat([self._kept, positions], dim=-1)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, call: Call | None = None, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append the new tokens, hand everything to the attention of this call, then compress what stays stored."""
-        new, call = key_states.shape[2], current_call.get()
+        new = key_states.shape[2]
         if self.seen == 0:
             self.leads = call.leads if call else None
         if not self.is_initialized:
@@ -247,23 +249,25 @@ class KnormCache(Cache):
         super().__init__(layers=[])
         self.policy = policy
         self._last = -1  # the layer updated last
+        self._call: Call | None = None  # the forward pass under way, inside attention
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if layer_idx == 0:
-            self._refuse_call(key_states.shape[2])
+            self._call = self._refuse_call(key_states.shape[2])
         elif layer_idx >= len(self.layers) and self.layers[0].seen > key_states.shape[2]:
             raise ValueError(f"layer {layer_idx} is new to a cache of {len(self.layers)} layers: call reset() first")
         while len(self.layers) <= layer_idx:
             self.layers.append(KnormLayer(self.policy, len(self.layers)))
-        updated = self.layers[layer_idx].update(key_states, value_states)
+        updated = self.layers[layer_idx].update(key_states, value_states, self._call)
         self._last = layer_idx
         return updated
 
-    def _refuse_call(self, new: int) -> None:
-        """Refuse a call that cannot end well before anything is written."""
-        call, (module, mask) = current_call.get(), _caller()
+    def _refuse_call(self, new: int) -> Call | None:
+        """Refuse a call that cannot end well before anything is written; what it knows of padding, inside attention."""
+        module, mask = _caller()
+        call = call_of(module)
         if module is not None:
             self._refuse_model(module.config, self.get_seq_length() + new)
         if self._last < len(self.layers) - 1:
@@ -292,6 +296,7 @@ class KnormCache(Cache):
             for lead in {0} if leads is None else set(leads):
                 if new > lead:
                     self.policy.budget(new - lead)
+        return call
 
     def _refuse_without_attention(self, first: KnormLayer, new: int, mask: Tensor | None) -> None:
         here = "call the model inside `with knorm.attention(model):`"

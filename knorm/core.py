@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from knorm import kernels
-from knorm.policy import Policy, Ratio
+from knorm.policy import SCORES, Policy, Ratio, whole
+from knorm.tensors import refuse_mapped, refuse_unreadable
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _UNDERFLOW = 2.0**-100  # below it, float32 squares have lost bits
 _HUGE = 2**22  # bytes from which NumPy asks for huge pages
 _CACHED = 2**19  # elements of a temporary that stays in a CPU's cache
+_RANKED_BY_KERNELS = {"low_norm": False, "high_norm": True}  # score -> are the highest norms kept?
 
 
 class Compressed(NamedTuple):
@@ -43,6 +45,7 @@ def squared_norms(keys: Tensor, layer: int | None = None) -> Tensor:
     Accumulates in float32; in float64 for float64 keys, and where float32 would underflow (norms down to 1e-154).
     Raises ValueError at the first key that is not finite or whose squared norm exceeds float32.
     """
+    refuse_mapped("keys", keys)
     wide = torch.promote_types(keys.dtype, torch.float32)
     if keys.is_cuda:
         norms = keys.to(wide).square().sum(-1)
@@ -73,12 +76,10 @@ def _hash(seed: int, layer: int, positions: Tensor) -> Tensor:
 def token_scores(keys: Tensor, policy: Policy, positions: Tensor, layer: int | None = None) -> Tensor:
     """A score per token, the lowest to be kept: keys [batch, kv_heads, length, head_dim] -> [batch, kv_heads, length].
 
-    Depends on each key alone (the random score on its position alone), so it does not change as the cache does.
+    Depends on each key and its position alone, so it does not change as the cache does.
     """
     norms = squared_norms(keys, layer)
-    if policy.score == "random":
-        return _hash(policy.seed, layer or 0, positions).expand_as(norms)
-    return norms if policy.score == "low_norm" else -norms
+    return SCORES[policy.score](norms, positions, lambda: _hash(policy.seed, layer or 0, positions).expand_as(norms))
 
 
 def select(scores: Tensor, count: int, protect_first: int = 0, protect_recent: int = 0) -> Tensor:
@@ -114,8 +115,7 @@ def _take(rows: Tensor, indices: Tensor) -> Tensor:
 
 
 def _check(keys: Tensor, values: Tensor, positions: Tensor | None) -> None:
-    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
-        raise TypeError(f"keys {type(keys).__name__}, values {type(values).__name__}, but both should be torch.Tensor")
+    refuse_unreadable(keys=keys, values=values, **({} if positions is None else {"positions": positions}))
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
         raise ValueError(
             f"{_given(keys, values)}, but both should be [batch, kv_heads, length, head_dim] with the same batch, "
@@ -162,16 +162,18 @@ def compress(
     layer          index of the layer: for skip_layers, the random score and messages
 
     Returns the input itself, its keys not looked at, where nothing is to be evicted; copies otherwise. Raises
-    ValueError for shapes that do not agree, empty caches, keys without a norm, and protections larger than the budget;
-    TypeError for a bad ratio, and for what is no tensor.
+    ValueError for shapes that do not agree, empty caches, tensors without numbers (meta, sparse, nested), keys without
+    a norm or mapped by vmap, and protections larger than the budget; TypeError for a bad ratio, and for no tensor.
     """
     policy = policy if isinstance(policy, Policy) else Policy(policy)
+    layer = None if layer is None else whole("layer", layer)
     _check(keys, values, positions)
     length = keys.shape[2]
     count = length if layer in policy.skip_layers else _budget(policy, length)
-    if count < length and policy.score != "random" and kernels.available(keys, values):
+    if count < length and policy.score in _RANKED_BY_KERNELS and kernels.available(keys, values):
         protected = policy.protect_first, policy.protect_recent
-        fast = kernels.compress(keys, values, positions, count, *protected, highest=policy.score == "high_norm")
+        highest = _RANKED_BY_KERNELS[policy.score]
+        fast = kernels.compress(keys, values, positions, count, *protected, highest=highest)
         if fast is not None:  # otherwise a key has no norm, or one that wants float64
             return Compressed(*fast)
     if positions is None:

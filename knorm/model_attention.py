@@ -12,47 +12,130 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 # (module, query, key, value, attention_mask, **keywords) -> (output [batch, queries, heads, head_dim], weights or None)
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
-_attention: ContextVar[Attention] = ContextVar("knorm_attention")
-_switching = threading.RLock()
+
+class _Context(NamedTuple):
+    """One open `with`, as the thread that opened it sees it.
+
+    configs     the model's configurations, by id
+    attention   how the model attends; None: by PyTorch's SDPA
+    own         what `attention(model)` runs under a mask for each layer; None: the attention makes its own mask
+    """
+
+    configs: frozenset[int]
+    attention: Attention | None
+    own: str | None
 
 
-def _call_attention(module: nn.Module, *states: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
-    try:
-        attention = _attention.get()
-    except LookupError:
-        raise RuntimeError(
-            "attention implementation 'knorm' was called outside knorm: "
-            "call model.set_attn_implementation('sdpa') first"
-        ) from None
-    return attention(module, *states, **keywords)
-
-
-class _Call:
+@dataclass
+class Call:
     """What one forward pass inside `attention(model)` knows of padding.
 
-    own     the attention implementation that the model came with
     leads   padding tokens at the left of each row; None: there are none
     total   tokens that the attention mask speaks of; None: there is no mask
     spare   for each layer, how many of its slots in front hold padding, by row
     """
 
-    def __init__(self, own: str) -> None:
-        self.own = own
-        self.leads: list[int] | None = None
-        self.total: int | None = None
-        self.spare: dict[int, list[int] | None] = {}
+    leads: list[int] | None = None
+    total: int | None = None
+    spare: dict[int, list[int] | None] = field(default_factory=dict)
 
 
-current_call: ContextVar[_Call | None] = ContextVar("knorm_call", default=None)
+@dataclass
+class _Switched:
+    """A configuration that says "knorm" for now, what it said before, and how many contexts want it so."""
+
+    config: PreTrainedConfig
+    own: str
+    contexts: int = 0
+
+
+# A configuration is seen by all threads, so it only says that knorm decides. What it decides belongs to the thread: who
+# is in no context of this model attends by the model's own implementation, under that implementation's mask.
+_switched: dict[int, _Switched] = {}
+_lock = threading.Lock()
+_contexts: ContextVar[tuple[_Context, ...]] = ContextVar("knorm_contexts", default=())
+_calls: ContextVar[dict[int, Call]] = ContextVar("knorm_calls")  # by configuration; replaced, never written to
+
+
+def _context_of(config: object) -> _Context | None:
+    return next((context for context in reversed(_contexts.get()) if id(config) in context.configs), None)
+
+
+def _own(config: PreTrainedConfig) -> str:
+    """The implementation that a configuration came with."""
+    switched = _switched.get(id(config))
+    return str(switched.own if switched else config._attn_implementation)
+
+
+def _implementation(module: nn.Module, name: str) -> Attention:
+    """What is registered under a name; eager attention stands beside each model's class instead."""
+    if name == "eager":
+        homes = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+        return next(home.eager_attention_forward for home in homes if hasattr(home, "eager_attention_forward"))
+    attention: Attention = AttentionInterface()[name]
+    return attention
+
+
+def _call_attention(module: nn.Module, *states: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+    context = _context_of(module.config)
+    if context and context.attention:
+        return context.attention(module, *states, **keywords)
+    own = "sdpa" if context else _own(module.config)  # type: ignore[arg-type]
+    if own == "knorm":
+        raise RuntimeError(
+            "attention implementation 'knorm' was called outside knorm: "
+            "call model.set_attn_implementation('sdpa') first"
+        )
+    return _implementation(module, own)(module, *states, **keywords)
+
+
+def _mask(*args: Any, config: Any = None, attention_mask: Tensor | None = None, **keywords: Any) -> Any:
+    """No mask where the attention makes its own; without an entry here, transformers would drop padding in silence."""
+    context = _context_of(config)
+    if context is None or context.attention is None:
+        make = AttentionMaskInterface().get("sdpa" if context else _own(config))
+        if make is None or make is _mask:
+            return None
+        return make(*args, config=config, attention_mask=attention_mask, **keywords)
+    if context.own is not None:
+        call = Call()
+        if attention_mask is not None:
+            call.leads, call.total = _leads(attention_mask), attention_mask.shape[1]
+        _calls.set({**_calls.get({}), id(config): call})
+    return None
+
+
+def call_of(module: nn.Module | None) -> Call | None:
+    """Find the forward pass that is under way in a module, if it is inside `attention(model)`.
+
+    Args:
+        module: one with the model's configuration; None: that of the innermost context.
+
+    Returns:
+        What the pass knows of padding; None outside.
+
+    Example:
+        >>> call_of(None) is None
+        True
+    """
+    contexts = _contexts.get()
+    config = getattr(module, "config", None)
+    context = _context_of(config) if module is not None else contexts[-1] if contexts else None
+    if context is None or context.own is None:
+        return None
+    calls = _calls.get({})
+    known = [key for key in calls if key in context.configs] if module is None else [id(config)]
+    return next((calls[key] for key in reversed(known) if key in calls), Call())  # no mask asked for: no padding
 
 
 def _leads(mask: Tensor) -> list[int] | None:
@@ -68,35 +151,59 @@ def _leads(mask: Tensor) -> list[int] | None:
     return leads if any(leads) else None
 
 
-def _mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """The attention makes its own mask. Without an entry here, transformers would drop padding in silence."""
-    call = current_call.get()
-    if call is not None:
-        call.leads = None if attention_mask is None else _leads(attention_mask)
-        call.total = None if attention_mask is None else attention_mask.shape[1]
-        call.spare = {}
-
-
 AttentionInterface.register("knorm", _call_attention)
 AttentionMaskInterface.register("knorm", _mask)
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The model's configurations, the outermost first: parts of a model may have their own."""
+    every = (getattr(module, "config", None) for module in (model, *model.modules()))
+    return list({id(config): config for config in every if isinstance(config, PreTrainedConfig)}.values())
+
+
+def _switch(model: PreTrainedModel, configs: list[PreTrainedConfig]) -> None:
+    with _lock:
+        for config in configs:
+            _switched.setdefault(id(config), _Switched(config, config._attn_implementation)).contexts += 1
+        if any(config._attn_implementation != "knorm" for config in configs):
+            model.set_attn_implementation("knorm")
+
+
+def _switch_back(configs: list[PreTrainedConfig]) -> None:
+    with _lock:
+        for config in configs:
+            switched = _switched[id(config)]
+            switched.contexts -= 1
+            if not switched.contexts:
+                config._attn_implementation = switched.own
+                del _switched[id(config)]
+
+
+@contextmanager
+def _open(model: PreTrainedModel, attention: Attention | None, own: str | None = None) -> Iterator[None]:
+    configs = _configs(model)
+    context = _Context(frozenset(map(id, configs)), attention, own)
+    switch = attention is not None or any(config._attn_implementation != "sdpa" for config in configs)
+    try:
+        if switch:
+            _switch(model, configs)
+        _contexts.set((*_contexts.get(), context))
+        yield
+    finally:
+        _contexts.set(tuple(other for other in _contexts.get() if other is not context))
+        if switch:
+            _switch_back(configs)
 
 
 @contextmanager
 def attention_through(model: PreTrainedModel, attention: Attention | None) -> Iterator[None]:
     """Let the model attend through `attention` (None: PyTorch's SDPA); its own setting comes back whatever happens.
 
-    The setting lies in the model's configuration, so one thread at a time holds it.
+    Only calls from the thread that is inside (more exactly, from its `contextvars` context) attend so. Other threads
+    may use the model meanwhile, by its own implementation or inside a context of theirs.
     """
-    with _switching:
-        own = model.config._attn_implementation
-        token = _attention.set(attention) if attention else None
-        try:
-            model.set_attn_implementation("knorm" if attention else "sdpa")
-            yield
-        finally:
-            model.set_attn_implementation(own)
-            if token:
-                _attention.reset(token)
+    with _open(model, attention):
+        yield
 
 
 def not_a_row_of_ones(mask: Tensor) -> ValueError:
@@ -114,26 +221,26 @@ def _attend_last(
 
     query [batch, heads, queries, head_dim]; key, value [batch, kv_heads, slots, head_dim].
     """
-    call = current_call.get()
+    call, context = call_of(module), _context_of(module.config)
     assert call is not None
+    assert context is not None
     if attention_mask is not None:
         raise not_a_row_of_ones(attention_mask)
     queries, slots = query.shape[2], key.shape[2]
     spare = call.leads and [max(0, lead - (call.total or slots) + slots) for lead in call.leads]
     spare = call.spare.get(getattr(module, "layer_idx", -1), spare)
     mask = None
-    if spare or call.own == "eager" or 1 < queries < slots:
+    if spare or context.own == "eager" or 1 < queries < slots:
         slot = torch.arange(slots, device=key.device)
         now = slot[slots - queries :, None]
         mask = (slot <= now)[None, None]
         if spare:  # a padding token sees itself, so that its row of the softmax is not empty
             mask = mask & (slot >= torch.tensor(spare, device=key.device)[:, None, None, None]) | (slot == now)
-    if call.own == "sdpa":
-        return AttentionInterface()["sdpa"](module, query, key, value, mask, **keywords)
+    if context.own == "sdpa":
+        return _implementation(module, "sdpa")(module, query, key, value, mask, **keywords)
     least = torch.finfo(query.dtype).min
     added = torch.zeros(mask.shape, dtype=query.dtype, device=key.device).masked_fill_(~mask, least)  # type: ignore
-    eager = sys.modules[type(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, added, **keywords)
+    return _implementation(module, "eager")(module, query, key, value, added, **keywords)
 
 
 @contextmanager
@@ -147,18 +254,16 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
     KnormCache sees the padding: it goes first, is never attended to, and every row comes out as it would alone. Other
     caches, and calls without one, work as before. Raises ValueError for other implementations, and inside for padding
     that is not on the left, before anything is written to a cache.
+
+    Only the thread that is inside attends so; others may use the model, or other models, meanwhile.
     """
-    own = model.config._attn_implementation
+    own = _own(model.config)
     if own not in ("sdpa", "eager"):
         raise ValueError(
             f"the model attends by {own!r}, but should by 'sdpa' or 'eager': model.set_attn_implementation()"
         )
-    token = current_call.set(_Call(own))
-    try:
-        with attention_through(model, _attend_last):
-            yield
-    finally:
-        current_call.reset(token)
+    with _open(model, _attend_last, own):
+        yield
 
 
 def cache_keyword(model: PreTrainedModel) -> str:

@@ -1,29 +1,36 @@
 """Models and texts: those in the box, local files, and the Hub at a pinned revision.
 
-Weights are read from safetensors only, and no code that a repository brings is ever run.
+Weights are read from safetensors only, and no code that a repository brings is ever run (weights.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from knorm.files import file_size, read_text
 from knorm.paths import ASSETS
+from knorm.weights import INDEX, SMALL_FILES, WEIGHTS, checked_folder, read_index
 
 EMBEDDED_TEXTS = ("narrative", "encyclopedia")
 HUB_TEXTS = {
     "wikitext2": "hub:Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3:wikitext-2-raw-v1/test-*.parquet",
     "pg19": "hub:emozilla/pg19@c021754c8e01c5b1cc83a1f549c1f97fbbb756b8:data/test-*.parquet",
 }
+MOST_TEXT = 2**28  # bytes of a file, and characters of a column: several times PG-19's test set
 _PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
@@ -95,35 +102,17 @@ def load_model(
     """
     if name == "embedded":
         return load_embedded(dtype=dtype, device=device)
-    where: dict[str, Any] = {}
-    name = source = str(name)
-    if pinned := _PINNED.fullmatch(name):
-        source, where = pinned["name"], {"revision": pinned["revision"]}
-    elif not Path(name).is_dir():
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", name):
-            raise ValueError(
-                f"model {name!r} is no folder here; from the Hub it needs a pinned revision: "
-                f"{name.partition('@')[0]}@ and the 40 digits of a commit"
-            )
-        raise ValueError(f"model {name!r} should be 'embedded', a folder, or a Hub id such as organisation/name@commit")
+    name = str(name)
+    pinned = _PINNED.fullmatch(name)
+    source = pinned["name"] if pinned else name
+    folder = _hub_folder(name, pinned) if pinned else _local_folder(name)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,  # what is missing or misshapen would be filled with random numbers
-            ignore_mismatched_sizes=True,
-            **where,
-        )
+        with checked_folder(folder) as checked:
+            loaded, tokenizer = _load_checked(checked, source, dtype)
     except SafetensorError as error:
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
     except Exception as error:  # whatever a damaged config.json makes transformers raise
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
-    except Exception as error:
-        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {_first_line(error)}") from None
     model, info = loaded
     wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
     wrong += [f"have {key}, of which it has none" for key in sorted(info["unexpected_keys"])]
@@ -131,9 +120,64 @@ def load_model(
     if wrong:
         more = f" ({len(wrong)} such tensors)" if wrong[1:] else ""
         raise ValueError(f"the weights of model {name!r} do not fit its config.json: they {wrong[0]}{more}")
-    if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise ValueError(f"model {name!r} has no tokenizer: its folder should hold a tokenizer.json")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer("a", add_special_tokens=False).input_ids:
+        raise ValueError(f"model {name!r} has no tokenizer: its tokenizer.json should hold one that reads text")
     return model.to(device).eval(), tokenizer
+
+
+def _load_checked(checked: Path, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """What transformers loads from a folder that knorm made: (model, loading info), and the tokenizer."""
+    config = AutoConfig.from_pretrained(checked, trust_remote_code=False)
+    config._name_or_path = source  # by it transformers knows some tokenizers of the Hub
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        checked,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,  # what is missing or misshapen would be filled with random numbers
+        ignore_mismatched_sizes=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(checked, config=config, trust_remote_code=False)
+    loaded[0].name_or_path = loaded[0].config._name_or_path = tokenizer.name_or_path = source
+    return loaded, tokenizer
+
+
+def _local_folder(name: str) -> Path:
+    with contextlib.suppress(OSError, ValueError):  # a name too long, a null byte
+        if Path(name).is_dir():
+            return Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", name):
+        raise ValueError(
+            f"model {name!r} is no folder here; from the Hub it needs a pinned revision: "
+            f"{name.partition('@')[0]}@ and the 40 digits of a commit"
+        )
+    raise ValueError(f"model {name!r} should be 'embedded', a folder, or a Hub id such as organisation/name@commit")
+
+
+def _hub_folder(name: str, pinned: re.Match[str]) -> Path:
+    """A snapshot of the files that checked_folder reads; which shards there are, only the index knows."""
+    try:
+        folder = _snapshot(pinned, [*SMALL_FILES, WEIGHTS])
+        if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+            folder = _snapshot(pinned, sorted({INDEX, *read_index(folder).values()}))
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
+    return folder
+
+
+def _snapshot(pinned: re.Match[str], files: list[str], kind: str = "model") -> Path:
+    """The folder of a repository at a commit, with at least those of its files that match."""
+    fetch = partial(
+        snapshot_download, pinned["name"], repo_type=kind, revision=pinned["revision"], allow_patterns=files
+    )
+    try:
+        return Path(fetch())
+    except (OSError, HfHubHTTPError, ValueError) as error:
+        try:
+            return Path(fetch(local_files_only=True))  # huggingface_hub below 2 does not look there by itself
+        except (OSError, HfHubHTTPError, ValueError):
+            raise error from None
 
 
 def _first_line(error: Exception) -> str:
@@ -159,7 +203,7 @@ def load_text(source: str, column: str = "text") -> str:
         text = "".join(read_rows(hub_files(source), "parquet", column))
     else:
         file = Path(source)
-        if not file.is_file():
+        if not os.path.lexists(file) or file.is_dir():
             raise ValueError(
                 f"text {source!r} is no file here, and none of {', '.join((*EMBEDDED_TEXTS, *HUB_TEXTS))}; "
                 "a data set is written hub:organisation/name@commit:files"
@@ -167,39 +211,23 @@ def load_text(source: str, column: str = "text") -> str:
         if file.suffix in (".parquet", ".jsonl"):
             text = "\n".join(read_rows([str(file)], "parquet" if file.suffix == ".parquet" else "json", column))
         else:
-            try:
-                text = file.read_text(encoding="utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"text {source!r} is not UTF-8: {error}") from None
+            text = read_text(file, MOST_TEXT)
     text = text.replace("\r\n", "\n")
     return detokenize_wikitext(text) if " @-@ " in text else text
 
 
 def hub_files(source: str) -> list[str]:
     """The parquet files of "hub:organisation/name@commit:files", fetched. Raises ValueError as load_text does."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     _, _, address = source.partition(":")
     repository, _, files = address.partition(":")
     pinned = _PINNED.fullmatch(repository)
     if not pinned or not files.endswith(".parquet"):
         raise ValueError(f"text {source!r} should be hub:organisation/name@commit:files, with parquet files")
-    fetch = partial(
-        snapshot_download,
-        pinned["name"],
-        repo_type="dataset",
-        revision=pinned["revision"],
-        allow_patterns=[files],
-    )
     try:
-        folder = fetch()
+        folder = _snapshot(pinned, [files], "dataset")
     except (OSError, HfHubHTTPError, ValueError) as error:
-        try:
-            folder = fetch(local_files_only=True)  # huggingface_hub below 2 does not look there by itself
-        except (OSError, HfHubHTTPError, ValueError):
-            raise ValueError(f"text {source!r} cannot be fetched: {_first_line(error)}") from None
-    found = sorted(str(path) for path in Path(folder).glob(files))
+        raise ValueError(f"text {source!r} cannot be fetched: {_first_line(error)}") from None
+    found = sorted(str(path) for path in folder.glob(files))
     if not found:
         raise ValueError(f"text {source!r}: the data set has no {files} at this commit")
     return found
@@ -211,20 +239,31 @@ def read_rows(files: list[str], kind: str, column: str) -> Iterable[str]:
         import datasets
     except ImportError:
         raise ValueError("reading parquet and jsonl needs the package datasets: pip install 'knorm[data]'") from None
+    for file in files:
+        file_size(Path(file), MOST_TEXT)
+    texts, characters = [], 0
+    for number, row in enumerate(_dataset(datasets, files, kind)):
+        if not number and column not in row:
+            raise ValueError(f"{files[0]} has no column {column!r}, but {', '.join(row)}")
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"{files[0]}: row {number} has {column}={row.get(column)!r}, but should have a text")
+        texts.append(row[column])
+        characters += len(row[column])
+        if characters > MOST_TEXT:
+            raise ValueError(f"{files[0]} has more than {MOST_TEXT:,} characters of text, the most that is read")
+    if not texts:
+        raise ValueError(f"{files[0]} has no rows")
+    return texts
+
+
+def _dataset(datasets: Any, files: list[str], kind: str) -> Iterator[dict[str, Any]]:
+    """The rows of data files, one at a time."""
     try:
-        rows = list(datasets.load_dataset(kind, data_files=files, split="train", streaming=True))
-    except StopIteration:
-        rows = []
+        yield from datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+    except StopIteration:  # no rows
+        return
     except Exception as error:  # datasets raises what pyarrow, fsspec or its own builders raise
         raise ValueError(f"{files[0]} cannot be read as {kind}: {_first_line(error)}") from None
-    if not rows:
-        raise ValueError(f"{files[0]} has no rows")
-    if column not in rows[0]:
-        raise ValueError(f"{files[0]} has no column {column!r}, but {', '.join(rows[0])}")
-    for number, row in enumerate(rows):
-        if not isinstance(row[column], str):
-            raise ValueError(f"{files[0]}: row {number} has {column}={row[column]!r}, but should have a text")
-    return [row[column] for row in rows]
 
 
 _WIKITEXT = [

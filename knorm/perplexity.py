@@ -21,7 +21,9 @@ from knorm.core import squared_norms, token_scores
 from knorm.masked_attention import Attend, attend_seen
 from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
-from knorm.schedule import schedule_scores
+from knorm.rounding import ROUNDING
+from knorm.schedule import never, schedule_scores
+from knorm.tensors import refuse_unreadable
 
 Schedule = Callable[[int, Tensor], Tensor]
 
@@ -50,7 +52,9 @@ class Run(NamedTuple):
 
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model whose compressed run knorm cannot evaluate exactly."""
-    config, reason = model.config, None
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model {type(model).__name__}, but should be a model of transformers")
+    config, reason, device = model.config, None, model.device.type
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in MODELS:
         reason = f"{config.model_type!r} is not one of {', '.join(MODELS)}, whose attention is known"
@@ -62,8 +66,16 @@ def refuse_model(model: PreTrainedModel) -> None:
         reason = f"its rotary positions ({rotation!r}) change with the length of a call"
     elif any(module.training for module in model.modules()):
         reason = "it is in training mode: call model.eval()"
+    elif model.device.type == "meta" and not hasattr(model, "hf_device_map"):
+        reason = "its weights are on the device 'meta', without numbers: load them"
     elif model.get_output_embeddings() is None:
         reason = "it has no language-model head"
+    elif torch.is_autocast_enabled(device):
+        given, own = (str(x).removeprefix("torch.") for x in (torch.get_autocast_dtype(device), model.dtype))
+        reason = (
+            f"torch.autocast computes in {given} here, but a run is in its weights' dtype, {own}: leave autocast, or "
+            f"load the model in {given}"
+        )
     if reason:
         raise ValueError(f"{type(model).__name__} cannot be evaluated exactly: {reason}")
 
@@ -76,6 +88,8 @@ def _padding(attention_mask: Tensor | None, input_ids: Tensor, policy: Policy, p
         raise ValueError(
             f"attention_mask {list(attention_mask.shape)}, but should be {list(input_ids.shape)} as input_ids"
         )
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask has other numbers than 0, for padding, and 1, for tokens")
     mask = attention_mask.to(input_ids.device).bool()
     padding = (~mask).sum(-1)
     if not torch.equal(mask, torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]):
@@ -97,13 +111,12 @@ def _positions(
     if position_ids is None:
         positions = torch.arange(input_ids.shape[1], device=model.device).expand(input_ids.shape)
         return positions if padding is None else (positions - padding[:, None]).clamp(min=0)
-    if (
-        not isinstance(position_ids, Tensor)
-        or position_ids.shape != input_ids.shape
-        or position_ids.is_floating_point()
-    ):
-        given = list(position_ids.shape) if isinstance(position_ids, Tensor) else type(position_ids).__name__
-        raise ValueError(f"position_ids {given}, but should be int64 {list(input_ids.shape)} as input_ids")
+    refuse_unreadable(position_ids=position_ids)
+    if position_ids.shape != input_ids.shape or position_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"position_ids {list(position_ids.shape)} {position_ids.dtype}, but should be int64 "
+            f"{list(input_ids.shape)} as input_ids"
+        )
     lowest, highest = (int(x) for x in position_ids.aminmax())
     if lowest < 0 or highest >= model.config.max_position_embeddings:
         raise ValueError(
@@ -123,11 +136,11 @@ def check_run(
     """Refuse what cannot be evaluated; the ids on the model's device, pads made harmless, and the padding."""
     refuse_model(model)
     config = model.config
-    for name, given in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-        if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):
-            raise TypeError(f"{name} {type(given).__name__}, but should be an int64 tensor [batch, tokens]")
+    refuse_unreadable(input_ids=input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids {list(input_ids.shape)} {input_ids.dtype}, but should be int64 [batch, tokens]")
+    if attention_mask is not None and attention_mask.is_complex():
+        raise ValueError(f"attention_mask {attention_mask.dtype}, but should be 0 for padding and 1 for tokens")
     length = input_ids.shape[1]
     if input_ids.shape[0] < 1 or length < 2:
         raise ValueError(f"input_ids {list(input_ids.shape)}: a text needs at least two tokens to predict one")
@@ -201,7 +214,7 @@ def _schedule(policy: Policy, prompt_length: int, padding: Tensor | None) -> Sch
 
     def schedule(layer: int, keys: Tensor) -> Tensor:
         if _spares(policy, layer):
-            return schedule_scores(torch.zeros(keys.shape[:3], device=keys.device), Policy(), 1, padding)
+            return never(keys.shape[:3], keys.device, padding=padding)
         positions = torch.arange(keys.shape[2], device=keys.device).expand(keys.shape[:3])
         if padding is not None:
             positions = positions - padding[:, None, None]
@@ -214,6 +227,7 @@ def _check_schedule(lost: Tensor, keys: Tensor) -> None:
     length, should = keys.shape[2], f"evicted_at, int64 {list(keys.shape[:3])} on {keys.device}"
     if not isinstance(lost, Tensor):
         raise ValueError(f"schedule returned {type(lost).__name__}, but should return {should}")
+    refuse_unreadable(evicted_at=lost)
     if lost.shape != keys.shape[:3] or lost.dtype != torch.int64 or lost.device != keys.device:
         raise ValueError(
             f"schedule returned {list(lost.shape)} {lost.dtype} on {lost.device}, but should return {should}"
@@ -240,6 +254,8 @@ def exact_run(
 ) -> Run:
     """The compressed run from one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
     begin, scheduling = time.perf_counter(), 0.0
+    if schedule is not None and not callable(schedule):
+        raise TypeError(f"schedule={schedule!r}, but should be a function (layer, keys) -> evicted_at")
     input_ids, padding = check_run(model, input_ids, policy, prompt_length, attention_mask)
     position_ids = _positions(position_ids, model, input_ids, padding)
     places = torch.arange(input_ids.shape[1], device=model.device)
@@ -293,7 +309,8 @@ def exact_nll(
     schedule        schedule(layer, keys [batch, kv_heads, T, head_dim]) -> evicted_at overrides the policy's
 
     Returns float32 [batch, T-1] in nats, entry t for token t+1; nan where the token or its context is padding.
-    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason.
+    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason; under
+    autocast too, which leaves the dtype of the weights.
     """
     return exact_run(
         model,
@@ -367,7 +384,7 @@ def _record(cache: KnormCache, schedules: list[Tensor], length: int, seen: int) 
     """Note which tokens, seen so far and not yet known as lost, each layer has ceased to store."""
     if not schedules:
         shapes = [(*cache.positions(layer).shape[:2], length) for layer in range(len(cache))]
-        schedules = [torch.full(shape, length, device=cache.positions(0).device) for shape in shapes]
+        schedules = [never(shape, cache.positions(0).device) for shape in shapes]
     for layer, lost in enumerate(schedules):
         stored = cache.positions(layer)
         if stored.shape[-1] < seen:
@@ -394,6 +411,11 @@ def stream_nll(
     return run.nll
 
 
+def agrees(difference: float, gap: float) -> bool:
+    """Tell whether two runs are equal as float32 and float64 can be, by Agreement's difference and gap."""
+    return difference <= ROUNDING and gap <= NEAR_TIE
+
+
 class Agreement(NamedTuple):
     """The one pass beside the loop, on the same texts and policy.
 
@@ -411,8 +433,8 @@ class Agreement(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Equal as float32 and float64 can be: each token within 1e-4, evictions but for near-ties."""
-        return self.difference <= 1e-4 and self.gap <= NEAR_TIE
+        """Equal as float32 and float64 can be: each token within ROUNDING, evictions but for near-ties."""
+        return agrees(self.difference, self.gap)
 
 
 def agreement(

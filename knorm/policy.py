@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Ratio = float | int | str | Decimal | Fraction
 Score = Literal["low_norm", "high_norm", "random"]
 Protocol = Literal["prefill", "streaming"]
+
+# Score of each token, the lowest to be kept: from the squared norms of the keys and the positions of the tokens in the
+# sequence, both [batch, kv_heads, length], and from `draw`, which makes one uniform number for each seed and position.
+SCORES: Mapping[Score, Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]] = {
+    "low_norm": lambda norms, positions, draw: norms,
+    "high_norm": lambda norms, positions, draw: -norms,
+    "random": lambda norms, positions, draw: draw(),
+}
 
 
 @lru_cache(maxsize=256)
 def _fraction(written: str) -> Fraction:
     if len(written) > 100 or abs(int(written.lower().partition("e")[2] or 0)) > 400:
         raise ValueError("no such precision is needed, and an exponent of millions takes seconds to expand")
+    if "_" in written or not written.isascii():
+        raise ValueError("Python would read 0.5_0 and digits of other scripts, which in a table are mistakes")
     return Fraction(written)
 
 
@@ -90,11 +103,15 @@ class Policy:
     def __post_init__(self) -> None:
         ratio = exact_ratio(self.keep_ratio)
         near = float(ratio)
-        if not isinstance(self.skip_layers, Iterable) or isinstance(self.skip_layers, str | bytes):
+        try:
+            layers = None if isinstance(self.skip_layers, str | bytes) else tuple(self.skip_layers)
+        except TypeError:  # a tensor without dimensions is iterable by its type alone
+            layers = None
+        if layers is None:
             raise TypeError(f"skip_layers={self.skip_layers!r}, but should be layer indices, e.g. skip_layers=(0,)")
         normal: dict[str, object] = {
             "keep_ratio": near if _fraction(str(near)) == ratio else ratio,
-            "skip_layers": tuple(sorted({whole("skip_layers", layer) for layer in self.skip_layers})),
+            "skip_layers": tuple(sorted({whole("skip_layers", layer) for layer in layers})),
             "seed": whole("seed", self.seed, -(2**63)),
         }
         for name in ("prune_after", "protect_first", "protect_recent"):
@@ -132,6 +149,16 @@ class Policy:
         protected tokens exceed what keep_ratio retains.
         """
         length = operator.index(length)
+        if length < 0:
+            raise ValueError(f"length={length}, but should be a number of tokens, from 0")
         if length < self.prune_after or length <= self.protect_first + self.protect_recent:
             return length
         return self._afford(length)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them: keep_ratio a number, or "1/3" where no float is that fraction.
+
+        Policy(**fields) reads them back: Policy(**policy.as_json()) == policy.
+        """
+        ratio = self.keep_ratio if isinstance(self.keep_ratio, float) else str(self.keep_ratio)
+        return asdict(self) | {"keep_ratio": ratio, "skip_layers": [*self.skip_layers]}

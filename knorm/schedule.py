@@ -9,6 +9,7 @@ compress" is known from the keys. Everything else about the run (masks, lengths,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from knorm.core import select
 from knorm.policy import Policy, whole
+from knorm.tensors import refuse_mapped, refuse_unreadable
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -90,14 +92,28 @@ def evicted_at(scores: Tensor, policy: Policy, prompt_length: int = 1, *, paddin
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy={policy!r}, but should be a knorm.Policy, e.g. Policy(keep_ratio=0.5)")
-    if not isinstance(scores, Tensor) or not scores.ndim or not scores.is_floating_point():
+    refuse_unreadable(scores=scores, **({} if padding is None else {"padding": padding}))
+    refuse_mapped("scores", scores)
+    if not scores.ndim or not scores.is_floating_point():
         raise ValueError("scores should be finite floating-point numbers, one per token: a tensor [..., T]")
     length = scores.shape[-1]
     if not 1 <= (prompt_length := whole("prompt_length", prompt_length)) <= length:
         raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and the {length} tokens of the run")
     if not scores.isfinite().all():
         raise ValueError("scores should be finite floating-point numbers, one per token")
+    if padding is not None:
+        _check_padding(padding, scores)
     return schedule_scores(scores, policy, prompt_length, padding)
+
+
+def _check_padding(padding: Tensor, scores: Tensor) -> None:
+    should = f"int64 {list(scores.shape[:1])} on {scores.device}, for scores [batch, heads, T]"
+    if scores.ndim != 3 or padding.shape != scores.shape[:1]:
+        raise ValueError(f"padding {list(padding.shape)} for scores {list(scores.shape)}, but should be {should}")
+    if padding.dtype not in (torch.int64, torch.int32) or padding.device != scores.device:
+        raise ValueError(f"padding {padding.dtype} on {padding.device}, but should be {should}")
+    if len(padding) and not 0 <= int(padding.min()) <= int(padding.max()) <= scores.shape[-1]:
+        raise ValueError(f"padding {padding.tolist()}, but should be from 0 to the {scores.shape[-1]} tokens of a row")
 
 
 def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding: Tensor | None) -> Tensor:
@@ -110,19 +126,31 @@ def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding:
             evicted[rows, :, pads:] = pads + schedule_scores(scores[rows, :, pads:], policy, prompt, None)
         return evicted
     if policy.protocol == "prefill":
-        evicted = torch.full(scores.shape, length, dtype=torch.int64, device=scores.device)
+        evicted = never(scores.shape, scores.device)
         budget = policy.budget(prompt_length)
         if budget < prompt_length:
             prompt = scores[..., :prompt_length]
             evicted[..., :prompt_length] = prompt_length
             evicted.scatter_(-1, select(prompt, budget, policy.protect_first, policy.protect_recent), length)
         return evicted
-    evicted = torch.full(scores.shape, length, dtype=torch.int64)
+    evicted = never(scores.shape)
     times, sizes, first = _events(policy, length, prompt_length)
     if len(times):
         order = scores.argsort(dim=-1, stable=True).reshape(-1, length).cpu().numpy()
         _evict(order, times, sizes, first, evicted.view(-1, length).numpy())
     return evicted.to(scores.device)
+
+
+def never(shape: Sequence[int], device: torch.device | str = "cpu", *, padding: Tensor | None = None) -> Tensor:
+    """Return the schedule that evicts nothing: int64 of `shape` [..., T], T for every token.
+
+    padding: int64 [batch] for a shape [batch, heads, T]; a pad sees itself only, as in evicted_at.
+    """
+    evicted = torch.full((*shape,), shape[-1], dtype=torch.int64, device=device)
+    if padding is not None:
+        places = torch.arange(shape[-1], device=device)
+        evicted = torch.where(places < padding[:, None, None], places + 1, evicted)
+    return evicted
 
 
 def cache_lengths(evicted_at: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Hypothesis profiles, and models to test on."""
+"""Hypothesis profiles, a model to test on, and the command."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ settings.register_profile("quick", max_examples=40, **slow_is_fine)
 settings.register_profile("thorough", max_examples=150, **slow_is_fine)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("thorough" if os.environ.get("CI") else "quick"))
 
-torch.set_num_threads(1)  # pytest -n auto has a worker per core
+# One, since pytest -n auto has a worker per core; `nox -s cpus` asks for others.
+torch.set_num_threads(int(os.environ.get("KNORM_THREADS") or 1))
 
 
 def pytest_collection_modifyitems(items):
@@ -40,3 +42,21 @@ def embedded():
     from knorm import load_embedded
 
     return load_embedded()
+
+
+@pytest.fixture
+def run_knorm(monkeypatch, capfd, tmp_path):
+    """Run a command in a folder of its own; returns exit code, stdout and stderr, those of its processes included."""
+    from knorm.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["knorm", *arguments])
+        try:
+            code = main() or 0
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capfd.readouterr()
+
+    return run

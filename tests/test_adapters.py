@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from decimal import Decimal
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import in_a_new_process, new_environment
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
@@ -238,11 +237,8 @@ def test_the_lines_of_code_work_in_a_fresh_interpreter(folder, tmp_path_factory)
         (folder / name).write_text(FILE)
         subjects.append(load_target(f"{folder / name}:Holder.window"))
     given = json.dumps([KEYS.tolist(), VALUES.tolist(), [subject.code for subject in subjects]])
-    package = {"PYTHONPATH": os.pathsep.join([str(Path(knorm.__file__).parents[1]), str(Path(__file__).parent)])}
-    command, elsewhere = [sys.executable, "-c", RUN], tmp_path_factory.mktemp("elsewhere")
-    done = subprocess.run(
-        command, input=given, cwd=elsewhere, env={**os.environ, **package}, check=False, capture_output=True, text=True
-    )
+    environment, elsewhere = new_environment(Path(__file__).parent), tmp_path_factory.mktemp("elsewhere")
+    done = in_a_new_process(RUN, input=given, cwd=elsewhere, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(positions(subject(KEYS, VALUES, 0.5))) for subject in subjects]
 

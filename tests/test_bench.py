@@ -6,63 +6,55 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from commands import HOME
 from tiny import tiny, tokens
 
 import knorm
-from knorm import Policy
 from knorm.bench import commits as versus
 from knorm.bench import latency
 from knorm.bench import worker as bench_worker
 from knorm.bench.commits import Setup, Worker, changed_files, find_checkout, resolve, worktree
 from knorm.bench.counters import Counters
 from knorm.bench.latency import Prompt
-from knorm.bench.policies import policy_fields
 from knorm.cli import bench as bench_cli
-from knorm.cli import main
 from knorm.models import ASSETS
 
-ROOT = Path(knorm.__file__).parents[1]
 QUICK = ("--prompt-tokens", "9", "--new-tokens", "4", "--keep-ratio", "0.5", "--blocks", "8")
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys, tmp_path):
-    """Run the command, as if alone on the machine, in a folder of its own."""
+def run_bench(run_knorm, monkeypatch):
+    """Run `knorm bench` as if alone on the machine."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    monkeypatch.chdir(tmp_path)
 
-    def small(given):
+    def small(asked):
         """A model that takes no time, where nothing is asked of the real one."""
         prompts = {"a": Prompt(tokens(1, 9), 4), "b": Prompt(tokens(1, 12), 6)}
-        return tiny("gpt_neox"), prompts, [Policy(r, 32, (0,), protocol="streaming") for r in given["keep_ratio"]]
+        return tiny("gpt_neox"), prompts, asked.policies.policies()
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["knorm", "bench", *arguments])
         if arguments[: len(QUICK)] == QUICK and "--json" not in arguments:
             monkeypatch.setattr(bench_cli, "_load", small)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
+        return run_knorm("bench", *arguments)
 
     return run
 
 
-def test_the_command_gives_tables_json_and_a_figure(bench):
-    code, out, err = bench(*QUICK, "--json", "out.json", "--plot", "out.png", "--margin", "900")
+def test_the_command_gives_tables_json_and_a_figure(run_bench):
+    code, out, err = run_bench(*QUICK, "--json", "out.json", "--plot", "out.png", "--margin", "900")
     assert (code, err) == (0, "")
     found = json.loads(Path("out.json").read_text())
     assert {"blocks", "verdict", "margin", "alpha", "power", "prompts", "warm_up", "environment"} <= {*found}
     assert (found["blocks"], found["warm_up"], found["verdict"], found["margin"]) == (8, 1, "PASS", 9.0)
     plain, half = found["rows"]
     assert plain["policy"] is plain["verdict"] is plain["mde"] is None
-    assert half["policy"]["keep_ratio"] == "0.5"
+    assert half["policy"]["keep_ratio"] == 0.5
     for metric in ("ttft", "tpot", "throughput"):
         assert half[metric]["low"] < half[metric]["ratio"] < half[metric]["high"]
         assert half["mde"][metric] == half[metric]["mde"] > 0
@@ -91,15 +83,15 @@ def verdicts(monkeypatch, shift, spread):
         (0.0, 0.5, ("--strict",), 1, "INCONCLUSIVE: TPOT at 0.5"),
     ],
 )
-def test_verdicts_and_exit_codes(bench, monkeypatch, shift, spread, strict, code, said):
+def test_verdicts_and_exit_codes(run_bench, monkeypatch, shift, spread, strict, code, said):
     verdicts(monkeypatch, shift, spread)
-    found, out, _ = bench(*QUICK, *strict)
+    found, out, _ = run_bench(*QUICK, *strict)
     assert found == code
     assert said in out
 
 
-def test_published_times_stand_beside_those_of_this_machine(bench):
-    code, out, _ = bench(*QUICK, "--reported", "--margin", "900")
+def test_published_times_stand_beside_those_of_this_machine(run_bench):
+    code, out, _ = run_bench(*QUICK, "--reported", "--margin", "900")
     assert code == 0
     (line,) = (line for line in out.splitlines() if " ttft-0.5 " in line)
     assert line.startswith("does not hold")
@@ -128,25 +120,25 @@ def test_published_times_stand_beside_those_of_this_machine(bench):
         (("--reported", "--against", "HEAD"), "--reported is about policies, --against about commits: drop one"),
     ],
 )
-def test_wrong_usage_is_one_line_and_no_number(bench, monkeypatch, arguments, said):
+def test_wrong_usage_is_one_line_and_no_number(run_bench, monkeypatch, arguments, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, err = bench(*arguments)
+    code, out, err = run_bench(*arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert said in err
 
 
-def test_under_xdist_the_command_refuses(bench, monkeypatch):
+def test_under_xdist_the_command_refuses(run_bench, monkeypatch):
     monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
-    code, out, err = bench()
+    code, out, err = run_bench()
     assert (code, out) == (2, "")
     assert "timing under pytest-xdist (gw0)" in err
 
 
-def test_a_busy_gpu_is_refused_before_anything_is_loaded(bench, monkeypatch):
+def test_a_busy_gpu_is_refused_before_anything_is_loaded(run_bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(latency, "_ask", lambda which, query: ["4711"])
-    code, out, err = bench("--device", "cuda")
+    code, out, err = run_bench("--device", "cuda")
     assert (code, out) == (2, "")
     assert "cuda is used by another process: no time would be this code's" in err
 
@@ -165,7 +157,7 @@ def project(tmp_path_factory):
     """A repository of this package: "good"; "broken", which raises when imported; "empty", without the package."""
     root = tmp_path_factory.mktemp("project")
     ignored = shutil.ignore_patterns("__pycache__", "assets", "laws")
-    shutil.copytree(ROOT / "knorm", root / "knorm", ignore=ignored)
+    shutil.copytree(HOME / "knorm", root / "knorm", ignore=ignored)
     git(root, "init", "-q")
     for tag, file, line in (
         ("good", "policy.py", ""),
@@ -200,10 +192,10 @@ def test_the_checkout_is_found_and_its_changes_are(project, monkeypatch, tmp_pat
         find_checkout()
 
 
-def test_the_command_names_the_checkout_that_lacks_the_reference(bench, project, monkeypatch, tmp_path):
+def test_the_command_names_the_checkout_that_lacks_the_reference(run_bench, project, monkeypatch, tmp_path):
     monkeypatch.setattr(versus, "PACKAGE", tmp_path / "site-packages" / "knorm")
     monkeypatch.chdir(project)
-    code, out, err = bench("--against", "no/such")
+    code, out, err = run_bench("--against", "no/such")
     assert (code, out) == (2, "")
     assert f"--against no/such, but {project.resolve()} has no such commit, branch or tag" in err
 
@@ -244,7 +236,7 @@ def test_the_worktree_is_gone_whatever_happens(project):
 def setup(**changes):
     prompt = {"ids": [[1, 2, 3, 4, 5, 6, 7, 8, 9]], "new_tokens": 4}
     fields = {"model": str(ASSETS), "dtype": "float32", "device": "cpu", "threads": 1, "prompts": (prompt,)}
-    return Setup(**{**fields, "policies": (policy_fields(knorm.Policy(0.5)),), **changes})
+    return Setup(**{**fields, "policies": (knorm.Policy(0.5).as_json(),), **changes})
 
 
 def test_a_commit_that_does_not_import_is_quoted(project):
@@ -264,7 +256,7 @@ def told(lines, project_package):
 
 
 def test_a_worker_answers_each_line():
-    ready, first, steps, counted = told([["prompt", 0, 0], ["steps", 0, 3], ["count", 0, 0]], ROOT / "knorm")
+    ready, first, steps, counted = told([["prompt", 0, 0], ["steps", 0, 3], ["count", 0, 0]], HOME / "knorm")
     assert ready == "ready"
     assert first > 0
     assert len(steps) == 3
@@ -319,13 +311,13 @@ def test_a_process_that_dies_is_named_with_its_last_words(stub):
 
 
 @pytest.mark.parametrize(("allowed", "code"), [((), 1), (("--allow-counters",), 0)])
-def test_counters_that_rose_fail_unless_they_may(bench, monkeypatch, project, allowed, code):
+def test_counters_that_rose_fail_unless_they_may(run_bench, monkeypatch, project, allowed, code):
     logs = {metric: [0.0] * 8 for metric in latency.METRICS}
     counters = [Counters((5,), 9, 3, 4, operators, None, None) for operators in (7, 8)]
     found = versus.Found([logs], counters[:1], counters[1:])
     monkeypatch.setattr(versus, "against", lambda *_, **__: found)
     monkeypatch.setattr(versus, "find_checkout", lambda: project)
-    ended, out, err = bench(*QUICK, "--against", "good", *allowed)
+    ended, out, err = run_bench(*QUICK, "--against", "good", *allowed)
     assert (ended, err) == (code, "")
     assert "operators of 3 decode steps rose from 7 to 8" in out
     assert ("FAIL: counters rose" in out) == (not allowed)

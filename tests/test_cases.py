@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from tiny import tiny, tokens
 
 from knorm import Policy, retained_count
-from knorm.cli import main
+from knorm.evaluation import runner
 from knorm.golden import cases, store, verify
 from knorm.golden import environment as environments
 from knorm.golden import format as golden_format
@@ -46,22 +45,13 @@ def few(monkeypatch):
 
 
 @pytest.fixture
-def knorm(monkeypatch, capsys, tmp_path, few):
-    """Run a command where golden/ is a folder of the goldens of two cases."""
-    monkeypatch.chdir(tmp_path)
+def run_golden(run_knorm, monkeypatch, few):
+    """Run `knorm golden` where golden/ is a folder of the goldens of two cases."""
     monkeypatch.setenv("KNORM_COMMIT", "a" * 40)
     monkeypatch.setenv("COLUMNS", "160")
     Path("golden").mkdir()
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["knorm", "golden", *arguments, "--golden-dir", "golden"])
-        try:
-            main()
-        except SystemExit as ended:
-            return ended.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
+    return lambda *arguments: run_knorm("golden", *arguments, "--golden-dir", "golden")
 
 
 def files():
@@ -69,16 +59,16 @@ def files():
 
 
 @pytest.fixture
-def accepted(knorm):
+def accepted(run_golden):
     """The same, with both accepted."""
-    assert knorm("record", "--all")[0] == 0
-    assert knorm("accept", "tiny", "selections", "--reason", "the first")[0] == 0
-    return knorm
+    assert run_golden("record", "--all")[0] == 0
+    assert run_golden("accept", "tiny", "selections", "--reason", "the first")[0] == 0
+    return run_golden
 
 
 def slower_attention(monkeypatch):
     """An intended change of the code: attention's scale."""
-    real = cases.exact_run
+    real = runner.exact_run
 
     def run(model, *arguments, attend=None, **options):
         return real(
@@ -87,12 +77,13 @@ def slower_attention(monkeypatch):
 
     from knorm.masked_attention import attend_seen
 
-    monkeypatch.setattr(cases, "exact_run", run)
+    monkeypatch.setattr(runner, "exact_run", run)
 
 
 # What is measured
 
 
+@pytest.mark.cpus
 def test_a_curve_says_what_the_loop_says():
     model, ids = tiny("gpt_neox"), tokens(4, 40)
     found = curve(model, ids, POLICIES, 1, How(batch=3))
@@ -123,6 +114,7 @@ def test_the_schedules_hash_is_of_every_layer():
     assert value.split() == [golden_format.digest(layer.numpy().tobytes())[:12] for layer in run.evicted_at]
 
 
+@pytest.mark.cpus
 def test_batches_and_order_of_windows_do_not_matter():
     one, other = measure_tiny("cpu", How()), measure_tiny("cpu", How(batch=1, order=lambda n: [2, 0, 3, 1]))
     assert [m for m in one.metrics if m.kind == "count"] == [m for m in other.metrics if m.kind == "count"]
@@ -192,12 +184,12 @@ def test_runs_have_to_agree(few):
         record(replace(few["tiny"], devices=("cuda",)), "cpu", HERE)
 
 
-def test_a_run_that_raises_records_nothing(knorm, few, monkeypatch):
+def test_a_run_that_raises_records_nothing(run_golden, few, monkeypatch):
     def broken(device, how):
         raise ValueError("the key at layer 2 has no norm")
 
     monkeypatch.setitem(few, "tiny", replace(few["tiny"], measure=broken))
-    code, _, err = knorm("record", "tiny")
+    code, _, err = run_golden("record", "tiny")
     assert (code, err) == (2, "knorm: the key at layer 2 has no norm\n")
     assert not [*Path("golden").rglob("*.candidate")]
 
@@ -205,33 +197,33 @@ def test_a_run_that_raises_records_nothing(knorm, few, monkeypatch):
 # Life of a golden
 
 
-def test_the_life_of_a_golden(knorm, monkeypatch):
-    code, out, _ = knorm("verify")
+def test_the_life_of_a_golden(run_golden, monkeypatch):
+    code, out, _ = run_golden("verify")
     assert code == 0
     assert out.count("not compared") == 2
     assert f"no golden of device class {CPU} (there are: none)" in out
-    assert knorm("verify", "--require-goldens")[0] == 1
+    assert run_golden("verify", "--require-goldens")[0] == 1
 
-    code, out, _ = knorm("record", "tiny")
+    code, out, _ = run_golden("record", "tiny")
     assert code == 0
     assert "tiny (" in out
     assert 'To accept: knorm golden accept tiny --reason "..."' in out
     assert not files(), "a candidate is no golden"
-    code, out, _ = knorm("accept", "tiny", "--reason", "the first")
+    code, out, _ = run_golden("accept", "tiny", "--reason", "the first")
     assert (code, len(files())) == (0, 2)
     assert "accepted golden/tiny" in out
 
-    code, out, _ = knorm("verify")
+    code, out, _ = run_golden("verify")
     assert code == 1, "selections is missing now"
     assert "MISSING       selections" in out
     assert "knorm golden record selections" in out
-    assert knorm("verify", "tiny", "--json", "out.json")[0] == 0
+    assert run_golden("verify", "tiny", "--json", "out.json")[0] == 0
     (outcome,) = json.loads(Path("out.json").read_text())["outcomes"]
     assert (outcome["verdict"], outcome["evidence"]) == ("holds", "9 metrics hold in the same environment")
 
     before = files()
     slower_attention(monkeypatch)
-    code, out, _ = knorm("verify", "tiny")
+    code, out, _ = run_golden("verify", "tiny")
     assert code == 1
     assert "MOVED         tiny" in out
     assert "nll/0.5" in out
@@ -239,31 +231,51 @@ def test_the_life_of_a_golden(knorm, monkeypatch):
     assert "If the change is intended: knorm golden record" in out
     assert files() == before
 
-    assert knorm("record", "tiny", "-q") == (0, "", "")
-    code, out, _ = knorm("diff")
+    assert run_golden("record", "tiny", "-q") == (0, "", "")
+    code, out, _ = run_golden("diff")
     assert code == 1
     assert "moved" in out
-    code, _, err = knorm("accept", "tiny", "--reason", "attention is sharper")
+    code, _, err = run_golden("accept", "tiny", "--reason", "attention is sharper")
     assert code == 2
     assert "% worse" in err
     assert "--allow-worse 'nll/1.0=" in err
     assert files() == before
     allow = ("--allow-worse", "nll/*=100", "--allow-worse", "ppl_ratio/*=100")
-    assert knorm("accept", "tiny", "--reason", "attention is sharper", *allow)[0] == 0
-    assert knorm("verify", "tiny")[0] == 0
-    code, out, _ = knorm("list")
+    assert run_golden("accept", "tiny", "--reason", "attention is sharper", *allow)[0] == 0
+    assert run_golden("verify", "tiny")[0] == 0
+    code, out, _ = run_golden("list")
     assert code == 0
     assert "attention is sharper" in out
 
 
 def test_verify_in_another_environment_says_so(accepted):
-    torch.set_num_threads(2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
     try:
         code, out, _ = accepted("verify")
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
     assert code == 0
     assert "in another environment (threads)" in out
+
+
+@pytest.mark.parametrize("name", ["MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_a_cpu_whose_instructions_are_limited_is_another_environment(accepted, monkeypatch, name):
+    monkeypatch.setenv(name, "AVX2,STRICT")
+    code, out, _ = accepted("verify")
+    assert code == 0
+    assert "in another environment (capability)" in out
+    assert environment("cpu").capability.endswith(f"{name}=AVX2,STRICT")
+
+
+def test_products_of_less_precision_are_another_environment():
+    before = environment("cpu").numerics
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert environment("cpu").numerics == before + "; products of float32 in bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert environment("cpu").numerics == before
 
 
 def test_a_golden_of_another_device_class_is_not_compared(accepted, monkeypatch):
@@ -319,24 +331,24 @@ def test_reported_numbers_are_no_orphan(accepted):
     assert accepted("verify")[0] == 0
 
 
-def test_nothing_is_accepted_where_one_of_several_is_refused(knorm, monkeypatch):
-    assert knorm("record", "--all")[0] == 0
+def test_nothing_is_accepted_where_one_of_several_is_refused(run_golden, monkeypatch):
+    assert run_golden("record", "--all")[0] == 0
     real = store.hash_of_code
     monkeypatch.setattr(store, "hash_of_code", lambda: "0" * 64)
-    assert knorm("record", "tiny")[0] == 0
+    assert run_golden("record", "tiny")[0] == 0
     monkeypatch.setattr(store, "hash_of_code", real)
-    code, _, err = knorm("accept", "selections", "tiny", "--reason", "both")
+    code, _, err = run_golden("accept", "selections", "tiny", "--reason", "both")
     assert (code, files()) == (2, {})
     assert "was made by other code than this" in err
 
 
-def test_an_artifact_is_accepted(knorm):
-    assert knorm("record", "tiny")[0] == 0
+def test_an_artifact_is_accepted(run_golden):
+    assert run_golden("record", "tiny")[0] == 0
     (file,) = Path("golden/tiny").glob("*.candidate")
     file.rename("artifact.candidate")
-    assert knorm("diff", "artifact.candidate")[0] == 1
-    assert knorm("accept", "artifact.candidate", "--reason", "from the runner")[0] == 0
-    assert knorm("verify", "tiny")[0] == 0
+    assert run_golden("diff", "artifact.candidate")[0] == 1
+    assert run_golden("accept", "artifact.candidate", "--reason", "from the runner")[0] == 0
+    assert run_golden("verify", "tiny")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -356,29 +368,29 @@ def test_an_artifact_is_accepted(knorm):
         ("list --json golden/out.json", "--json golden/out.json lies among the goldens"),
     ],
 )
-def test_wrong_usage_is_one_line(knorm, arguments, words):
-    code, _, err = knorm(*arguments.split())
+def test_wrong_usage_is_one_line(run_golden, arguments, words):
+    code, _, err = run_golden(*arguments.split())
     assert code == 2
     assert words in err
     assert err.count("\n") == 1
 
 
-def test_a_candidate_of_an_unrelated_case_is_refused(knorm, few, monkeypatch):
-    assert knorm("record", "tiny")[0] == 0
+def test_a_candidate_of_an_unrelated_case_is_refused(run_golden, few, monkeypatch):
+    assert run_golden("record", "tiny")[0] == 0
     for module in (cases, verify):
         monkeypatch.setattr(module, "CASES", {"selections": few["selections"]})
-    code, _, err = knorm("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
+    code, _, err = run_golden("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
     assert code == 2
     assert "is of case 'tiny', which there is not; there are selections" in err
 
 
-def test_two_candidates_for_one_golden_are_refused(knorm):
-    assert knorm("record", "tiny")[0] == 0
+def test_two_candidates_for_one_golden_are_refused(run_golden):
+    assert run_golden("record", "tiny")[0] == 0
     Path("other.candidate").write_bytes(Path(f"golden/tiny/{CPU}.candidate").read_bytes())
-    code, _, err = knorm("accept", "tiny", "other.candidate", "--reason", "x")
+    code, _, err = run_golden("accept", "tiny", "other.candidate", "--reason", "x")
     assert code == 2
     assert f"is one of two candidates for tiny/{CPU}: give one of them" in err
-    assert knorm("accept", "other.candidate", "--reason", "x")[0] == 0
+    assert run_golden("accept", "other.candidate", "--reason", "x")[0] == 0
     assert Path(f"golden/tiny/{CPU}.candidate").exists(), "another candidate than the accepted one stays"
 
 
@@ -420,12 +432,14 @@ def test_a_case_that_needs_cuda_is_not_compared_when_it_is_named(few, tmp_path):
 
 def test_the_environment_names_no_host():
     here = environment("cpu")
-    assert (here.torch, here.threads) == (torch.__version__, 1)
+    assert (here.torch, here.threads) == (torch.__version__, torch.get_num_threads())
     assert platform.node() not in here.model_dump_json()
 
 
-def test_nothing_moved_in_what_was_accepted(golden):
-    assert golden("selections").verdict == "holds"
+@pytest.mark.cpus
+@pytest.mark.parametrize("case", ["selections", "streaming-32"])
+def test_nothing_moved_in_what_was_accepted(golden, case):
+    assert golden(case).verdict == "holds"
 
 
 def test_pythias_case_is_measured_from_a_folder_and_two_files(monkeypatch):

@@ -15,17 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import in_a_new_process, new_environment, strict_json
 
-import knorm as package
-from knorm.cli import cli, main
+import knorm
+from knorm.cli import cli
 from knorm.laws import CHECKS, KNORM, Result, find
 from knorm.laws.adapters import KINDS
 from knorm.laws.process import supervisor
 from knorm.laws.process.supervisor import Board, Lost, Request, Supervisor, Worker
 from knorm.laws.process.worker import serve
-
-ROOT = Path(package.__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 GOOD = """
 from knorm import compress as core
@@ -41,20 +39,6 @@ def compress(keys, values, keep_ratio):
     index = keys.double().norm(dim=-1).argsort(dim=-1, stable=True)[..., :count, None]
     return tuple(x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
 """
-
-
-@pytest.fixture
-def knorm(monkeypatch, capfd, tmp_path):
-    """Run a command in a folder of its own; returns exit code, stdout, stderr, a worker's included."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["knorm", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capfd.readouterr()
-
-    return run
 
 
 class Inline:
@@ -79,10 +63,6 @@ def inline(monkeypatch):
 def target(code, name="target.py"):
     Path(name).write_text(textwrap.dedent(code), encoding="utf-8")
     return f"{name}:compress"
-
-
-def strict_json(file):
-    return json.loads(Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def verdicts(file):
@@ -117,9 +97,9 @@ def compress(keys, values, keep_ratio):
 """
 
 
-def test_a_correct_compressor_holds_however_it_treats_its_process(knorm):
+def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     select = ("--select", "count,order,nonfinite,masked_attention,crop")
-    code, out, err = knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
+    code, out, err = run_knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
     written = strict_json("out.json")
     assert (code, err) == (0, "")
     assert "hello from the target\n" in out
@@ -127,7 +107,7 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(knorm):
     assert "holds    Retained positions ascend. [time_order: 60 examples; 0." in out
     assert out.splitlines()[-2] == "1 law does not apply"
     assert out.splitlines()[-1].startswith("7 hold, 0 refuted, 0 untested, 1 do not apply, in ")
-    assert written["environment"]["knorm"] == package.__version__
+    assert written["environment"]["knorm"] == knorm.__version__
     assert written["traits"] == {**asdict(KNORM), "skip_layers": []}
     assert [written[name] for name in ("target", "profile", "seed", "device")] == [
         "target.py:compress", "quick", 3, "cpu",
@@ -164,10 +144,10 @@ def compress(keys, values, keep_ratio):
 """
 
 
-def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(knorm):
+def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(run_knorm):
     names = "retained_count,at_least_one,monotone_count,time_order,subnormal"
     options = ("--like", "knorm", "--trait", "nonfinite=none", "--select", names, "--limit", "2", "-q")
-    code, out, err = knorm("check", target(CATASTROPHES), *options, "--json", "out.json")
+    code, out, err = run_knorm("check", target(CATASTROPHES), *options, "--json", "out.json")
     results = {result["check"]: result for result in strict_json("out.json")["results"]}
     said = {name: result["counterexample"] for name, result in results.items()}
     assert (code, out, err) == (1, "", "")
@@ -185,8 +165,10 @@ def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(knorm):
     assert "kept = compress(keys, values, 0.2)" in results["retained_count"]["snippet"]
 
 
-def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(knorm):
-    code, out, _ = knorm("-v", "check", target(IN_NORM_ORDER), "--select", "time_order,nesting", "--json", "out.json")
+def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(run_knorm):
+    code, out, _ = run_knorm(
+        "-v", "check", target(IN_NORM_ORDER), "--select", "time_order,nesting", "--json", "out.json"
+    )
     (result, other) = strict_json("out.json")["results"]
     lines = out.splitlines()
     assert (code, other["verdict"]) == (1, "does not apply")
@@ -202,7 +184,7 @@ def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(knor
         "1 law does not apply; promise more with --trait: scores",
     ]
     assert lines[-1].startswith("0 hold, 1 refuted, 0 untested, 1 do not apply, in ")
-    run = subprocess.run([sys.executable, "-c", snippet], env=ENVIRONMENT, check=True, capture_output=True, text=True)
+    run = in_a_new_process(snippet, check=True)
     values = json.loads(run.stdout.splitlines()[-1])
     wrong = [[int(256 * v[2] + v[3]) for v in head] for row in values for head in row]
     assert any(f"positions {positions} retained" in result["counterexample"] for positions in wrong)
@@ -240,7 +222,7 @@ def test_ctrl_c_ends_the_worker_and_exits_with_130(tmp_path, monkeypatch):
     code = "from knorm.cli import main; main()"  # without a guard: a worker must not run it again
     Path("script.py").write_text(code, encoding="utf-8")
     command = [sys.executable, "script.py", "check", target(HANGS), "--limit", "60"]
-    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=new_environment(), stderr=subprocess.PIPE, text=True) as process:
         until(Path("pid").exists, 60)
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
@@ -324,9 +306,7 @@ def test_a_worker_ends_with_its_parent(tmp_path, monkeypatch):
         print(worker.process.pid, flush=True)
         os.kill(os.getpid(), 9)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=ENVIRONMENT, check=False, capture_output=True, text=True
-    )
+    run = in_a_new_process(code)
     until(lambda: not alive(int(run.stdout)), 10)
 
 
@@ -438,55 +418,58 @@ def test_a_target_that_ends_the_worker_while_it_loads_is_wrong_usage(supervise):
         ("raise ValueError('\\ud800')", {"accepts"}, "accepts: raised ValueError: ? [keys "),
     ],
 )
-def test_what_answers_with_an_error_or_nonsense_is_refuted(knorm, inline, body, refuted, words):
+def test_what_answers_with_an_error_or_nonsense_is_refuted(run_knorm, inline, body, refuted, words):
     code = f"def compress(keys, values, keep_ratio):\n    {body}\n"
-    ended, out, err = knorm("check", target(code), "--select", "accepts,shape", "--json", "out.json")
+    ended, out, err = run_knorm("check", target(code), "--select", "accepts,shape", "--json", "out.json")
     assert (ended, err) == (1, "")
     assert {name for name, verdict in verdicts("out.json").items() if verdict == "refuted"} == refuted
     assert words in out
 
 
-def test_untested_laws_are_no_success(knorm, inline):
+def test_untested_laws_are_no_success(run_knorm, inline):
     code = "def compress(keys, values, keep_ratio):\n    return None"
-    ended, out, _ = knorm("check", target(code), "--select", "dtype")
+    ended, out, _ = run_knorm("check", target(code), "--select", "dtype")
     assert ended == 1
     assert out.startswith("untested Dtype and device are kept. [dtype: no drawn case was answered; ")
     assert out.splitlines()[-1].startswith("0 hold, 0 refuted, 1 untested, 0 do not apply, in ")
 
 
-def test_expected_failures_are_told_from_others(knorm, inline):
+def test_expected_failures_are_told_from_others(run_knorm, inline):
     options = ("--expect-failure", "time_order=sorts by norm", "--select", "time_order,dtype")
-    ended, out, _ = knorm("check", target(IN_NORM_ORDER), *options)
+    ended, out, _ = run_knorm("check", target(IN_NORM_ORDER), *options)
     assert ended == 0
     assert out.startswith("expected Retained positions ascend. [time_order: sorts by norm; example ")
     assert "1 hold, 0 refuted, 1 failed as expected, 0 untested" in out
-    ended, out, _ = knorm("check", target(GOOD), *options)
+    ended, out, _ = run_knorm("check", target(GOOD), *options)
     assert ended == 1
     assert out.startswith("HOLDS THOUGH EXPECTED TO FAIL  Retained positions ascend. [time_order: sorts by norm; 60 ")
     assert "1 hold, 0 refuted, 1 held though expected to fail, 0 untested" in out
 
 
-def test_traits_profile_and_seed_reach_the_checks(knorm, inline):
+def test_traits_profile_and_seed_reach_the_checks(run_knorm, inline):
     options = ("--select", "retained_count,subnormal", "--like", "knorm", "--trait", "rounding=floor")
-    assert knorm("check", target(GOOD), *options, "--profile", "thorough", "--json", "out.json")[0] == 1
+    assert run_knorm("check", target(GOOD), *options, "--profile", "thorough", "--json", "out.json")[0] == 1
     count, subnormal = strict_json("out.json")["results"]
     assert "tokens retained, but should be " in count["counterexample"]
     assert subnormal["examples"] == 600
     seeds = [
-        (knorm("check", target(GOOD), *options, "--seed", seed, "-q", "--json", "out.json"), strict_json("out.json"))
+        (
+            run_knorm("check", target(GOOD), *options, "--seed", seed, "-q", "--json", "out.json"),
+            strict_json("out.json"),
+        )
         for seed in ("1", "1", "5")
     ]
     tried = [[result["examples"] for result in written["results"]] for _, written in seeds]
     assert tried[0] == tried[1] != tried[2]
 
 
-def test_what_knorm_stumbles_over_is_no_success_and_no_crash(knorm, inline, monkeypatch):
+def test_what_knorm_stumbles_over_is_no_success_and_no_crash(run_knorm, inline, monkeypatch):
     def stumble(*_, **__):
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("knorm.laws.runner.run_check", stumble)
     for verbose in ((), ("-v",)):
-        ended, out, err = knorm(*verbose, "check", target(GOOD), "--select", "time_order")
+        ended, out, err = run_knorm(*verbose, "check", target(GOOD), "--select", "time_order")
         assert ended == 1
         assert "[time_order: knorm could not run it: ZeroDivisionError: oops; 0.0 s]" in out
         assert ("Traceback" in err) is bool(verbose)
@@ -564,9 +547,9 @@ def bad_files(tmp_path):
         ("good.py:compress --device tpu", "--device tpu, but should be cpu, cuda or cuda:N"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(knorm, inline, monkeypatch, arguments, words):
+def test_bad_input_is_one_line_and_exit_code_2(run_knorm, inline, monkeypatch, arguments, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, err = knorm("check", *arguments.split())
+    code, out, err = run_knorm("check", *arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("knorm: ")
     assert words in err
@@ -582,27 +565,27 @@ def test_bad_input_is_one_line_and_exit_code_2(knorm, inline, monkeypatch, argum
         ("check good.py:compress more", "unexpected extra argument"),
     ],
 )
-def test_wrong_usage_shows_the_usage_and_exits_with_2(knorm, arguments, words):
-    code, out, err = knorm(*arguments.split())
+def test_wrong_usage_shows_the_usage_and_exits_with_2(run_knorm, arguments, words):
+    code, out, err = run_knorm(*arguments.split())
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith("Error: ")
     assert words in err
 
 
 @pytest.mark.usefixtures("bad_files")
-def test_v_shows_the_traceback_of_the_targets_own_error(knorm, inline):
-    code, out, err = knorm("-v", "check", "raises.py:compress")
+def test_v_shows_the_traceback_of_the_targets_own_error(run_knorm, inline):
+    code, out, err = run_knorm("-v", "check", "raises.py:compress")
     assert (code, out) == (2, "")
     assert err.startswith("knorm.laws.process.supervisor._Told: in the worker:\n\nTraceback (most recent call last)")
     assert "    1 / 0\n" in err
     assert "ZeroDivisionError: division by zero\n" in err
 
 
-def test_nothing_is_refused_late(knorm, monkeypatch):
+def test_nothing_is_refused_late(run_knorm, monkeypatch):
     """What can be seen from the arguments alone starts no worker."""
     monkeypatch.setattr(supervisor, "Worker", SimpleNamespace)
     for arguments in (("--expect-failure", "x"), ("--select", ""), ("--limit", "-1"), ("--device", "tpu")):
-        assert knorm("check", "good.py:compress", *arguments)[0] == 2
+        assert run_knorm("check", "good.py:compress", *arguments)[0] == 2
 
 
 def test_help_names_every_kind_of_target():
@@ -620,6 +603,5 @@ def test_the_parent_loads_nothing_heavy(arguments):
         finally:
             print(sorted({'torch', 'transformers', 'hypothesis', 'knorm.laws.runner'} & {*sys.modules}))
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
-    run = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True)
+    run = in_a_new_process(code, *arguments)
     assert run.stdout.splitlines()[-1] == "[]"

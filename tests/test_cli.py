@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
 import struct
 import subprocess
 import sys
@@ -12,74 +10,54 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import in_a_new_process, new_environment, strict_json
 
-import knorm as package
+import knorm
 from knorm import Policy, compress, exact_nll, retained_count, verify
-from knorm.cli import main
-from knorm.evaluation import curve
-from knorm.evaluation.curve import evaluate
+from knorm.evaluation import runner
+from knorm.evaluation.curve import measure_row
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import cut_windows
 from knorm.golden.cases import CASES
 from knorm.laws import CHECKS, KNORM, Subject
 from knorm.laws.runner import applies
 from knorm.models import load_text
 
-ROOT = Path(package.__file__).parents[1]
 STORY = load_text("encyclopedia")[:800]
 SHORT = ("--text", "story.txt", "--window", "32", "--windows", "2")
 
 
-@pytest.fixture
-def knorm(monkeypatch, capsys, tmp_path):
-    """Run a command in a folder with a story; returns exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def _a_folder_with_a_story(run_knorm):
     Path("story.txt").write_text(STORY, encoding="utf-8")
     Path("empty.txt").touch()
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["knorm", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code, *capsys.readouterr()
-
-    return run
-
-
-def in_a_new_process(code, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-
-
-def strict_json(file):
-    return json.loads(Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def untimed(row):
     return {name: value for name, value in row.items() if name not in ("seconds", "scheduling")}
 
 
-def test_ppl_writes_what_evaluate_returns(knorm, embedded):
+def test_ppl_writes_what_evaluate_returns(run_knorm, embedded):
     options = ("--prune-after", "8", "--skip-layers", "2,0", "--protect-recent", "1", "--keep-ratio", "1.0,0.55")
-    code, out, err = knorm("ppl", *SHORT, *options, "--json", "out.json")
+    code, out, err = run_knorm("ppl", *SHORT, *options, "--json", "out.json")
     result = strict_json("out.json")
     assert (code, err.strip()) == (0, "")
     assert "embedded on story.txt: 2 windows of 32 tokens, streaming, prune_after 8" in out
-    assert result["environment"]["knorm"] == package.__version__
+    assert result["environment"]["knorm"] == knorm.__version__
     assert (result["model"], result["text"], result["window"], result["windows"]) == ("embedded", "story.txt", 32, 2)
     assert result["policy"]["protocol"] == "streaming"
-    assert result["policy"]["skip_layers"] == [2, 0]
+    assert result["policy"]["skip_layers"] == [0, 2]
     assert result["holds"] is True
     windows = cut_windows(embedded[1], STORY, 32, 2)
     for row, ratio in zip(result["rows"], ("1.0", "0.55"), strict=True):
         policy = Policy(ratio, 8, (0, 2), protect_recent=1, protocol="streaming")
-        assert untimed(row) == untimed(asdict(evaluate(embedded[0], windows, policy)))
+        assert untimed(row) == untimed(asdict(measure_row(Runner(embedded[0], windows), policy)))
         assert f"{row['ppl']:.2f}" in out
     assert result["rows"][1]["final_cache"] < result["rows"][0]["final_cache"] == 32
 
 
-def test_a_prefill_scores_only_the_tokens_after_the_prompt(knorm, embedded):
-    knorm("ppl", *SHORT, "--prompt-length", "20", "--keep-ratio", "0.5", "--json", "out.json")
+def test_a_prefill_scores_only_the_tokens_after_the_prompt(run_knorm, embedded):
+    run_knorm("ppl", *SHORT, "--prompt-length", "20", "--keep-ratio", "0.5", "--json", "out.json")
     result = strict_json("out.json")
     ids = cut_windows(embedded[1], STORY, 32, 2).input_ids
     nll = exact_nll(embedded[0], ids, Policy(0.5), prompt_length=20)[:, 19:]
@@ -89,21 +67,21 @@ def test_a_prefill_scores_only_the_tokens_after_the_prompt(knorm, embedded):
     assert result["rows"][0]["final_cache"] == retained_count(20, 0.5) + 12
 
 
-def test_plot_draws_a_png(knorm):
-    assert knorm("ppl", *SHORT, "--plot", "curve.png", "-q")[0] == 0
+def test_plot_draws_a_png(run_knorm):
+    assert run_knorm("ppl", *SHORT, "--plot", "curve.png", "-q")[0] == 0
     picture = Path("curve.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", picture[16:24]) == (840, 720)
 
 
-def test_quiet_prints_nothing(knorm):
-    assert knorm("ppl", *SHORT, "--keep-ratio", "0.5", "--stream", "--json", "out.json", "-q") == (0, "", "")
+def test_quiet_prints_nothing(run_knorm):
+    assert run_knorm("ppl", *SHORT, "--keep-ratio", "0.5", "--stream", "--json", "out.json", "-q") == (0, "", "")
     assert strict_json("out.json")["rows"]
 
 
-def test_stream_shows_the_loop_beside_the_one_pass(knorm):
+def test_stream_shows_the_loop_beside_the_one_pass(run_knorm):
     policy = ("--prune-after", "8", "--skip-layers", "0", "--keep-ratio", "0.5")
-    code, out, _ = knorm("ppl", *SHORT, *policy, "--stream", "--json", "out.json")
+    code, out, _ = run_knorm("ppl", *SHORT, *policy, "--stream", "--json", "out.json")
     (row,) = strict_json("out.json")["rows"]
     assert code == 0
     assert all(
@@ -115,10 +93,10 @@ def test_stream_shows_the_loop_beside_the_one_pass(knorm):
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("float32", 1), ("bfloat16", 0)])
-def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(knorm, monkeypatch, dtype, code):
-    agreement = curve.agreement
-    monkeypatch.setattr(curve, "agreement", lambda *a, **k: agreement(*a, **k)._replace(difference=0.5))
-    ended, out, _ = knorm("ppl", *SHORT, "--keep-ratio", "1", "--stream", "--dtype", dtype, "--json", "out.json")
+def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(run_knorm, monkeypatch, dtype, code):
+    agreement = runner.agreement
+    monkeypatch.setattr(runner, "agreement", lambda *a, **k: agreement(*a, **k)._replace(difference=0.5))
+    ended, out, _ = run_knorm("ppl", *SHORT, "--keep-ratio", "1", "--stream", "--dtype", dtype, "--json", "out.json")
     assert ended == code
     assert strict_json("out.json")["holds"] is (code == 0)
     assert ("Equality is claimed for float32 and float64, not for bfloat16" in out) is (code == 0)
@@ -156,9 +134,9 @@ def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(knorm, monke
         ("--plot curve.xyz", "xyz"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(knorm, monkeypatch, arguments, words):
+def test_bad_input_is_one_line_and_exit_code_2(run_knorm, monkeypatch, arguments, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    code, out, err = knorm("ppl", *SHORT, *arguments.split())
+    code, out, err = run_knorm("ppl", *SHORT, *arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("knorm: ")
     assert words in err
@@ -179,8 +157,8 @@ def test_bad_input_is_one_line_and_exit_code_2(knorm, monkeypatch, arguments, wo
         ("prove", "No such command 'prove'"),
     ],
 )
-def test_wrong_usage_shows_the_usage_and_exits_with_2(knorm, arguments, words):
-    code, out, err = knorm(*arguments.split())
+def test_wrong_usage_shows_the_usage_and_exits_with_2(run_knorm, arguments, words):
+    code, out, err = run_knorm(*arguments.split())
     assert (code, out) == (2, "")
     assert err.startswith("Usage: ")
     assert err.splitlines()[-1].startswith("Error: ")
@@ -210,14 +188,16 @@ def test_v_leaves_the_exit_code_as_it_is():
     assert in_a_new_process(FAILING, "-v", "verify").returncode == 2
 
 
-def test_json_is_strict_where_a_column_has_no_number(knorm):
-    knorm("ppl", "--text", "story.txt", "--window", "8", "--windows", "1", "--keep-ratio", "1", "--json", "out.json")
+def test_json_is_strict_where_a_column_has_no_number(run_knorm):
+    run_knorm(
+        "ppl", "--text", "story.txt", "--window", "8", "--windows", "1", "--keep-ratio", "1", "--json", "out.json"
+    )
     assert strict_json("out.json")["rows"][0]["recent"] is None
 
 
-def test_verify_gives_a_verdict_for_every_claim_and_all_hold(knorm, monkeypatch):
+def test_verify_gives_a_verdict_for_every_claim_and_all_hold(run_knorm, monkeypatch):
     monkeypatch.setattr(verify, "verify", partial(verify.verify, windows=2, length=256))  # .ci/run does it in full
-    code, out, err = knorm("verify", "--json", "out.json")
+    code, out, err = run_knorm("verify", "--json", "out.json")
     verdicts = strict_json("out.json")["verdicts"]
     said = " ".join(out.split())
     assert (code, err) == (0, "")
@@ -248,13 +228,13 @@ def in_norm_order(keys, values, ratio):
     return tuple(tensor.gather(2, index.expand(-1, -1, -1, tensor.shape[3])) for tensor in (keys, values))
 
 
-def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(knorm, monkeypatch):
+def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(run_knorm, monkeypatch):
     whole = verify.verify
     monkeypatch.setattr(verify, "compress", in_norm_order)
     chosen = partial(verify.iter_results, select=("retained_count", "time_order"))
     monkeypatch.setattr(verify, "iter_results", chosen)
     monkeypatch.setattr(verify, "verify", lambda: islice(whole(), 2))
-    code, out, _ = knorm("verify", "--json", "out.json")
+    code, out, _ = run_knorm("verify", "--json", "out.json")
     holds, refuted = strict_json("out.json")["verdicts"]
     assert code == 1
     assert holds["holds"]
@@ -264,14 +244,14 @@ def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(knorm
     assert out.splitlines()[-1].startswith("1 hold, 1 refuted, in ")
 
 
-def test_verify_says_nothing_when_quiet_but_in_its_exit_code(knorm, monkeypatch):
+def test_verify_says_nothing_when_quiet_but_in_its_exit_code(run_knorm, monkeypatch):
     monkeypatch.setattr(verify, "verify", lambda: iter([verify.Verdict("It holds.", False, "it does not", 0.0)]))
-    assert knorm("verify", "-q") == (1, "", "")
+    assert run_knorm("verify", "-q") == (1, "", "")
 
 
-def test_a_verdict_in_a_log_is_one_line_however_long(knorm, monkeypatch):
+def test_a_verdict_in_a_log_is_one_line_however_long(run_knorm, monkeypatch):
     monkeypatch.setattr(verify, "verify", lambda: iter([verify.Verdict("word " * 50, True, "evidence", 0.0)]))
-    assert len(knorm("verify")[1].splitlines()) == 2
+    assert len(run_knorm("verify")[1].splitlines()) == 2
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["ppl", "--help"], ["verify", "-h"]])
@@ -283,40 +263,59 @@ def test_help_loads_nothing_heavy(arguments):
     assert result.stdout.endswith("\nset()\n")
 
 
-def test_somebody_elses_table_is_judged(knorm):
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ("--version", 0, f"python -m knorm, version {knorm.__version__}"),
+        ("golden list --help", 0, "Usage: python -m knorm golden list [OPTIONS]"),
+        ("ppl --window few", 2, "Usage: python -m knorm ppl [OPTIONS]"),
+    ],
+)
+def test_the_package_runs_as_the_command_does(arguments, code, words, tmp_path):
+    command = [sys.executable, "-m", "knorm", *arguments.split()]
+    result = subprocess.run(command, cwd=tmp_path, env=new_environment(), check=False, capture_output=True, text=True)
+    assert result.returncode == code
+    assert (result.stderr if code else result.stdout).splitlines()[0] == words
+
+
+def test_importing_what_python_m_runs_runs_nothing():
+    assert in_a_new_process("import knorm.__main__").returncode == 0
+
+
+def test_somebody_elses_table_is_judged(run_knorm):
     Path("seed.csv").write_text("keep_ratio,ppl\n1.0,51.91\n0.9,165.81\n0.5,122.10\n")
-    code, out, _ = knorm("ppl", "--reported", "seed.csv", "--json", "out.json")
+    code, out, _ = run_knorm("ppl", "--reported", "seed.csv", "--json", "out.json")
     assert code == 1
     assert (
         "SUSPICIOUS  perplexity falls from 165.81 at 0.9 to 122.1 at 0.5, while less is kept: run `knorm explain" in out
     )
     assert len(strict_json("out.json")["suspicious"]) == out.count("SUSPICIOUS") == 2
     Path("fine.csv").write_text("keep_ratio,ppl\n1.0,33.9\n0.5,39.4\n")
-    code, out, _ = knorm("ppl", "--reported", "fine.csv")
+    code, out, _ = run_knorm("ppl", "--reported", "fine.csv")
     assert code == 0
     assert "Nothing in fine.csv is suspicious by itself" in out
-    code, out, err = knorm("ppl", "--reported", "nowhere.csv")
+    code, out, err = run_knorm("ppl", "--reported", "nowhere.csv")
     assert (code, out, err.count("\n")) == (2, "", 1)
 
 
-def test_a_falling_curve_is_never_passed_in_silence(knorm):
+def test_a_falling_curve_is_never_passed_in_silence(run_knorm):
     policy = ("--prune-after", "32", "--skip-layers", "0", "--keep-ratio", "1.0,0.95,0.5")
-    code, out, _ = knorm("ppl", "--window", "128", "--windows", "4", *policy, "--json", "out.json")
+    code, out, _ = run_knorm("ppl", "--window", "128", "--windows", "4", *policy, "--json", "out.json")
     assert code == 0
     assert "SUSPICIOUS  perplexity falls from" in out
     assert "the newest tokens had been starved" in out
     assert strict_json("out.json")["suspicious"][0]["what"].startswith("perplexity falls from")
 
 
-def test_explain_says_what_moved_perplexity(knorm):
+def test_explain_says_what_moved_perplexity(run_knorm):
     policy = ("--prune-after", "16", "--skip-layers", "0")
-    code, out, err = knorm(
+    code, out, err = run_knorm(
         "explain", "--window", "96", "--windows", "2", *policy, "--json", "out.json", "--plot", "e.png"
     )
     found = strict_json("out.json")
     assert (code, err) == (0, "")
     assert "order: no effect, at most" in out
-    assert all(effect["proves"].split(";")[0][:40] in out for effect in found["effects"])
+    assert all(f"{e['kind']}: {e['sentence']}".split(";")[0][:40] in out for e in found["effects"])
     assert all(line in " ".join(out.split()) for line in found["verdict"])
     assert (found["keep_ratio"], found["policy"]["prune_after"], found["windows"]) == ("0.9", 16, 2)
     assert Path("e.png").read_bytes().startswith(b"\x89PNG")
@@ -332,8 +331,8 @@ def test_explain_says_what_moved_perplexity(knorm):
         ("--window 1025", "1025 tokens, but"),
     ],
 )
-def test_what_cannot_be_explained_is_one_line(knorm, arguments, words):
-    code, out, err = knorm("explain", "--windows", "1", *arguments.split())
+def test_what_cannot_be_explained_is_one_line(run_knorm, arguments, words):
+    code, out, err = run_knorm("explain", "--windows", "1", *arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err
 
@@ -344,11 +343,11 @@ def test_what_cannot_be_explained_is_one_line(knorm, arguments, words):
         ("--keep-ratio 1.0,0.3 --prompt-length 20 --protect-recent 15", "retains 6 of 20"),
         ("--json same.svg --plot same.svg", "but should be two files"),
         ("--reported story.txt --plot out.png", "drop --plot and --stream"),
-        ("--reported story.txt --json story.txt", "would overwrite the table"),
+        ("--reported story.txt --json story.txt --force", "would overwrite the table"),
     ],
 )
-def test_what_would_fail_later_fails_before_the_work(knorm, monkeypatch, arguments, words):
-    monkeypatch.setattr(curve, "exact_run", lambda *_, **__: pytest.fail("it was run"))
-    code, out, err = knorm("ppl", *SHORT, *arguments.split())
+def test_what_would_fail_later_fails_before_the_work(run_knorm, monkeypatch, arguments, words):
+    monkeypatch.setattr(runner, "exact_run", lambda *_, **__: pytest.fail("it was run"))
+    code, out, err = run_knorm("ppl", *SHORT, *arguments.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert words in err

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given
@@ -179,11 +180,29 @@ def test_derivatives_forwards_and_maps_work_at_every_size():
     assert torch.func.jvp(summed, (keys,), (torch.ones_like(keys),))[1] == positions.numel() * 64
     both = torch.func.vmap(lambda values: compress(keys, values, 0.5).values)(torch.stack([keys, 2 * keys]))
     assert torch.equal(2 * both[0], both[1])
+    with pytest.raises(ValueError, match=r"torch\.vmap maps over keys, .* keys\.flatten\(0, 1\)"):
+        torch.func.vmap(lambda keys: compress(keys, keys, 0.5).values)(torch.stack([keys, 2 * keys]))
+    gradient = torch.func.grad(lambda keys: compress(keys, keys, 0.5).values.sum())
+    with pytest.raises(ValueError, match=r"torch\.vmap maps over keys"):
+        torch.func.vmap(gradient)(torch.stack([keys, 2 * keys]))
+
+
+@pytest.mark.parametrize("layer", [0.5, -1, "0", [0], True])
+def test_a_layer_that_is_no_index_is_refused(layer):
+    keys = torch.randn(1, 1, 4, 8)
+    with pytest.raises((TypeError, ValueError), match=r"layer=.*, but should be an integer"):
+        compress(keys, keys, Policy(0.5, score="random"), layer=layer)
+
+
+def test_a_layer_may_come_from_numpy():
+    keys, policy = torch.randn(1, 1, 40, 8), Policy(0.5, score="random")
+    ours, theirs = (compress(keys, keys, policy, layer=layer).positions for layer in (np.int64(3), 3))
+    assert torch.equal(ours, theirs)
 
 
 def test_positions_elsewhere_are_refused():
     keys, positions = torch.randn(1, 1, 4, 8), torch.arange(4, device="meta").view(1, 1, 4)
-    with pytest.raises(ValueError, match="positions on meta, but should be on cpu, as the keys are"):
+    with pytest.raises(ValueError, match="positions is a meta tensor"):
         compress(keys, keys, 0.5, positions=positions)
 
 
@@ -213,7 +232,7 @@ def test_squared_norms_accept_any_leading_shape():
 
 def test_what_is_no_tensor_or_of_another_dtype_is_refused():
     keys = torch.zeros(1, 1, 4, 2)
-    with pytest.raises(TypeError, match=r"keys ndarray, values ndarray, but both should be torch\.Tensor"):
+    with pytest.raises(TypeError, match=r"keys ndarray, but should be a torch\.Tensor"):
         compress(keys.numpy(), keys.numpy(), 0.5)
     for other in (keys.long(), keys.to(torch.float8_e4m3fn)):
         with pytest.raises(ValueError, match="both should be float16"):

@@ -2,30 +2,29 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from commands import in_a_new_process
 
 import knorm
 from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
-    "": "policy strict paths git statistics kernels core schedule masked_attention model_attention cache perplexity "
-    "models bench evaluation golden laws verify cli plugin",
+    "": "policy strict paths files git statistics tensors kernels core schedule masked_attention rounding "
+    "model_attention cache perplexity weights models bench evaluation golden laws verify cli plugin __main__",
     "bench": "latency counters worker policies commits",
-    "evaluation": "windows curve interventions explain doubts facts published",
+    "evaluation": "windows runner curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format gates environment store latency cases verify",
-    "laws": "traits registry strategies subjects model presses adapters loading reproduce catalogue runner process",
+    "laws": "traits registry strategies subjects model presses adapters loading snippets catalogue runner process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "worker supervisor",
-    "cli": "options figures tables setting verify check ppl explain bench golden",
+    "cli": "outputs figures options tables setting verify check ppl explain bench golden",
 }
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
@@ -81,14 +80,12 @@ def too_early(name, imports):
     return late
 
 
-COMMANDS = ("__init__", "options", "setting", "verify", "check", "ppl", "explain", "bench", "golden")
+LIGHT = ("policy", "paths", "files")
+COMMANDS = ("__init__", "outputs", "options", "setting", "verify", "check", "ppl", "explain", "bench", "golden")
 
 
 def run(code):
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    return json.loads(
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True).stdout
-    )
+    return json.loads(in_a_new_process(code, check=True).stdout)
 
 
 def test_every_module_has_its_place_in_the_house():
@@ -121,6 +118,7 @@ def test_an_import_across_packages_and_within_one_is_noticed():
     ("source", "others"),
     [
         *((f"cli/{name}.py", {"click"}) for name in COMMANDS),
+        *((f"{name}.py", set()) for name in LIGHT),
         ("plugin.py", {"pytest"}),
         ("laws/process/supervisor.py", set()),
     ],
@@ -128,7 +126,7 @@ def test_an_import_across_packages_and_within_one_is_noticed():
 def test_what_starts_first_loads_little(source, others):
     names = [*imported(tree(source).body)]
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "knorm", *others}
-    light = {"", *(f"cli.{name}" for name in COMMANDS)}  # held to the same
+    light = {"", *LIGHT, *(f"cli.{name}" for name in COMMANDS)}  # held to the same
     assert not own_modules(names) - light, "knorm's own modules load when they are needed"
 
 
@@ -171,6 +169,12 @@ def test_public_names_resolve_and_are_those_that_type_checkers_see():
     assert {*knorm.__all__} <= {*dir(knorm)}
     with pytest.raises(AttributeError, match="module 'knorm' has no attribute 'compres'"):
         knorm.compres  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [knorm, laws])
+def test_a_public_name_is_not_a_modules_which_would_take_its_place_once_imported(package):
+    folder = Path(package.__file__).parent
+    assert not {*package.__all__} & {file.stem for file in folder.iterdir()}
 
 
 REGISTRIES = """

@@ -24,8 +24,8 @@ from knorm.laws import (
 )
 from knorm.laws import registry as registry_module
 from knorm.laws.registry import check
-from knorm.laws.reproduce import reproduce
 from knorm.laws.runner import run_check
+from knorm.laws.snippets import reproduce
 from knorm.laws.strategies import DTYPES, VOCABULARY, Cache, caches, larger_ratio, tagged_values, texts
 from knorm.laws.subjects import CompressingCache, takes_layer
 from knorm.laws.traits import parse_trait, traits_of

@@ -7,6 +7,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from knorm import Policy, evicted_at, masked_attention
 from knorm.masked_attention import attend_compiled, attend_seen, block_mask
 
+pytestmark = pytest.mark.cpus
+
 SCHEDULES = {
     "streaming": (Policy("0.7", 64, protocol="streaming"), 1),
     "prefill": (Policy("0.5"), 200),

@@ -3,20 +3,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
 import pytest
 import torch
+from commands import in_a_new_process, new_environment
 from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 
 import knorm
-from knorm import exact_nll, load_embedded, models
+from knorm import exact_nll, files, load_embedded, models
 from knorm.evaluation.windows import cut_windows
 from knorm.models import ASSETS, detokenize_wikitext, load_model, load_text
 
@@ -67,7 +66,7 @@ def test_weights_are_stored_in_bfloat16_and_exact_in_float32(embedded):
 
 
 def test_the_box_is_small_and_sealed():
-    sizes = {file.name: file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()}
+    sizes = {file.name: file.stat().st_size for file in ASSETS.iterdir() if file.is_file()}  # goldens lie below
     assert sum(sizes.values()) <= 16_000_000
     sealed = [line.split()[1] for line in (ASSETS / "SHA256SUMS").read_text().splitlines()]
     assert {*sealed, "README.md", "SHA256SUMS"} == set(sizes)
@@ -164,7 +163,7 @@ def without(*names):
         pytest.param(truncated, "are damaged (", id="truncated"),
         pytest.param(with_a_broken_header, "are damaged (", id="header"),
         pytest.param(pickled, "no file named model.safetensors", id="pickled"),
-        pytest.param(without("config.json"), "model_type", id="no config"),
+        pytest.param(without("config.json"), "config.json cannot be read: it is not there", id="no config"),
         pytest.param(without("tokenizer.json"), "tokenizer", id="no tokenizer"),
         pytest.param(reconfigured(model_type="nope"), "nope", id="unknown type"),
         pytest.param(without("tokenizer.json", "tokenizer_config.json"), "tokenizer", id="no tokenizer at all"),
@@ -211,6 +210,7 @@ def test_a_name_that_names_no_model_is_refused(name, words, tmp_path, monkeypatc
 
 FROM_THE_HUB = f"""
 import json
+import os
 from knorm.models import load_model, load_text
 
 def refused(load, name):
@@ -249,9 +249,7 @@ def test_a_pinned_revision_comes_from_the_hubs_cache_and_what_is_not_there_is_re
         (repository / "refs" / "main").write_text(OTHER)
 
     places = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
-    package = {"PYTHONPATH": str(Path(knorm.__file__).parents[1])}
-    command, environment = [sys.executable, "-c", FROM_THE_HUB], {**os.environ, **places, **package}
-    result = subprocess.run(command, env=environment, cwd=tmp_path, check=True, capture_output=True, text=True)
+    result = in_a_new_process(FROM_THE_HUB, env=new_environment(**places), cwd=tmp_path, check=True)
     said = json.loads(result.stdout)
     assert said["weight"] == 0.25
     assert said["ids"] == embedded[1]("One two.").input_ids
@@ -338,6 +336,61 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(text_file, name, conten
 def test_a_source_that_is_no_text_is_refused(source, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in message(load_text, source)
+
+
+def a_pipe(place):
+    os.mkfifo(place)
+
+
+def a_device(place):
+    place.symlink_to("/dev/zero")
+
+
+def a_loop(place):
+    place.symlink_to(place.name)
+
+
+def a_dangling_link(place):
+    place.symlink_to("gone")
+
+
+def a_large_file(place):
+    with place.open("wb") as file:
+        file.truncate(models.MOST_TEXT + 1)  # takes no room on the disk
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (a_pipe, "is a pipe, but should be a file"),
+        (a_device, "is a device, but should be a file"),
+        (a_loop, "Too many levels of symbolic links"),
+        (a_dangling_link, "is a link to gone, which is not there"),
+        (a_large_file, "bytes, but should have at most 268,435,456"),
+    ],
+)
+def test_what_would_be_read_without_end_is_refused(tmp_path, ending, make, words):
+    make(tmp_path / f"a{ending}")
+    assert words in message(load_text, str(tmp_path / f"a{ending}"))
+
+
+@pytest.mark.parametrize("name", ["a\0b.txt", "x" * 5000 + ".txt"])
+def test_a_text_whose_name_is_no_path_is_refused(name):
+    assert "is no file here, and none of" in message(load_text, name)
+
+
+def test_a_column_is_read_up_to_a_limit(text_file, monkeypatch):
+    file = text_file("a.jsonl", b'{"text": "' + b"x" * 600 + b'"}\n{"text": "' + b"y" * 600 + b'"}\n')
+    monkeypatch.setattr(models, "MOST_TEXT", 1300)  # of the file too
+    assert len(load_text(file)) == 1201
+    monkeypatch.setattr(models, "file_size", lambda *_: 0)  # as compressed rows, which are larger than their file
+    monkeypatch.setattr(models, "MOST_TEXT", 1000)
+    assert "has more than 1,000 characters of text" in message(load_text, file)
+
+
+def test_a_file_that_grows_beyond_its_limit_is_refused():
+    assert "has more than 10 bytes" in message(files.read_file, Path("/proc/self/status"), 10)  # says that it is empty
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def left_padded(ids: torch.Tensor, *pads: int) -> torch.Tensor:
     return (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long()
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -41,6 +42,7 @@ def test_one_pass_equals_the_loop(kind, policy, padded):
     assert any((lost < 60).any() for lost in both.exact.evicted_at), "something was evicted"
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_in_float64_one_pass_equals_the_loop_to_rounding(kind):
     model, ids = tiny(kind, torch.float64), tokens(2, 60, seed=1)
@@ -57,6 +59,7 @@ def test_one_pass_equals_the_loop_whatever_the_policy(seed, ratio, prune_after, 
     assert agreement(model, ids, Policy(ratio, prune_after, protocol="streaming"), prompt_length=prompt).holds
 
 
+@pytest.mark.cpus
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_ratio_1_equals_the_plain_model(kind, padded):
@@ -72,6 +75,7 @@ def test_ratio_1_equals_the_plain_model(kind, padded):
     assert (nll - plain)[real].abs().max() <= 2e-5
 
 
+@pytest.mark.cpus
 def test_each_padded_row_equals_itself_alone():
     model, ids = tiny("qwen2"), tokens(3, 40)
     pads = (0, 9, 23)
@@ -115,6 +119,7 @@ def test_blocks_of_queries_equal_the_dense_mask_in_float64(kind, block, monkeypa
         )
 
 
+@pytest.mark.cpus
 def test_blocks_of_queries_hold_for_padded_rows_too(monkeypatch):
     model, ids = tiny("llama"), tokens(3, 60)
     policy, prompt = POLICIES["protected"]
@@ -144,6 +149,7 @@ def test_the_loops_record_is_its_schedule():
     assert (run.evicted_at[1] < 40).any()
 
 
+@pytest.mark.cpus
 def test_in_half_precision_evictions_that_differ_are_counted():
     model, ids = tiny("llama", torch.bfloat16), tokens(2, 60)
     both = agreement(model, ids, Policy(0.5, prune_after=8, protocol="streaming"))
@@ -152,6 +158,7 @@ def test_in_half_precision_evictions_that_differ_are_counted():
     assert both.difference < 1
 
 
+@pytest.mark.cpus
 def test_on_the_embedded_model_and_real_text(embedded):
     model, tokenizer = embedded
     ids = cut_windows(tokenizer, load_text("encyclopedia"), 160, 2).input_ids
@@ -200,13 +207,22 @@ def test_a_models_own_return_dict_does_not_matter():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"position_ids": torch.arange(24)}, r"position_ids \[24\], but should be int64 \[2, 24\]"),
+        ({"position_ids": torch.arange(24)}, r"position_ids \[24\] torch.int64, but should be int64 \[2, 24\]"),
         ({"position_ids": torch.zeros(2, 1, dtype=torch.int64)}, r"position_ids \[2, 1\]"),
         ({"position_ids": torch.zeros(2, 24)}, "should be int64"),
         ({"position_ids": torch.arange(24).expand(2, 24) + 200}, r"from 200 to 223, but .* positions 0 to 127"),
         ({"schedule": lambda *_: None}, "schedule returned NoneType"),
         ({"schedule": lambda _, keys: torch.full(keys.shape[:3], 29)}, "up to 29, but should be at most T=24"),
         ({"attention_mask": [[1] * 24] * 2}, "attention_mask list"),
+        (
+            {"attention_mask": torch.ones(2, 24, dtype=torch.complex64)},
+            "attention_mask torch.complex64, but should be 0",
+        ),
+        ({"attention_mask": -torch.ones(2, 24)}, "has other numbers than 0, for padding, and 1"),
+        ({"attention_mask": torch.full((2, 24), torch.nan)}, "has other numbers than 0, for padding, and 1"),
+        ({"position_ids": [list(range(24))] * 2}, "position_ids list, but should be"),
+        ({"position_ids": torch.ones(2, 24, dtype=torch.bool)}, "torch.bool, but should be int64"),
+        ({"schedule": 3}, "schedule=3, but should be a function"),
         ({"prompt_length": "3"}, "prompt_length='3', but should be an integer"),
         ({"policy": Policy(0.5), "prompt_length": 7, **PADDED}, "fewer than two tokens of its prompt are left"),
     ],
@@ -273,6 +289,13 @@ def test_models_that_cannot_be_evaluated_exactly_are_refused_with_the_reason(kin
         exact_nll(tiny(kind, **options), tokens(1, 9), Policy())
 
 
+def test_what_is_no_model_or_has_no_weights_is_refused():
+    with pytest.raises(TypeError, match="model NoneType, but should be a model of transformers"):
+        exact_nll(None, tokens(1, 9), SHORT_STREAM)
+    with pytest.raises(ValueError, match="its weights are on the device 'meta'"):
+        exact_nll(tiny("llama").to("meta"), tokens(1, 9), SHORT_STREAM)
+
+
 def test_training_mode_is_refused_wherever_it_is():
     model = tiny("llama")
     model.model.layers[1].train()
@@ -284,3 +307,14 @@ def test_training_mode_is_refused_wherever_it_is():
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="no language-model head"):
         exact_nll(tiny("llama").model, tokens(1, 9), Policy())
+
+
+@pytest.mark.parametrize("nll", [exact_nll, stream_nll])
+def test_autocast_is_refused_by_the_one_pass_and_by_the_loop(nll):
+    model, ids = tiny("llama"), tokens(2, 24)
+    should = nll(model, ids, SHORT_STREAM)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match=r"torch\.autocast computes in bfloat16 .* weights' dtype, float32"):
+            nll(model, ids, SHORT_STREAM)
+        with torch.autocast("cpu", enabled=False):
+            assert torch.equal(nll(model, ids, SHORT_STREAM), should)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knorm import Policy, retained_count
+from knorm.policy import SCORES, Score
 
 fractions = st.fractions(min_value=Fraction(1, 1000), max_value=1, max_denominator=1000)
 lengths = st.integers(1, 10_000)
@@ -123,3 +126,37 @@ def test_lengths_of_other_integer_types_are_counted_exactly():
 def test_what_would_be_taken_for_something_else_is_refused(options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Policy(**options)
+
+
+@pytest.mark.parametrize("ratio", ["0.5_0", "1_0", "٠.٥", "0.5\u0660"])
+def test_a_ratio_that_only_python_reads_is_refused(ratio):
+    with pytest.raises(ValueError, match="should lie in"):
+        Policy(ratio)
+
+
+def test_a_cache_of_less_than_nothing_has_no_budget():
+    with pytest.raises(ValueError, match="length=-1, but should be a number of tokens"):
+        Policy(0.5).budget(-1)
+
+
+@given(
+    st.one_of(
+        fractions, st.floats(0, 1, exclude_min=True), st.sampled_from(["0.1", "1/3", Decimal("0.30000000000000004")])
+    ),
+    st.booleans(),
+)
+def test_a_policy_written_as_json_reads_back_as_itself(ratio, streaming):
+    options = {"prune_after": 32, "protocol": "streaming"} if streaming else {"score": "random", "seed": -1}
+    policy = Policy(ratio, skip_layers=(3, 1), **options)
+    fields = json.loads(json.dumps(policy.as_json(), allow_nan=False))
+    assert Policy(**fields) == policy
+    assert fields["skip_layers"] == [1, 3]
+
+
+def test_a_ratio_that_no_float_holds_is_written_as_a_fraction():
+    assert Policy("1/3").as_json()["keep_ratio"] == "1/3"
+    assert Policy("0.55").as_json()["keep_ratio"] == 0.55
+
+
+def test_every_score_that_a_policy_takes_has_its_function():
+    assert (*SCORES,) == get_args(Score)

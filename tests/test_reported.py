@@ -147,6 +147,7 @@ def test_texts_that_are_missing_are_named(reported, tmp_path, embedded):
     for sources, words in (
         ({"wikitext": SOURCES["wikitext"]}, "no source of pg19"),
         ({**SOURCES, "pg19": "nowhere.txt"}, "'nowhere.txt' is no file here"),
+        ({**SOURCES, "pg19": "/dev/zero"}, "/dev/zero is a device, but should be a file"),
         ({**SOURCES, "pg19": str(short)}, "no row of 100 characters, but should be PG-19"),
     ):
         assert words in message(load_seed_texts, reported.protocol, sources)

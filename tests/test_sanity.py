@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from knorm import Policy
-from knorm.evaluation.curve import evaluate
-from knorm.evaluation.doubts import fall, judge_measured, judge_reported, measure_with, read_reported
+from knorm.evaluation.curve import measure_row
+from knorm.evaluation.doubts import fall, judge_measured, judge_reported, read_reported
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import cut_windows
 from knorm.models import load_text
 
@@ -100,6 +102,23 @@ def test_what_knorm_ppl_writes_is_read_again(table):
         ("t.json", "{", "is not JSON"),
         ("t.json", "[1, 2]", "should be a list of objects"),
         ("t.json", "{}", "should be a list of objects"),
+        ("t.csv", "keep_ratio,ppl\n1.0,1_0\n", "ppl='1_0', but should be a number"),
+        ("t.csv", "keep_ratio,ppl\n1.0,١٢\n", "but should be a number"),
+        ("t.csv", "keep_ratio,ppl\n0.5_0,12\n", "keep_ratio='0.5_0', but should lie in"),
+        ("t.csv", f"keep_ratio,ppl\n{'9' * 100_000},12\n", "row 1: keep_ratio=999"),
+        ("t.csv", f"keep_ratio,ppl\n1.0,{'x' * 100_000}\n", "row 1: ppl='xxx"),
+        ("t.csv", f"keep_ratio,{'x' * 100_000}\n1.0,12\n", "should have keep_ratio and ppl"),
+        ("t.csv", f"keep_ratio,{'x' * 200_000}\n1.0,12\n", "is not CSV"),
+        ("t.csv", 'keep_ratio,ppl\n1.0,"12\n', "is not CSV"),
+        ("t.csv", "keep_ratio,PPL,ppl\n1.0,2,3\n", "has the column ppl more than once"),
+        ("t.json", '[{"keep_ratio": 1, "PPL": 2, "ppl": 3}]', "has the column ppl more than once"),
+        ("t.json", '[{"keep_ratio": 1, "ppl": 2, "ppl": 3}]', "field ppl stands there twice"),
+        ("t.json", '[{"keep_ratio": 1, "ppl": "1_0"}]', "should be a number"),
+        ("t.json", '[{"keep_ratio": 1, "ppl": 9, "tokens": -3}]', "row 1: tokens=-3, but should be a count of tokens"),
+        ("t.json", '[{"keep_ratio": 1, "ppl": 9, "tokens": 0}]', "should be a count of tokens"),
+        ("t.json", '[{"keep_ratio": 1, "ppl": 9, "tokens": 2.5}]', "should be a count of tokens"),
+        ("t.json", json.dumps([{"keep_ratio": 1, "ppl": 9}] * 1001), "has 1001 rows and 2 columns, but should have at"),
+        ("t.json", json.dumps([{"keep_ratio": 1} | {f"ppl{n}": 9 for n in range(100)}]), "and 101 columns"),
     ],
 )
 def test_a_malformed_table_is_refused(table, name, text, message):
@@ -123,10 +142,10 @@ def test_the_widest_fall_below_ratio_1_is_found():
 
 def test_a_falling_curve_measured_here_comes_with_its_cause(embedded):
     model, tokenizer = embedded
-    windows = cut_windows(tokenizer, load_text("narrative"), 200, 4)
+    runner = Runner(model, cut_windows(tokenizer, load_text("narrative"), 200, 4))
     policies = [Policy(ratio, 32, (0,), protocol="streaming") for ratio in ("1.0", "0.9", "0.5")]
-    rows = [evaluate(model, windows, policy) for policy in policies]
-    (found,) = judge_measured(rows, policies, measure_with(model, windows))
+    rows = [measure_row(runner, policy) for policy in policies]
+    (found,) = judge_measured(runner, rows, policies)
     assert found.what.startswith("perplexity falls from ")
     assert "the newest tokens had been starved" in found.then
     assert f"{rows[1].recent:.1f} of the newest 16 are cached at 0.9" in found.then
@@ -134,9 +153,36 @@ def test_a_falling_curve_measured_here_comes_with_its_cause(embedded):
 
 def test_perplexity_outside_full_and_empty_cache_is_reported_as_possible(embedded):
     model, tokenizer = embedded
-    windows = cut_windows(tokenizer, load_text("narrative"), 100, 2)
+    runner = Runner(model, cut_windows(tokenizer, load_text("narrative"), 100, 2))
     policies = [Policy(ratio, 32, (0,), protocol="streaming") for ratio in ("1.0", "0.9")]
-    rows = [evaluate(model, windows, policy) for policy in policies]
-    (found,) = judge_measured(rows, policies, measure_with(model, windows), nll_empty=rows[0].nll + 0.01)
+    rows = [measure_row(runner, policy) for policy in policies]
+    (found,) = judge_measured(runner, rows, policies, nll_empty=rows[0].nll + 0.01)
     assert "perplexity at 0.9 lies outside" in found.what
     assert "that can be right" in found.then
+
+
+def test_a_column_that_only_some_rows_have_is_read(table):
+    rows = [{"keep_ratio": 1, "ppl": 9}, {"keep_ratio": 0.5, "ppl": 10, "ppl_after": 8}]
+    first, second = read_reported(table(json.dumps(rows), "t.json"))
+    assert (first.ppl, second.ppl) == ({"1": 9.0, "0.5": 10.0}, {"0.5": 8.0})
+
+
+def test_a_cell_may_hold_a_line_end(table):
+    (series,) = read_reported(table('keep_ratio,ppl,note\n1.0,9,"two\nlines"\n0.5,10,\u2028\n'))
+    assert series.ppl == {"1.0": 9.0, "0.5": 10.0}
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.json"])
+def test_what_is_no_file_or_too_large_is_not_read(tmp_path, name):
+    place = tmp_path / name
+    for make, words in (
+        (lambda: os.mkfifo(place), "is a pipe, but should be a file"),
+        (lambda: place.symlink_to("/dev/zero"), "is a device, but should be a file"),
+        (lambda: place.symlink_to(name), "Too many levels of symbolic links"),
+        (lambda: place.symlink_to("gone"), "is a link to gone, which is not there"),
+        (lambda: place.open("wb").truncate(2**24 + 1), "but should have at most 16,777,216"),
+    ):
+        make()
+        with pytest.raises(ValueError, match=words):
+            read_reported(place)
+        place.unlink()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from knorm import Policy, compress, evicted_at
 from knorm.core import squared_norms
-from knorm.schedule import cache_lengths, recent_cached
+from knorm.schedule import cache_lengths, never, recent_cached
 
 
 @st.composite
@@ -125,12 +125,40 @@ def test_other_types_are_refused():
         evicted_at(torch.zeros(4), 0.5)
     with pytest.raises(TypeError, match="prompt_length='2', but should be an integer"):
         evicted_at(torch.zeros(4), Policy(0.5), "2")
-    for scores in (torch.zeros(4).numpy(), torch.tensor(1.0)):
-        with pytest.raises(ValueError, match=r"a tensor \[\.\.\., T\]"):
-            evicted_at(scores, Policy(0.5))
+    with pytest.raises(TypeError, match=r"scores ndarray, but should be a torch\.Tensor"):
+        evicted_at(torch.zeros(4).numpy(), Policy(0.5))
+    with pytest.raises(ValueError, match=r"a tensor \[\.\.\., T\]"):
+        evicted_at(torch.tensor(1.0), Policy(0.5))
+    with pytest.raises(ValueError, match=r"torch\.vmap maps over scores"):
+        torch.func.vmap(lambda scores: evicted_at(scores, Policy(0.5), 2))(torch.rand(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("padding", "message"),
+    [
+        ([1, 2], "padding list, but should be a torch.Tensor"),
+        (torch.tensor([1, 2, 3]), r"padding \[3\] for scores \[2, 1, 8\], but should be int64 \[2\]"),
+        (torch.tensor([[1, 2]]), r"padding \[1, 2\] for scores"),
+        (torch.tensor([1.0, 2.0]), "padding torch.float32 on cpu, but should be int64"),
+        (torch.tensor([True, False]), "padding torch.bool"),
+        (torch.tensor([-1, 2]), r"padding \[-1, 2\], but should be from 0 to the 8 tokens"),
+        (torch.tensor([9, 2]), r"padding \[9, 2\], but should be from 0 to the 8 tokens"),
+    ],
+)
+def test_padding_that_is_no_count_of_each_row_is_refused(padding, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        evicted_at(torch.rand(2, 1, 8), Policy(0.5), 4, padding=padding)
 
 
 def test_the_layout_of_the_scores_does_not_matter():
     scores, policy = torch.rand(3, 8, 2), Policy(0.5, prune_after=4, protocol="streaming")
     turned = scores.transpose(1, 2)
     assert torch.equal(evicted_at(turned, policy), evicted_at(turned.contiguous(), policy))
+
+
+def test_never_evicted_is_the_schedule_of_the_full_cache():
+    scores = torch.zeros(2, 3, 5)
+    assert torch.equal(never(scores.shape), evicted_at(scores, Policy()))
+    padding = torch.tensor([0, 3])
+    assert torch.equal(never(scores.shape, padding=padding), evicted_at(scores, Policy(), padding=padding))
+    assert never((2, 0)).shape == (2, 0)

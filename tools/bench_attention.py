@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from knorm import Policy, attention, evicted_at
+from knorm import Policy, evicted_at, masked_attention
 from knorm.masked_attention import attend_seen, block_mask
 
 
@@ -40,9 +40,9 @@ def schedules(key: Tensor) -> dict[str, Tensor]:
 
 def main() -> None:
     compiled = torch.compile(flex_attention, dynamic=False)
-    attention._COMPILED_FROM = 2**30  # blocks are to be timed in half precision too
+    masked_attention._COMPILED_FROM = 2**30  # blocks are to be timed in half precision too
     draw = torch.Generator("cuda").manual_seed(0)
-    sizes, own = (512, 1024, 2048), attention._QUERIES["cuda"]
+    sizes, own = (512, 1024, 2048), masked_attention._QUERIES["cuda"]
     print(
         "# One layer's masked attention\n\n`python tools/bench_attention.py`: 8 heads of 64, prune_after 512, on ",
         end="",
@@ -62,9 +62,9 @@ def main() -> None:
             compilation = max(compilation, time.perf_counter() - begin)
             cells = [median_ms(partial(sdpa, query, key, value, is_causal=True))]
             attend = partial(attend_seen, query, key, value, lost, None)
-            for attention._QUERIES["cuda"] in sizes:
+            for masked_attention._QUERIES["cuda"] in sizes:
                 cells.append(median_ms(attend))
-            attention._QUERIES["cuda"] = own
+            masked_attention._QUERIES["cuda"] = own
             dense = math.nan
             if length <= 4096:
                 positions = torch.arange(length, device="cuda")

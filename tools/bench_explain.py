@@ -15,6 +15,7 @@ import transformers
 
 from knorm import Policy, load_embedded
 from knorm.evaluation.explain import explain
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.models import hush, load_text, random_gpt_neox
 
@@ -34,9 +35,9 @@ def main() -> None:
         windows, what = Windows(ids, ids.cumsum(1)), "Pythia-70M's shape, 64 windows of 1,024 tokens"
         policy = Policy("0.9", 512, (0,), protocol="streaming")
     steps: list[tuple[str, float]] = []
-    explain(model, tokenizer, Windows(windows.input_ids[:1], windows.byte_ends[:1]), policy)  # warm-up
+    explain(Runner(model, Windows(windows.input_ids[:1], windows.byte_ends[:1])), tokenizer, policy)  # warm-up
     begin = time.perf_counter()
-    explain(model, tokenizer, windows, policy, on_step=lambda name: steps.append((name, time.perf_counter())))
+    explain(Runner(model, windows), tokenizer, policy, on_step=lambda name: steps.append((name, time.perf_counter())))
     end = time.perf_counter()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(

@@ -10,7 +10,8 @@ import sys
 
 from train_embedded import documents
 
-from knorm.evaluation.curve import evaluate
+from knorm.evaluation.curve import measure_row
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import cut_windows
 from knorm.models import load_model
 from knorm.policy import Policy
@@ -22,7 +23,7 @@ def main() -> None:
     for source in sources:
         text = "\n".join(documents(source))
         windows = cut_windows(tokenizer, text, model.config.max_position_embeddings)
-        row = evaluate(model, windows, Policy())
+        row = measure_row(Runner(model, windows), Policy())
         print(
             f"{source.rpartition('/')[2]}: {row.bits_per_byte:.4f} bits per byte, perplexity {row.ppl:.2f} "
             f"± {row.standard_error or 0:.2f}, accuracy {row.accuracy:.1%}, "

@@ -34,7 +34,6 @@ import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from knorm import schedule  # noqa: E402
-from knorm.evaluation.interventions import attend_shuffled  # noqa: E402
 from knorm.golden.cases import CASES, NOISE  # noqa: E402
 from knorm.golden.environment import How, device_class, environment  # noqa: E402
 from knorm.golden.format import environment_changes  # noqa: E402
@@ -44,6 +43,7 @@ from knorm.golden.verify import record  # noqa: E402
 from knorm.masked_attention import attend_seen  # noqa: E402
 from knorm.models import hush  # noqa: E402
 from knorm.policy import Policy, exact_ratio  # noqa: E402
+from knorm.rounding import attend_shuffled  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "golden-power.md"
 

@@ -26,14 +26,16 @@ from transformers import PreTrainedModel
 
 from knorm import KnormCache, Policy, exact_nll, load_embedded, retained_count
 from knorm.cli.figures import plot_curves, plot_recall
-from knorm.evaluation.curve import Row, evaluate
+from knorm.evaluation.curve import Row, measure_row
 from knorm.evaluation.facts import Recall, fact_windows, recall
-from knorm.evaluation.interventions import attend_shuffled, newest_to_protect
+from knorm.evaluation.interventions import newest_to_protect
+from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.laws.subjects import CompressingCache, Kept
 from knorm.model_attention import cache_keyword
 from knorm.models import hush, load_text
 from knorm.perplexity import exact_run
+from knorm.rounding import attend_shuffled
 from knorm.schedule import cache_lengths, evicted_at
 
 RATIOS = ("1.0", "0.95", "0.9", "0.85", "0.8", "0.75", "0.7", "0.6", "0.5", "0.4", "0.3")  # the companion table's
@@ -51,7 +53,8 @@ def curves(model: PreTrainedModel, windows: Windows) -> dict[str, list[Row]]:
         "highest norms kept": [replace(p, score="high_norm") for p in policies],
         "lowest norms, newest half of the budget protected": protected,
     }
-    return {name: [evaluate(model, windows, policy) for policy in chosen] for name, chosen in kinds.items()}
+    runner = Runner(model, windows)
+    return {name: [measure_row(runner, policy) for policy in chosen] for name, chosen in kinds.items()}
 
 
 def order(model: PreTrainedModel, ids: Tensor) -> float:

@@ -159,17 +159,12 @@ def bench(
     return Bench(tuple(rows), tuple(map(tuple, raw)), interrupted, WARM_UP, spent)
 
 
-def policy_fields(policy: Policy) -> dict[str, Any]:
-    """A Policy as JSON has it."""
-    return asdict(policy) | {"keep_ratio": str(policy.keep_ratio), "skip_layers": [*policy.skip_layers]}
-
-
 def as_fields(row: Row) -> dict[str, Any]:
     """A row as JSON has it: each metric with its ratio to the baseline and the smallest slowdown it could see."""
     times, compared = row.times, {metric: asdict(found) for metric, found in row.comparisons.items()}
     return {
         "arm": row.name,
-        "policy": None if row.policy is None else policy_fields(row.policy),
+        "policy": None if row.policy is None else row.policy.as_json(),
         "ttft": {"seconds": times.ttft, **compared.get("ttft", {})},
         "tpot": {
             "seconds": times.tpot,

@@ -5,28 +5,30 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 
 from knorm.cli.options import (
     COMMON,
+    CURVE,
+    EXPLAINED,
     HOLDS,
-    MODEL,
-    SCORING,
-    file_option,
+    ModelOptions,
+    PolicyOptions,
     make_console,
+    model_options,
+    policy_options,
     progress_bar,
     with_options,
-    write_json,
 )
-from knorm.cli.setting import _CURVE, _policy_options, _setting, _text_options
+from knorm.cli.outputs import file_option, write_json
+from knorm.cli.setting import TextOptions, load_setting, text_options
 
 
 @click.command()
-@with_options(*_text_options)
-@click.option("--keep-ratio", default="0.9", show_default=True, help="The one to explain.")
-@with_options(*_policy_options, *SCORING, *MODEL)
+@text_options
+@policy_options(EXPLAINED, "The one to explain.", several=False)
+@model_options
 @click.option("--newest", default=16, show_default=True, help="Newest tokens that one intervention protects.")
 @click.option(
     "--positions",
@@ -38,29 +40,37 @@ from knorm.cli.setting import _CURVE, _policy_options, _setting, _text_options
 @click.option("--worst", default=8, show_default=True, help="Tokens to show of those that got worse.")
 @file_option("--plot", "Draw perplexity and recency against ratio (.png, .svg, .pdf).")
 @with_options(*COMMON)
-def explain(json: Path | None, plot: Path | None, quiet: bool, keep_ratio: str, **given: Any) -> None:
+def explain(
+    text_options: TextOptions,
+    policy_options: PolicyOptions,
+    model_options: ModelOptions,
+    newest: int,
+    positions: str,
+    worst: int,
+    plot: Path | None,
+    json: Path | None,
+    quiet: bool,
+) -> None:
     """Why did perplexity move? One thing about the run is changed at a time, and the run evaluated again."""
+    if newest < 1 or worst < 1:
+        raise ValueError(f"--newest {newest} and --worst {worst}, but should be at least 1")
+    console = make_console(quiet)
+    setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
+
     from knorm.cli.figures import plot_curves
     from knorm.cli.tables import show_explanation
     from knorm.evaluation.explain import curves_around, explain
 
-    if given["newest"] < 1 or given["worst"] < 1:
-        raise ValueError(f"--newest {given['newest']} and --worst {given['worst']}, but should be at least 1")
-    console, setting = make_console(quiet), _setting(given, (keep_ratio,), plot, json)
-    on, policy = (setting.model, setting.windows), setting.policies[0]
-    again = {"prompt_length": setting.prompt_length, "batch": given["batch"]}
+    runner, (policy,) = setting.runner, setting.policies
     with progress_bar(quiet) as progress:
         task = progress.add_task("evaluations", total=None)
 
         def step(name: str) -> None:
             progress.update(task, advance=1, description=name)
 
-        found = explain(
-            setting.model, setting.tokenizer, setting.windows, policy, newest=given["newest"], worst=given["worst"],
-            stored=given["positions"] == "stored",
-            on_step=step, **again,
-        )  # fmt: skip
-        curves = curves_around(*on, policy, _CURVE.split(","), on_step=step, **again) if plot else {}
+        stored = positions == "stored"
+        found = explain(runner, setting.tokenizer, policy, newest=newest, worst=worst, stored=stored, on_step=step)
+        curves = curves_around(runner, policy, CURVE.keep_ratio.split(","), on_step=step) if plot else {}
     show_explanation(console, found, f"{setting.title}, keep_ratio {policy.keep_ratio}")
     if plot:
         plot_curves(curves, setting.title, plot)

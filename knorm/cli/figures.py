@@ -8,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from knorm.cli.outputs import MADE_BY, replace_file
+
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
     from knorm.statistics import Comparison
@@ -32,7 +34,7 @@ def plot_curve(rows: Sequence[Row], title: str, file: Path) -> None:
     below.set(ylabel=f"newest {NEWEST}\nstill cached", xlabel="keep_ratio", ylim=(0, NEWEST + 0.5))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> None:
@@ -88,7 +90,13 @@ def finish_figure(figure: Any, axes: Sequence[Any], title: str, file: Path) -> N
         if each.get_yscale() == "log":
             for axis_format in (each.yaxis.set_major_formatter, each.yaxis.set_minor_formatter):
                 axis_format("{x:g}")
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
+
+
+def save_figure(figure: Any, file: Path) -> None:
+    """Write a figure whole or not at all, marked as knorm's own, which may overwrite it the next time."""
+    mark = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}[file.suffix]
+    replace_file(file, lambda beside: figure.savefig(beside, dpi=120, metadata={mark: MADE_BY}))
 
 
 def check_plot(file: Path) -> None:

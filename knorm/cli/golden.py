@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options, write_json
+from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
+from knorm.cli.outputs import write_json
 
 
 @click.group()

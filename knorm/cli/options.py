@@ -1,40 +1,36 @@
-"""What the commands share: exit codes, options, the console, results as JSON."""
+"""What the commands share: exit codes, options, the console."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from importlib import metadata
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from knorm import __version__
+from knorm.cli.outputs import file_option, force_option
+from knorm.policy import Policy, Protocol, Score
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 HOLDS, REFUTED, WRONG_USAGE, BROKEN = 0, 1, 2, 3
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-def make_console(quiet: bool) -> Any:
-    """Where a command prints."""
+
+def make_console(quiet: bool) -> Console:
+    """Make the console that a command prints to."""
     from rich.console import Console
 
     console = Console(quiet=quiet, highlight=False)
     if not console.is_terminal:
         console.width = 140  # a log has no edge
     return console
-
-
-def environment() -> dict[str, str]:
-    """What results depend on."""
-    packages = ("torch", "transformers", "numpy")
-    return {
-        "knorm": __version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        **{p: metadata.version(p) for p in packages},
-    }
 
 
 def check_device(name: str) -> str:
@@ -56,49 +52,17 @@ def check_device(name: str) -> str:
     return name
 
 
-def _writable(_context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
-    """Find out before the work, not after it, that a result cannot be written."""
-    if file is not None:
-        if file.is_dir() or not file.parent.is_dir():
-            problem = "it is a folder" if file.is_dir() else f"there is no folder {file.parent}"
-            raise click.BadParameter(f"cannot write {file}: {problem}", param=parameter)
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise click.BadParameter(f"cannot write {file}: no permission", param=parameter)
-    return file
-
-
-def file_option(flag: str, text: str) -> Any:
-    """An option that names a file to write."""
-    return click.option(flag, type=click.Path(path_type=Path), metavar="FILE", callback=_writable, help=text)
-
-
 COMMON = (
     file_option("--json", "Write the results as JSON."),
+    force_option,
     click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
 )
 
 
-MODEL = (
-    click.option(
-        "--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit."
-    ),
-    click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
-)
-SCORING = (
-    click.option("--protect-first", default=0, show_default=True, help="Tokens at the start never evicted."),
-    click.option("--protect-recent", default=0, show_default=True, help="Newest tokens never evicted."),
-    click.option(
-        "--score", type=click.Choice(["low_norm", "high_norm", "random"]), default="low_norm", show_default=True
-    ),
-    click.option("--seed", default=0, show_default=True, help="Of the random score."),
-)
+def with_options(*options: Decorator) -> Decorator:
+    """Put several options on a command at once."""
 
-
-def with_options(*options: Any) -> Any:
-    """Several options at once."""
-
-    def decorate(function: Any) -> Any:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             function = option(function)
         return function
@@ -106,8 +70,30 @@ def with_options(*options: Any) -> Any:
     return decorate
 
 
-def progress_bar(quiet: bool) -> Any:
-    """On a terminal's stderr, gone when done."""
+def bundled(kind: type, keyword: str, *options: Decorator, **fixed: Any) -> Decorator:
+    """Put options on a command that reach it as one object.
+
+    Args:
+        kind: a dataclass with a field for each option, of the option's name.
+        keyword: the command's argument that receives the object.
+        options: click's.
+        fixed: fields that no option gives.
+    """
+    names = {field.name for field in fields(kind)}
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(*arguments: Any, **values: Any) -> Any:
+            own = {name: values.pop(name) for name in names & {*values}}
+            return function(*arguments, **values, **{keyword: kind(**own, **fixed)})
+
+        return with_options(*options)(command)
+
+    return decorate
+
+
+def progress_bar(quiet: bool) -> Progress:
+    """Make a progress bar on a terminal's stderr that is gone when done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -133,8 +119,165 @@ class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(f"{value!r} should be numbers separated by commas, e.g. 0,1", param, ctx)
 
 
-def write_json(file: Path | None, result: dict[str, Any]) -> None:
-    """A result and its environment, as strict JSON, where a file is named."""
-    if file is not None:
-        text = json.dumps({"environment": environment(), **result}, indent=1, allow_nan=False)
-        file.write_text(text + "\n", encoding="utf-8")
+def check_outputs(json: Path | None, plot: Path | None) -> None:
+    """Raise ValueError, before the work, where --json and --plot are one file or the figure could not be drawn."""
+    if json and plot and json.resolve() == plot.resolve():
+        raise ValueError(f"--json and --plot are both {json}, but should be two files")
+    if plot:
+        from knorm.cli.figures import check_plot
+
+        check_plot(plot)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Name a model, and how it is loaded."""
+
+    model: str
+    dtype: str
+    device: str
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        """Load the model and its tokenizer, in silence. Raises ValueError for what cannot be loaded."""
+        import torch
+
+        from knorm.models import hush, load_model
+
+        hush()
+        return load_model(self.model, dtype=getattr(torch, self.dtype), device=self.device)
+
+
+model_options = bundled(
+    ModelOptions,
+    "model_options",
+    click.option(
+        "--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit."
+    ),
+    click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
+)
+
+
+@dataclass(frozen=True)
+class PolicyDefaults:
+    """Say what a command takes for the policy's options that are not given.
+
+    Attributes:
+        keep_ratio: as written; several are separated by commas.
+        prune_after: of a streaming policy; a prefill has 0.
+        skip_layers: as written.
+        protocol: None where the command takes --prompt-length: prefill with one, streaming without.
+    """
+
+    keep_ratio: str
+    prune_after: int
+    skip_layers: str = ""
+    protocol: Protocol | None = None
+
+
+CURVE = PolicyDefaults("1.0,0.95,0.9,0.8,0.7,0.5,0.3,0.1", 128)
+EXPLAINED = PolicyDefaults("0.9", 128)
+TIMED = PolicyDefaults("0.5", 32, "0", "streaming")
+_DEFAULT = Policy()  # every command's, but for the above
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """Describe policies, one for each ratio and alike in all else, as a command line does: None is not given."""
+
+    defaults: PolicyDefaults
+    keep_ratio: str | tuple[str, ...]
+    prune_after: int | None
+    skip_layers: tuple[int, ...]
+    protect_first: int
+    protect_recent: int
+    score: Score
+    seed: int
+    protocol: Protocol | None
+    prompt_length: int | None = None
+
+    def policies(self) -> list[Policy]:
+        """Make a policy for each ratio.
+
+        Raises:
+            ValueError: for no ratio, for a prefill without a prompt, and for what Policy refuses.
+        """
+        if not self.keep_ratio:
+            raise ValueError("--keep-ratio is empty, but should be ratios in (0, 1], e.g. 0.9,0.5")
+        prompted = self.prompt_length is not None
+        protocol: Protocol = self.protocol or self.defaults.protocol or ("prefill" if prompted else "streaming")
+        if protocol == "prefill" and not prompted and self.defaults.protocol is None:
+            raise ValueError(
+                "a prefill compresses once, after the prompt: give --prompt-length, or --protocol streaming"
+            )
+        prune_after = self.prune_after
+        if prune_after is None:
+            prune_after = self.defaults.prune_after if protocol == "streaming" else 0
+        return [
+            Policy(
+                ratio,
+                prune_after=prune_after,
+                skip_layers=self.skip_layers,
+                protect_first=self.protect_first,
+                protect_recent=self.protect_recent,
+                score=self.score,
+                protocol=protocol,
+                seed=self.seed,
+            )
+            for ratio in ([self.keep_ratio] if isinstance(self.keep_ratio, str) else self.keep_ratio)
+        ]
+
+
+def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = True) -> Decorator:
+    """Put the options of policies on a command, which reach it as `policy_options`, a PolicyOptions.
+
+    Args:
+        defaults: for what is not given.
+        ratios: help of --keep-ratio.
+        several: whether --keep-ratio may name more than one.
+    """
+    prompted = "prefill with --prompt-length, else streaming"
+    prompt = click.option(
+        "--prompt-length", type=int, help="Tokens of the first call; only those after it are scored.  [1]"
+    )
+    return bundled(
+        PolicyOptions,
+        "policy_options",
+        click.option(
+            "--keep-ratio",
+            type=Numbers(str) if several else str,
+            default=defaults.keep_ratio,
+            show_default=True,
+            help=ratios,
+        ),
+        click.option(
+            "--prune-after",
+            type=int,
+            help=f"Tokens a cache must hold to be compressed.  [{defaults.prune_after} if streaming, else 0]",
+        ),
+        click.option(
+            "--skip-layers",
+            type=Numbers(int),
+            default=defaults.skip_layers,
+            show_default=bool(defaults.skip_layers),
+            help="Layers never compressed, e.g. 0,1.",
+        ),
+        click.option(
+            "--protocol",
+            type=click.Choice(get_args(Protocol)),
+            help=f"Compress once, after the prompt, or after every token.  [{defaults.protocol or prompted}]",
+        ),
+        *([] if defaults.protocol else [prompt]),
+        click.option(
+            "--protect-first",
+            default=_DEFAULT.protect_first,
+            show_default=True,
+            help="Tokens at the start never evicted.",
+        ),
+        click.option(
+            "--protect-recent", default=_DEFAULT.protect_recent, show_default=True, help="Newest tokens never evicted."
+        ),
+        click.option("--score", type=click.Choice(get_args(Score)), default=_DEFAULT.score, show_default=True),
+        click.option("--seed", default=_DEFAULT.seed, show_default=True, help="Seed of the random score."),
+        defaults=defaults,
+    )

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from knorm.cli.options import (
     COMMON,
+    CURVE,
     HOLDS,
-    MODEL,
     REFUTED,
-    SCORING,
-    Numbers,
-    file_option,
+    ModelOptions,
+    PolicyOptions,
     make_console,
+    model_options,
+    policy_options,
     progress_bar,
     with_options,
-    write_json,
 )
-from knorm.cli.setting import _CURVE, _policy_options, _setting, _text_options
+from knorm.cli.outputs import file_option, write_json
+from knorm.cli.setting import TextOptions, load_setting, text_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from knorm.evaluation.curve import Row
 
 
 @click.command()
-@with_options(*_text_options)
-@click.option("--keep-ratio", type=Numbers(str), default=_CURVE, show_default=True, help="A row each.")
-@with_options(*_policy_options, *SCORING, *MODEL)
+@text_options
+@policy_options(CURVE, "A row each.")
+@model_options
 @click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
 @click.option(
     "--reported",
@@ -38,67 +45,65 @@ from knorm.cli.setting import _CURVE, _policy_options, _setting, _text_options
 )
 @file_option("--plot", "Draw the curve (.png, .svg, .pdf).")
 @with_options(*COMMON)
-def ppl(json: Path | None, plot: Path | None, quiet: bool, reported: Path | None, **given: Any) -> None:
+def ppl(
+    text_options: TextOptions,
+    policy_options: PolicyOptions,
+    model_options: ModelOptions,
+    stream: bool,
+    reported: Path | None,
+    plot: Path | None,
+    json: Path | None,
+    quiet: bool,
+) -> None:
     """Perplexity of a text at each ratio, exactly, from one forward pass each."""
     console = make_console(quiet)
     if reported:
-        if plot or given["stream"]:
+        if plot or stream:
             raise ValueError("--reported judges a table and measures nothing: drop --plot and --stream")
         if json and json.resolve() == reported.resolve():
             raise ValueError(f"--json {json} would overwrite the table that --reported reads: give another file")
         _judge(reported, json, console)
+    setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
+
     from knorm.cli.figures import plot_curve
     from knorm.cli.tables import curve_table, show_suspicions
-    from knorm.evaluation.curve import evaluate
-    from knorm.evaluation.doubts import judge_measured, measure_empty, measure_with
-    from knorm.perplexity import NEAR_TIE
+    from knorm.evaluation.curve import measure_row
+    from knorm.evaluation.doubts import judge_measured, nll_without_cache
 
-    setting = _setting(given, given["keep_ratio"], plot, json)
-    on = (setting.model, setting.windows)
-    rows = []
+    runner, policies, rows = setting.runner, setting.policies, []
     with progress_bar(quiet) as progress:
-        count = -(-len(setting.windows.input_ids) // given["batch"])
-        task = progress.add_task("windows x ratios", total=len(setting.policies) * count)
-        for policy in setting.policies:
+        count = -(-len(runner.windows.input_ids) // runner.batch)
+        task = progress.add_task("windows x ratios", total=len(policies) * count)
+        for policy in policies:
             progress.update(task, description=f"ratio {policy.keep_ratio}")
-            rows.append(
-                evaluate(
-                    *on,
-                    policy,
-                    prompt_length=setting.prompt_length,
-                    stream=given["stream"],
-                    batch=given["batch"],
-                    on_batch=lambda: progress.advance(task),
-                )
-            )
+            rows.append(measure_row(runner, policy, stream=stream, on_batch=lambda: progress.advance(task)))
     console.print(curve_table(rows, setting.title))
-    holds = True
-    if given["stream"]:
-        difference, gap = max(r.stream_difference or 0.0 for r in rows), max(r.stream_gap or 0.0 for r in rows)
-        evictions = sum(r.stream_evictions or 0 for r in rows)
-        console.print(
-            f"One pass against the loop: {evictions} evictions differ, norms within {gap:.1e} where they first do; "
-            f"under the loop's schedule, tokens within {difference:.1e}."
-        )
-        if given["dtype"] in ("float32", "float64"):
-            holds = difference <= 1e-4 and gap <= NEAR_TIE
-        else:
-            console.print(f"Equality is claimed for float32 and float64, not for {given['dtype']}.")
-    again = {"prompt_length": setting.prompt_length, "batch": given["batch"]}
-    doubts = judge_measured(
-        rows, setting.policies, measure_with(*on, **again), prompt_length=setting.prompt_length,
-        nll_empty=measure_empty(*on, **again),
-    )  # fmt: skip
+    holds = _holds(rows, model_options.dtype, console) if stream else True
+    doubts = judge_measured(runner, rows, policies, nll_empty=nll_without_cache(runner))
     show_suspicions(console, doubts)
     if plot:
         plot_curve(rows, setting.title, plot)
-    found = {"holds": holds, "suspicious": [asdict(doubt) for doubt in doubts], "rows": [asdict(row) for row in rows]}
-    write_json(json, {**setting.fields, **found})
+    result = {"holds": holds, "suspicious": [asdict(doubt) for doubt in doubts], "rows": [asdict(row) for row in rows]}
+    write_json(json, {**setting.fields, **result})
     sys.exit(HOLDS if holds else REFUTED)
 
 
-def _judge(reported: Path, json: Path | None, console: Any) -> None:
-    """Somebody else's table: exit 1 where it is suspicious."""
+def _holds(rows: Sequence[Row], dtype: str, console: Console) -> bool:
+    """Say how the one pass compares with the loop; False where they should be equal and are not."""
+    difference, gap = max(r.stream_difference or 0.0 for r in rows), max(r.stream_gap or 0.0 for r in rows)
+    evictions = sum(r.stream_evictions or 0 for r in rows)
+    console.print(
+        f"One pass against the loop: {evictions} evictions differ, norms within {gap:.1e} where they first do; "
+        f"under the loop's schedule, tokens within {difference:.1e}."
+    )
+    if dtype in ("float32", "float64"):
+        return all(row.agrees for row in rows)
+    console.print(f"Equality is claimed for float32 and float64, not for {dtype}.")
+    return True
+
+
+def _judge(reported: Path, json: Path | None, console: Console) -> None:
+    """Judge somebody else's table: exit 1 where it is suspicious."""
     from knorm.cli.tables import show_suspicions
     from knorm.evaluation.doubts import judge_reported, read_reported
 

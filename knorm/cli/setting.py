@@ -1,16 +1,36 @@
-"""What `knorm ppl` and `knorm explain` work on: options, and the model, text and policies that they name."""
+"""What `knorm ppl` and `knorm explain` work on: the model, text and policies that their options name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from knorm.cli.options import Numbers, check_device
+from knorm.cli.options import ModelOptions, PolicyOptions, bundled, check_device, check_outputs
+from knorm.policy import Policy
 
-_text_options = (
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from knorm.evaluation.runner import Runner
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Name a text, the windows it is cut into, and how many are run at a time."""
+
+    text: str
+    column: str
+    window: int
+    windows: int
+    batch: int
+
+
+text_options = bundled(
+    TextOptions,
+    "text_options",
     click.option(
         "--text",
         default="narrative",
@@ -20,77 +40,63 @@ _text_options = (
     click.option("--column", default="text", show_default=True, help="The column of a .parquet or .jsonl."),
     click.option("--window", default=512, show_default=True, help="Tokens per window."),
     click.option("--windows", default=8, show_default=True, help="Windows of the text, from its start."),
-)
-_policy_options = (
-    click.option(
-        "--prune-after", type=int, help="Tokens a cache must hold to be compressed.  [128 if streaming, else 0]"
-    ),
-    click.option("--skip-layers", type=Numbers(int), default="", help="Layers never compressed, e.g. 0,1."),
-    click.option(
-        "--protocol",
-        type=click.Choice(["prefill", "streaming"]),
-        help="Compress once, after the prompt, or after every token.  [prefill with --prompt-length, else streaming]",
-    ),
-    click.option("--prompt-length", type=int, help="Tokens of the first call; only those after it are scored.  [1]"),
     click.option("--batch", default=8, show_default=True, help="Windows at a time."),
 )
-_CURVE = "1.0,0.95,0.9,0.8,0.7,0.5,0.3,0.1"
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What `ppl` and `explain` work on, all of it checked before any of it is evaluated."""
+class Setting:
+    """Hold what `ppl` and `explain` work on, all of it checked before any of it is evaluated.
 
-    model: Any
-    tokenizer: Any
-    windows: Any
-    policies: list[Any]
-    prompt_length: int
+    Attributes:
+        runner: the model, the windows and their prompt.
+        tokenizer: of the model.
+        policies: one for each ratio.
+        title: all that in a line.
+        fields: the same as JSON has it.
+    """
+
+    runner: Runner
+    tokenizer: PreTrainedTokenizerFast
+    policies: list[Policy]
     title: str
     fields: dict[str, Any]
 
 
-def _setting(given: dict[str, Any], ratios: tuple[str, ...], plot: Path | None, json: Path | None) -> _Setting:
-    import torch
+def load_setting(
+    policy_options: PolicyOptions,
+    text_options: TextOptions,
+    model_options: ModelOptions,
+    *,
+    json: Path | None,
+    plot: Path | None,
+) -> Setting:
+    """Load the model and the text. Raises ValueError for options that cannot work, the cheapest to find first."""
+    policies = policy_options.policies()
+    if text_options.batch < 1:
+        raise ValueError(f"--batch {text_options.batch}, but should be at least 1")
+    check_outputs(json, plot)
+    check_device(model_options.device)
 
+    from knorm.evaluation.runner import Runner
     from knorm.evaluation.windows import cut_windows
-    from knorm.models import hush, load_model, load_text
+    from knorm.models import load_text
     from knorm.perplexity import check_run
-    from knorm.policy import Policy
 
-    prompted = given["prompt_length"] is not None
-    protocol: Any = given["protocol"] or ("prefill" if prompted else "streaming")
-    prune_after = given["prune_after"]
-    if prune_after is None:
-        prune_after = 128 if protocol == "streaming" else 0
-    if protocol == "prefill" and not prompted:
-        raise ValueError("a prefill compresses once, after the prompt: give --prompt-length, or --protocol streaming")
-    prompt_length = given["prompt_length"] if prompted else 1
-    if not ratios:
-        raise ValueError("--keep-ratio is empty, but should be ratios in (0, 1], e.g. 1.0,0.5")
-    options = {name: given[name] for name in ("skip_layers", "protect_first", "protect_recent", "score", "seed")}
-    policies = [Policy(ratio, prune_after=prune_after, protocol=protocol, **options) for ratio in ratios]
-    if given["batch"] < 1:
-        raise ValueError(f"--batch {given['batch']}, but should be at least 1")
-    if json and plot and json.resolve() == plot.resolve():
-        raise ValueError(f"--json and --plot are both {json}, but should be two files")
-    if plot:
-        from knorm.cli.figures import check_plot
-
-        check_plot(plot)
-    device = check_device(given["device"])
-    hush()
-    model, tokenizer = load_model(given["model"], dtype=getattr(torch, given["dtype"]), device=device)
-    windows = cut_windows(tokenizer, load_text(given["text"], given["column"]), given["window"], given["windows"])
+    prompt_length = 1 if policy_options.prompt_length is None else policy_options.prompt_length
+    model, tokenizer = model_options.load()
+    text = load_text(text_options.text, text_options.column)
+    windows = cut_windows(tokenizer, text, text_options.window, text_options.windows)
     for policy in policies:
         check_run(model, windows.input_ids, policy, prompt_length)
     count, length = windows.input_ids.shape
+    first = policies[0]
     many = "1 window" if count == 1 else f"{count} windows"
-    title = f"{given['model']} on {given['text']}: {many} of {length} tokens, {protocol}, "
-    title += f"prune_after {prune_after}"
-    if policies[0].skip_layers:
-        skipped = policies[0].skip_layers
+    title = f"{model_options.model} on {text_options.text}: {many} of {length} tokens, {first.protocol}, "
+    title += f"prune_after {first.prune_after}"
+    if skipped := first.skip_layers:
         title += f", layer{'s' if skipped[1:] else ''} {', '.join(map(str, skipped))} skipped"
-    fields = {name: given[name] for name in ("model", "text", "window", "windows", "dtype", "device", "batch")}
-    fields["policy"] = {"protocol": protocol, "prune_after": prune_after, "prompt_length": prompt_length, **options}
-    return _Setting(model, tokenizer, windows, policies, prompt_length, title, fields)
+    shared = {name: value for name, value in first.as_json().items() if name != "keep_ratio"}
+    fields = asdict(model_options) | asdict(text_options) | {"policy": shared | {"prompt_length": prompt_length}}
+    runner = Runner(model, windows, prompt_length, text_options.batch)
+    return Setting(runner, tokenizer, policies, title, fields)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from knorm.evaluation.explain import Explanation
     from knorm.golden.gates import Finding
     from knorm.golden.verify import Change, Outcome
+    from knorm.policy import Policy
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
@@ -140,7 +141,8 @@ def show_explanation(console: Console, found: Explanation, title: str) -> None:
     table.add_column("what it proves")
     for e in found.effects:
         between = "-" if e.low is None or e.high is None else f"{e.low:+.3f} to {e.high:+.3f}"
-        table.add_row(f"{e.change:+.4f}", between, "-" if e.recovered is None else f"{e.recovered:.0%}", Text(e.proves))
+        recovered = "-" if e.recovered is None else f"{e.recovered:.0%}"
+        table.add_row(f"{e.change:+.4f}", between, recovered, Text(f"{e.kind}: {e.sentence}"))
     console.print(table)
     worst = Table(title="\nTokens that got worse most", title_justify="left", box=None, pad_edge=False)
     for column in ("window", "position", "token", "NLL full", "NLL", "evicted, most attended", "position", "attention"):
@@ -310,7 +312,7 @@ def show_verdict(
 
 
 def show_counters(
-    console: Console, policies: Sequence[Any], found: Found, rises: Sequence[Sequence[str]], judged: bool
+    console: Console, policies: Sequence[Policy], found: Found, rises: Sequence[Sequence[str]], judged: bool
 ) -> None:
     """What each commit does, in whole numbers, and what rose."""
     print_text(console, Text("\nExact counters" + ("" if judged else ", shown only")))

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from knorm.cli.options import COMMON, HOLDS, REFUTED, make_console, with_options, write_json
+from knorm.cli.options import COMMON, HOLDS, REFUTED, make_console, with_options
+from knorm.cli.outputs import write_json
 
 
 @click.command()

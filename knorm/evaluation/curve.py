@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from statistics import fmean
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from knorm.evaluation.windows import Windows, check_prompt
-from knorm.perplexity import Agreement, Run, agreement, exact_run
+from knorm.evaluation.runner import Runner
+from knorm.perplexity import Agreement, Run, agrees
 from knorm.policy import Policy
 from knorm.schedule import cache_lengths, recent_cached
 
@@ -52,61 +51,63 @@ class Row:
     stream_evictions: int | None = None
     stream_gap: float | None = None
 
-
-def _mean(parts: list[tuple[Tensor, int]]) -> float:
-    return sum(float(x.double().mean()) * n for x, n in parts) / sum(n for _, n in parts)
-
-
-def _compressed(runs: list[Run], policy: Policy) -> list[tuple[Tensor, int]]:
-    """The schedules of the compressed layers (of all, where none is), each with its number of rows."""
-    layers = set(range(len(runs[0].evicted_at)))
-    return [(run.evicted_at[layer], len(run.nll)) for run in runs for layer in layers - {*policy.skip_layers} or layers]
+    @property
+    def agrees(self) -> bool | None:
+        """Whether one pass and loop are equal, as float32 and float64 can be; None where the loop was not run."""
+        if self.stream_difference is None or self.stream_gap is None:
+            return None
+        return agrees(self.stream_difference, self.stream_gap)
 
 
-def mean_recent(runs: list[Run], policy: Policy, prompt_length: int) -> float | None:
-    """How many of the newest 16 tokens a scored query sees in a compressed layer; None in windows shorter than that."""
-    first = max(prompt_length, NEWEST) - 1
-    seen = [(recent_cached(evicted, NEWEST)[..., first:], n) for evicted, n in _compressed(runs, policy)]
-    return _mean(seen) if seen[0][0].shape[-1] else None
+def _mean(tensors: list[Tensor]) -> float:
+    return fmean(float(x.double().mean()) for x in tensors)
 
 
-def evaluate(
-    model: PreTrainedModel,
-    windows: Windows,
-    policy: Policy,
-    *,
-    prompt_length: int = 1,
-    stream: bool = False,
-    batch: int = 8,
-    on_batch: Callable[[], None] = lambda: None,
-) -> Row:
-    """Evaluate a policy by one pass over each window; with `stream`, by the loop too.
+def _compressed(run: Run, policy: Policy) -> list[Tensor]:
+    """Return the schedules of the compressed layers, or of all layers where none is compressed."""
+    chosen = [layer for index, layer in enumerate(run.evicted_at) if index not in policy.skip_layers]
+    return chosen or [*run.evicted_at]
 
-    batch      windows at a time
-    on_batch   called after each, for a progress bar
 
-    Raises what perplexity.exact_nll raises, and ValueError for a prompt that leaves nothing to score.
+def mean_recent(run: Run, policy: Policy, prompt_length: int) -> float | None:
+    """Count how many of the newest 16 tokens a scored query sees in a compressed layer, on average.
+
+    None in windows shorter than that.
     """
-    check_prompt(windows, prompt_length)
-    runs: list[Run] = []
-    loops: list[Agreement] = []
-    for ids in windows.input_ids.split(batch):
-        if stream:
-            loops.append(agreement(model, ids, policy, prompt_length=prompt_length))
-            runs.append(loops[-1].exact)
-        else:
-            runs.append(exact_run(model, ids, policy, prompt_length=prompt_length))
-        on_batch()
-    first = prompt_length - 1  # the query that predicts the first scored token
-    lengths = [(cache_lengths(evicted)[..., first:], n) for evicted, n in _compressed(runs, policy)]
+    first = max(prompt_length, NEWEST) - 1
+    seen = [recent_cached(evicted, NEWEST)[..., first:] for evicted in _compressed(run, policy)]
+    return _mean(seen) if seen[0].shape[-1] else None
 
-    nll = torch.cat([run.nll[:, first:] for run in runs]).double()
+
+def measure_row(
+    runner: Runner, policy: Policy, *, stream: bool = False, on_batch: Callable[[], None] = lambda: None
+) -> Row:
+    """Measure one policy on a runner's windows by one pass over each; with `stream`, by the loop too.
+
+    Args:
+        runner: the model, its windows and their prompt.
+        policy: when and what to evict.
+        stream: run the loop as well, and compare.
+        on_batch: called after each batch, for a progress bar.
+
+    Returns:
+        The row of a curve.
+
+    Raises:
+        ValueError: what perplexity.exact_nll raises; for a mean NLL beyond all guessing; for windows of no text.
+    """
+    both = runner.agreement(policy, on_batch=on_batch) if stream else None
+    run = both.exact if both else runner.run(policy, on_batch=on_batch)
+    first = runner.prompt_length - 1  # the query that predicts the first scored token
+    lengths = [cache_lengths(evicted)[..., first:] for evicted in _compressed(run, policy)]
+
+    nll = run.nll.double()
     means = nll.mean(1)
     mean = float(means.mean())
     if not mean < MOST_NLL:
         raise ValueError(
             f"the mean NLL is {mean:.4g} nats a token at keep_ratio={policy.keep_ratio}, where guessing has "
-            f"{math.log(model.config.vocab_size):.4g}: the model's weights are damaged, or its dtype overflows"
+            f"{math.log(runner.model.config.vocab_size):.4g}: the model's weights are damaged, or its dtype overflows"
         )
     error = float(means.std() / math.sqrt(len(means))) if len(means) > 1 else None
     row = Row(
@@ -116,24 +117,23 @@ def evaluate(
         nll=mean,
         ppl=math.exp(mean),
         standard_error=None if error is None else math.exp(mean) * error,
-        bits_per_byte=float(nll.sum()) / math.log(2) / windows.scored_bytes(prompt_length),
-        accuracy=_mean([(run.correct[:, first:], len(run.nll)) for run in runs]),
+        bits_per_byte=float(nll.sum()) / math.log(2) / runner.windows.scored_bytes(runner.prompt_length),
+        accuracy=_mean([run.correct]),
         mean_cache=_mean(lengths),
-        final_cache=_mean([(x[..., -1:], n) for x, n in lengths]),
-        recent=mean_recent(runs, policy, prompt_length),
-        seconds=sum(run.seconds for run in runs),
-        scheduling=sum(run.scheduling for run in runs),
+        final_cache=_mean([length[..., -1:] for length in lengths]),
+        recent=mean_recent(run, policy, runner.prompt_length),
+        seconds=run.seconds,
+        scheduling=run.scheduling,
     )
-    return _beside_loop(row, loops, first) if stream else row
+    return _beside_loop(row, both) if both else row
 
 
-def _beside_loop(row: Row, loops: list[Agreement], first: int) -> Row:
-    stream_nll = torch.cat([loop.stream.nll[:, first:] for loop in loops]).double()
+def _beside_loop(row: Row, both: Agreement) -> Row:
     return replace(
         row,
-        stream_ppl=math.exp(float(stream_nll.mean())),
-        stream_seconds=sum(loop.stream.seconds for loop in loops),
-        stream_difference=max(loop.difference for loop in loops),
-        stream_evictions=sum(loop.evictions for loop in loops),
-        stream_gap=max(loop.gap for loop in loops),
+        stream_ppl=math.exp(float(both.stream.nll.double().mean())),
+        stream_seconds=both.stream.seconds,
+        stream_difference=both.difference,
+        stream_evictions=both.evictions,
+        stream_gap=both.gap,
     )

@@ -6,24 +6,25 @@ A curve that falls while less is kept is suspicious, not wrong: it says that som
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from knorm.evaluation.curve import NEWEST, Row, evaluate
+from knorm.evaluation.curve import NEWEST, Row, measure_row
 from knorm.evaluation.interventions import newest_to_protect, sees_itself
-from knorm.evaluation.windows import Windows
-from knorm.perplexity import exact_nll
+from knorm.evaluation.runner import Runner
+from knorm.files import read_text
 from knorm.policy import Policy, exact_ratio
+from knorm.strict import no_field_twice
 
 TOLERANCE = 0.01  # relative: perplexities this close count as equal
+_MOST_TABLE, _MOST_ROWS, _MOST_COLUMNS = 2**24, 1000, 100  # bytes of a file; every two are compared
 JUMP = 2.0  # a first step that multiplies perplexity by more
 
 
@@ -140,15 +141,22 @@ def read_reported(file: Path) -> list[Series]:
     if not rows:
         raise ValueError(f"{file} has no rows, but should have keep_ratio and ppl in each")
     aside = ("err", "error", "se", "std", "stderr", "ci", "low", "high")
-    names = [name for name in rows[0] if name.startswith("ppl") and not name.endswith(aside)]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    if len(rows) > _MOST_ROWS or len(columns) > _MOST_COLUMNS:
+        raise ValueError(
+            f"{file} has {len(rows)} rows and {len(columns)} columns, but should have at most {_MOST_ROWS} ratios "
+            f"and {_MOST_COLUMNS} columns"
+        )
+    names = [name for name in columns if name.startswith("ppl") and not name.endswith(aside)]
     if "keep_ratio" not in rows[0] or not names:
         raise ValueError(
-            f"{file} has the columns {', '.join(map(str, rows[0]))}, but should have keep_ratio and ppl "
+            f"{file} has the columns {_short(', '.join(columns))}, but should have keep_ratio and ppl "
             "(or several: ppl_before, ppl_after)"
         )
     ratios = [_ratio(file, number, row) for number, row in enumerate(rows, 1)]
-    if twice := {r for r in ratios if [exact_ratio(x) for x in ratios].count(exact_ratio(r)) > 1}:
-        raise ValueError(f"{file} has keep_ratio {', '.join(sorted(twice))} more than once")
+    counted = Counter(map(exact_ratio, ratios))
+    if twice := {ratio for ratio in ratios if counted[exact_ratio(ratio)] > 1}:
+        raise ValueError(f"{file} has keep_ratio {_short(', '.join(sorted(twice)))} more than once")
     for name in names:
         ppl, tokens = {}, {}
         for number, (ratio, row) in enumerate(zip(ratios, rows, strict=True), 1):
@@ -158,6 +166,8 @@ def read_reported(file: Path) -> list[Series]:
                     raise ValueError(f"{file}, row {number}: {name}={value:g}, but a perplexity is at least 1")
                 ppl[ratio] = value
                 if (count := _number(file, number, "tokens", row.get("tokens"))) is not None:
+                    if count < 1 or count != int(count):
+                        raise ValueError(f"{file}, row {number}: tokens={count:g}, but should be a count of tokens")
                     tokens[ratio] = count
         if not ppl:
             raise ValueError(f"{file}: the column {name} is empty")
@@ -166,37 +176,46 @@ def read_reported(file: Path) -> list[Series]:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from None
+    text = read_text(file, _MOST_TABLE)
     if file.suffix.lower() == ".json":
         try:
-            rows = json.loads(text)
+            rows = json.loads(text, object_pairs_hook=no_field_twice)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
         rows = rows.get("rows") if isinstance(rows, dict) else rows
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(f"{file} should be a list of objects with keep_ratio and ppl")
-        return [{str(name).strip().lower(): value for name, value in row.items()} for row in rows]
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-    if twice := {name for name in reader.fieldnames if reader.fieldnames.count(name) > 1}:
-        raise ValueError(f"{file} has the column {', '.join(sorted(twice))} more than once")
+        return [dict(zip(_columns_of(file, row), row.values(), strict=True)) for row in rows]
     try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+        reader.fieldnames = _columns_of(file, reader.fieldnames or [])
         rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"{file} is not CSV: {error}") from None
     if any(None in row or None in row.values() for row in rows):
         number = next(n for n, row in enumerate(rows, 1) if None in row or None in row.values())
         raise ValueError(
-            f"{file}, row {number}: not as many cells as the header has, {', '.join(reader.fieldnames or [])}"
+            f"{file}, row {number}: not as many cells as the header has, {_short(', '.join(reader.fieldnames or []))}"
         )
     return rows
 
 
+def _columns_of(file: Path, names: Iterable[str]) -> list[str]:
+    """Names of columns in lower case. Raises ValueError where two differ by case or spaces alone."""
+    columns = [name.strip().lower() for name in names]
+    if twice := {name for name in columns if columns.count(name) > 1}:
+        raise ValueError(f"{file} has the column {_short(', '.join(sorted(twice)))} more than once")
+    return columns
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def _ratio(file: Path, number: int, row: dict[str, Any]) -> str:
     written = str(row.get("keep_ratio")).strip()
+    if len(written) > 100:
+        raise ValueError(f"{file}, row {number}: keep_ratio={_short(written)}, but should lie in (0, 1]")
     try:
         exact_ratio(written)
     except ValueError as error:
@@ -211,23 +230,26 @@ def _number(file: Path, number: int, name: object, value: Any) -> float | None:
         result = float(value)
     except (TypeError, ValueError, OverflowError):
         result = math.nan
+    if isinstance(value, str) and ("_" in value or not value.isascii()):  # read by Python alone
+        result = math.nan
     if not math.isfinite(result) or isinstance(value, bool):
-        raise ValueError(f"{file}, row {number}: {name}={value!r}, but should be a number")
+        raise ValueError(f"{file}, row {number}: {name}={_short(repr(value))}, but should be a number")
     return result
 
 
 def judge_measured(
-    rows: Sequence[Row],
-    policies: Sequence[Policy],
-    measure: Callable[[Policy], Row],
-    *,
-    prompt_length: int = 1,
-    nll_empty: float | None = None,
+    runner: Runner, rows: Sequence[Row], policies: Sequence[Policy], *, nll_empty: float | None = None
 ) -> list[Suspicion]:
-    """What does not make sense in rows measured here; the cause of a falling curve is found by intervention.
+    """Doubt rows measured here; the cause of a falling curve is found by intervention.
 
-    measure     evaluates one more policy on the same tokens
-    nll_empty   mean NLL where each token sees itself only, to tell what lies outside [full cache, no cache]
+    Args:
+        runner: what measured the rows, to measure one more policy on the same tokens.
+        rows: a row for each policy.
+        policies: of the rows, in the same order.
+        nll_empty: mean NLL without a cache (nll_without_cache), to tell what lies outside [full cache, no cache].
+
+    Returns:
+        A suspicion for each thing that makes no sense; none where the curve is as it should be.
     """
     ppl, found = {row.keep_ratio: row.ppl for row in rows}, []
     by_ratio = {row.keep_ratio: (row, policy) for row, policy in zip(rows, policies, strict=True)}
@@ -236,8 +258,8 @@ def judge_measured(
         protected = []
         for ratio in pair:
             policy = by_ratio[ratio][1]
-            newest = newest_to_protect(policy, prompt_length, NEWEST) or policy.protect_recent
-            protected.append((newest, measure(replace(policy, protect_recent=newest)).ppl))
+            newest = newest_to_protect(policy, runner.prompt_length, NEWEST) or policy.protect_recent
+            protected.append((newest, measure_row(runner, replace(policy, protect_recent=newest)).ppl))
         (n, at_a), (m, at_b) = protected
         cached = [by_ratio[ratio][0].recent for ratio in pair]
         said = f"with the newest {n} and {m} protected it is {at_a:.2f} and {at_b:.2f}"
@@ -267,15 +289,6 @@ def judge_measured(
     return found
 
 
-def measure_with(
-    model: PreTrainedModel, windows: Windows, *, prompt_length: int = 1, batch: int = 8
-) -> Callable[[Policy], Row]:
-    """A function that evaluates one more policy on the same windows."""
-    return lambda policy: evaluate(model, windows, policy, prompt_length=prompt_length, batch=batch)
-
-
-def measure_empty(model: PreTrainedModel, windows: Windows, *, prompt_length: int = 1, batch: int = 8) -> float:
-    """Mean NLL of the same tokens where each sees itself only: no cache at all."""
-    parts = windows.input_ids.split(batch)
-    nll = [exact_nll(model, ids, Policy(), schedule=sees_itself)[:, prompt_length - 1 :] for ids in parts]
-    return float(torch.cat(nll).double().mean())
+def nll_without_cache(runner: Runner) -> float:
+    """Measure the mean NLL, in nats a token, of a run in which each token sees itself only."""
+    return float(runner.run(Policy(), schedule=sees_itself).nll.double().mean())

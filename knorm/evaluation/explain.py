@@ -8,37 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from knorm.evaluation.curve import NEWEST, Row, evaluate, mean_recent
-from knorm.evaluation.interventions import _Case, interventions, newest_to_protect, sees_itself, stored_positions
-from knorm.evaluation.windows import Windows, check_prompt
+from knorm.evaluation.curve import NEWEST, Row, mean_recent, measure_row
+from knorm.evaluation.interventions import (
+    Intervention,
+    Kind,
+    interventions,
+    newest_to_protect,
+    sees_itself,
+    stored_positions,
+)
+from knorm.evaluation.runner import Changes, Runner
 from knorm.masked_attention import attend_seen
 from knorm.perplexity import Run, exact_run
-from knorm.policy import Policy
+from knorm.policy import Policy, Score
+from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
-# Nats of any token that rounding may do; else 1e-4. Seen: 1.1 in bfloat16, on a CPU without instructions for it.
-NO_EFFECT = {torch.float16: 0.25, torch.bfloat16: 2.0}
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
-NO_REMEDY = ("slots shuffled", "positions collapsed")
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
 
 
 @dataclass(frozen=True)
 class Effect:
-    """One intervention. In nats per token; `change` is against the run that is explained, negative where it helps.
+    """Hold what one intervention did, in nats per token; the change is against the explained run, negative if it helps.
 
-    low, high   95% interval of the change, clustered by window; None for one window
-    recovered   share of the loss (run - full cache) that it takes back; None where nothing was lost
-    largest     largest change of any token
-    proves      the sentence
+    Attributes:
+        kind: what the intervention is about.
+        name: what was changed.
+        nll: mean of the changed run.
+        change: mean difference from the explained run.
+        low: lower end of its 95% interval, clustered by window; None for one window.
+        high: upper end.
+        recovered: share of the loss (run - full cache) that it takes back; None where nothing was lost, and for changes
+            that are no remedy.
+        largest: largest change of any token.
+        sentence: what that proves.
+        is_rounding: rounding explains all of it; for the order of slots: float64 has shown that it has no effect.
     """
 
+    kind: Kind
     name: str
     nll: float
     change: float
@@ -46,7 +59,8 @@ class Effect:
     high: float | None
     recovered: float | None
     largest: float
-    proves: str
+    sentence: str
+    is_rounding: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,41 +100,42 @@ class Explanation:
         return self.nll - self.nll_full
 
 
-def _proves(name: str, effect: Effect, policy: Policy, rounding: float) -> str:
-    """One sentence per intervention; `rounding` is what a token's NLL may change by without meaning anything."""
-    none = effect.largest <= rounding
+def _sentence(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
+    """Say what one intervention proves; `order` has judged in float64 what the run computes in `dtype`."""
+    none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
     share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
     if effect.change < 0 and effect.recovered is not None:
         share = f"recovers {effect.recovered:.0%} of the loss"
     if none:
-        share = "has no effect"
+        share = "has no effect" if effect.largest <= ROUNDING else "has no effect beyond rounding"
     elif effect.low is not None and effect.high is not None and effect.low < 0 < effect.high:
         share += " (the interval includes none)"
-    if name == "slots shuffled":
+    if change.kind == "order":
         seen = "attention does not see slot order" if none else "attention must not see slot order"
-        within = " (the rounding of half precision)" if none and effect.largest > 1e-4 else ""
-        return f"order: {gain}, at most {effect.largest:.0e} per token{within}: {seen}"
-    if name == "positions corrected":
-        return f"positions: {'none was wrong' if none else f'counting them from the tokens seen {share}'}"
-    if name == "positions collapsed":
+        kind = str(dtype).removeprefix("torch.")
+        agree = f"in float64 attention's outputs agree to {order.difference:.0e}"
+        within = f" (the rounding of {kind}: {agree})" if none and effect.largest > ROUNDING else ""
+        return f"{gain}, at most {effect.largest:.0e} per token{within}: {seen}"
+    if change.kind == "positions" and change.remedy:
+        return "none was wrong" if none else f"{change.doing} {share}"
+    if change.kind == "positions":
         who = (
             "an unaware loop is spared it here, because it reads layer 0's length and layer 0 is skipped"
             if 0 in policy.skip_layers
             else "a loop that takes positions from the stored length does this"
         )
-        return f"positions: {gain}; {who}"
-    if name.startswith("newest"):
-        return f"recency: protecting the {name.removesuffix(' protected')} {share}"
-    if name.startswith("first"):
-        return f"sinks: protecting the {name.removesuffix(' protected')} {share}"
-    if " instead of " in name:
-        return f"choice: {name} {share}"
-    if name.startswith("layer"):
-        return f"layers: sparing {name.removesuffix(' spared')} {share}"
-    if name.startswith("compressed once"):
-        return f"repetition: {name} instead of after every token {share}"
-    return f"amount: {name}, {share}"
+        return f"{gain}; {who}"
+    return f"{change.doing} {share}"
+
+
+def _effect(change: Intervention, nll: Tensor, own: Tensor, loss: float) -> Effect:
+    """Compare a changed run's NLLs with the explained run's, both [windows, scored]; the sentence is still to come."""
+    difference = nll - own
+    mean, (low, high) = float(difference.mean()), interval(difference.mean(1))
+    recovered = -mean / loss if loss > NO_LOSS and change.remedy else None
+    largest = float(difference.abs().max())
+    return Effect(change.kind, change.name, float(nll.mean()), mean, low, high, recovered, largest, "")
 
 
 def _cause(found: Explanation) -> str:
@@ -136,17 +151,17 @@ def _cause(found: Explanation) -> str:
             f"No single change takes back half of the loss of {found.loss:.3f} nats a token. "
             f"The most is {best.recovered:.0%}: {best.name}."
         )
-    recency = [e for e in certain if e.name.startswith(("newest", "as many")) and (e.recovered or 0.0) >= 0.5]
-    cause = next((e for e in recency if e.name.startswith("newest")), None) or (best if best in recency else None)
+    recency = [e for e in certain if e.kind in ("recency", "amount") and (e.recovered or 0.0) >= 0.5]
+    cause = next((e for e in recency if e.kind == "recency"), None) or (best if best in recency else None)
     if cause and found.recent is not None and found.recent < STARVED:
         cached = f"{found.recent:.1f} of the newest {NEWEST} are cached"
-        return f"The newest tokens were starved ({cached}): {cause.proves.partition(': ')[2]}."
-    said = f"{best.proves.partition(': ')[2]}."
+        return f"The newest tokens were starved ({cached}): {cause.sentence}."
+    said = f"{best.sentence}."
     return said[0].upper() + said[1:]
 
 
-def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
-    """Plain words: the cause, and what is acquitted."""
+def _verdict(found: Explanation, score: Score) -> tuple[str, ...]:
+    """Say in plain words what the cause is, and what is acquitted."""
     if found.loss > NO_LOSS:
         said = [_cause(found)]
     elif found.loss >= -NO_LOSS:
@@ -157,9 +172,9 @@ def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
             f"Compression gains {-found.loss:.3f} nats a token here; what takes most of that away again is "
             f"{undoing.name} ({undoing.change:+.3f})."
         ]
-    if next(e for e in found.effects if e.name == "slots shuffled").largest <= rounding:
+    if next(e for e in found.effects if e.kind == "order").is_rounding:
         said.append("The order of the cache plays no part in it.")
-    chance = next((e for e in found.effects if e.name.startswith("random")), None)
+    chance = next((e for e in found.effects if e.kind == "choice" and score != "random"), None)
     if found.loss > NO_LOSS and chance and chance.high is not None and chance.high < 0:
         said.append("Norms choose worse than chance here.")
     if not min(found.nll_full, found.nll_empty) <= found.nll <= max(found.nll_full, found.nll_empty):
@@ -171,7 +186,7 @@ def _verdict(found: Explanation, rounding: float) -> tuple[str, ...]:
 
 
 def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: int) -> str:
-    """Why not."""
+    """Say why nothing was evicted."""
     if policy.keep_ratio == 1:
         return "keep_ratio is 1"
     if len(policy.skip_layers) == layers:
@@ -185,103 +200,99 @@ def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: in
 
 
 def explain(
-    model: PreTrainedModel,
+    runner: Runner,
     tokenizer: PreTrainedTokenizerFast,
-    windows: Windows,
     policy: Policy,
     *,
-    prompt_length: int = 1,
     newest: int = NEWEST,
     stored: bool = False,
     worst: int = 8,
-    batch: int = 8,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> Explanation:
     """Evaluate a policy's run, then every single change to it, all exactly and on the same tokens.
 
-    windows         the text (evaluation.cut_windows)
-    prompt_length   tokens of the first call; only those after it are scored
-    newest          how many of the newest tokens one intervention protects (half the budget, if that is less)
-    stored          explain the run of a loop that takes positions from the stored length: what corrects them is tried
-    worst           how many tokens to show of those that got worse
-    batch           windows at a time
-    on_step         told the name of each evaluation before it begins
+    Args:
+        runner: the model, the windows of the text, and their prompt.
+        tokenizer: of the model, to show tokens.
+        policy: of the run to explain.
+        newest: how many of the newest tokens one intervention protects (half the budget, if that is less).
+        stored: explain the run of a loop that takes positions from the stored length; what corrects them is tried.
+        worst: how many tokens to show of those that got worse.
+        on_step: called with the name of each evaluation before it begins.
 
-    Raises ValueError where no token is evicted, and what perplexity.exact_nll raises.
+    Returns:
+        The effects, ranked by what they take back, the worst tokens and a verdict in words.
+
+    Raises:
+        ValueError: where no token is evicted, and what perplexity.exact_nll raises.
+
+    Example:
+        explain(Runner(model, cut_windows(tokenizer, text, 512, 8)), tokenizer, policy).verdict
     """
-    first, length = prompt_length - 1, windows.input_ids.shape[1]
-    check_prompt(windows, prompt_length)
-    rounding = NO_EFFECT.get(model.dtype, 1e-4)
+    length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
+    layers, order, rounding = runner.model.config.num_hidden_layers, OrderProbe(), Rounding()
 
-    def nll(name: str, case: _Case) -> tuple[Tensor, list[Run]]:
+    def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
-        runs = list(case.runs(model, windows, batch))
-        return torch.cat([run.nll[:, first:] for run in runs]).double().cpu(), runs
+        run = runner.run(policy, prompt_length=prompt_length, **changes)
+        return run.nll.double().cpu(), run
 
-    def placed(policy: Policy, prompt: int, options: dict[str, Any]) -> dict[str, Any]:
-        return {"position_ids": stored_positions(policy, length, prompt), **options} if stored else options
-
-    own, runs = nll("the run", _Case(policy, prompt_length, placed(policy, prompt_length, {})))
-    if all(bool((lost == length).all()) for run in runs for lost in run.evicted_at):
-        reason = _nothing_evicted(policy, model.config.num_hidden_layers, length, prompt_length)
+    places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
+    own, run = measured("the run", policy, prompt_length, places)
+    if all(bool((lost == length).all()) for lost in run.evicted_at):
+        reason = _nothing_evicted(policy, layers, length, prompt_length)
         raise ValueError(f"nothing to explain: no token was evicted; {reason}")
-    full, _ = nll("full cache", _Case(Policy(), prompt_length, {}))
-    empty, _ = nll("no cache", _Case(Policy(), prompt_length, {"schedule": sees_itself}))
-    loss = float((own - full).mean())
+    full, _ = measured("full cache", Policy(), prompt_length, {})
+    empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
     effects = []
-    layers = model.config.num_hidden_layers
-    for name, changed, prompt, options in interventions(policy, layers, length, prompt_length, newest):
-        if stored and name == "positions collapsed":
-            name, options = "positions corrected", {}  # noqa: PLW2901
-        else:
-            options = placed(changed, prompt, options)  # noqa: PLW2901
-        changes, _ = nll(name, _Case(changed, prompt, options))  # whatever its prompt, the same tokens are scored
-        difference = changes - own
-        change, (low, high) = float(difference.mean()), interval(difference.mean(1).cpu())
-        effect = Effect(
-            name, float(changes.mean()), change, low, high,
-            -change / loss if loss > NO_LOSS and name not in NO_REMEDY else None, float(difference.abs().max()), "",
-        )  # fmt: skip
-        effects.append(replace(effect, proves=_proves(name, effect, policy, rounding)))
+    for change in interventions(
+        policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
+    ):
+        options: Changes = {**change.options, "attend": order} if change.kind == "order" else change.options
+        nll, _ = measured(change.name, change.policy, change.prompt_length, options)
+        if change.kind == "order" and order.holds:  # it comes first: attention is summed otherwise, and that is all
+            rounding = Rounding.measured(nll - own)
+        effect = _effect(change, nll, own, float((own - full).mean()))
+        acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
+        effect = replace(effect, is_rounding=acquitted)
+        effects.append(replace(effect, sentence=_sentence(change, effect, policy, order, runner.model.dtype)))
     effects.sort(key=lambda effect: effect.change)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(runs, policy, prompt_length), tuple(effects),
-        tuple(_worst(model, tokenizer, windows, runs, own, full, prompt_length, worst, policy)), (),
+        mean_recent(run, policy, prompt_length), tuple(effects),
+        tuple(_worst(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
-    return replace(found, verdict=_verdict(found, rounding))
+    return replace(found, verdict=_verdict(found, policy.score))
 
 
 def _worst(
-    model: PreTrainedModel,
+    runner: Runner,
     tokenizer: PreTrainedTokenizerFast,
-    windows: Windows,
-    runs: list[Run],
-    own: Tensor,
+    run: Run,
     full: Tensor,
-    prompt_length: int,
     most: int,
     policy: Policy,
+    rounding: Rounding,
 ) -> Iterator[TokenView]:
-    """The tokens whose NLL rose most, each with the evicted token that the full model attends to most in its place."""
+    """Find the tokens whose NLL rose most, each with the evicted token that the full model attends to most there."""
+    own, all_ids = run.nll.double().cpu(), runner.windows.input_ids
     rise = own - full
-    schedules = [torch.cat(layer) for layer in zip(*(run.evicted_at for run in runs), strict=True)]
     for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
         window, at = divmod(flat, rise.shape[1])
-        if rise[window, at] <= NO_EFFECT.get(model.dtype, 1e-4):
+        if rise[window, at] <= rounding.largest:
             return
-        query = at + prompt_length - 1
-        weights = _attention_of(model, windows.input_ids[window : window + 1], query)
+        query = at + runner.prompt_length - 1
+        weights = _attention_of(runner.model, all_ids[window : window + 1], query)
         lost = torch.zeros(query + 1, dtype=torch.float64)
         for layer, weight in enumerate(weights):  # [heads, query + 1]
             if layer not in policy.skip_layers:
-                gone = schedules[layer][window, :, : query + 1] <= query
+                gone = run.evicted_at[layer][window, :, : query + 1] <= query
                 lost += (weight * gone.repeat_interleave(len(weight) // len(gone), 0)).mean(0).double().cpu()
         source = int(lost.argmax())
         if not lost[source]:  # nothing that it would have seen was evicted: it got worse by what others lost
             continue
-        ids = windows.input_ids[window]
+        ids = all_ids[window]
         compressed = max(1, len(weights) - len(policy.skip_layers))
         yield TokenView(
             window, query + 1, str(tokenizer.decode(ids[query + 1 : query + 2])), float(full[window, at]),
@@ -305,24 +316,17 @@ def _attention_of(model: PreTrainedModel, ids: Tensor, query_position: int) -> l
 
 
 def curves_around(
-    model: PreTrainedModel,
-    windows: Windows,
-    policy: Policy,
-    ratios: Sequence[str],
-    *,
-    prompt_length: int = 1,
-    batch: int = 8,
-    on_step: Callable[[str], None] = lambda name: None,
+    runner: Runner, policy: Policy, ratios: Sequence[str], *, on_step: Callable[[str], None] = lambda name: None
 ) -> dict[str, list[Row]]:
-    """The policy at other ratios, and with the newest half of the budget protected: what to draw beside it."""
+    """Measure the policy at other ratios, and with the newest half of the budget protected: what to draw beside it."""
     curves: dict[str, list[Row]] = {"as given": [], "newest half of the budget protected": []}
     for ratio in ratios:
         own = replace(policy, keep_ratio=ratio)
         try:
-            count = newest_to_protect(own, prompt_length, NEWEST) or own.protect_recent
+            count = newest_to_protect(own, runner.prompt_length, NEWEST) or own.protect_recent
         except ValueError:  # a budget that does not cover what is protected
             continue
         for name, each in zip(curves, (own, replace(own, protect_recent=count)), strict=True):
             on_step(f"ratio {ratio}")
-            curves[name].append(evaluate(model, windows, each, prompt_length=prompt_length, batch=batch))
+            curves[name].append(measure_row(runner, each))
     return curves

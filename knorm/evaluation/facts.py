@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from knorm.evaluation.runner import Runner
+from knorm.evaluation.windows import Windows
 from knorm.models import load_text
 from knorm.paths import ASSETS
-from knorm.perplexity import exact_run
 from knorm.policy import Policy
 
 PASSAGE = 80  # tokens of the passage that names the fact
@@ -81,9 +82,9 @@ def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named
 
 def recall(model: PreTrainedModel, facts: Facts, policy: Policy, *, prompt_length: int = 1, batch: int = 8) -> Recall:
     """How well the names are predicted where they are needed. Raises what perplexity.exact_nll raises."""
-    runs = [exact_run(model, ids, policy, prompt_length=prompt_length) for ids in facts.input_ids.split(batch)]
-    nll = torch.cat([run.nll for run in runs]).double().cpu()
-    correct = torch.cat([run.correct for run in runs]).cpu()
+    runner = Runner(model, Windows(facts.input_ids), batch=batch)  # all tokens are scored: those of the prompt too
+    run = runner.run(policy, prompt_length=prompt_length)
+    nll, correct = run.nll.double().cpu(), run.correct.cpu()
     mean = float(nll[facts.asked].mean())
     others = nll[:, PASSAGE:][~facts.asked[:, PASSAGE:]]
     return Recall(

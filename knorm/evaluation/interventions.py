@@ -3,52 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import PreTrainedModel
 
-from knorm.evaluation.windows import Windows
-from knorm.perplexity import Run, Schedule, exact_run
+from knorm.evaluation.runner import Changes
+from knorm.perplexity import Schedule
 from knorm.policy import Policy, Score
-from knorm.schedule import cache_lengths, evicted_at
+from knorm.rounding import attend_shuffled
+from knorm.schedule import cache_lengths, evicted_at, never
 
 SINKS = 4  # tokens at the start that are protected
 
-
-def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-    """What attention.attend_seen computes, over slots in an order that has nothing to do with time."""
-    (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(query.device)
-    lost = torch.full((1, 1, length), length, device=query.device) if evicted is None else evicted[..., order]
-    key, value = (x[:, :, order].repeat_interleave(heads // kv_heads, 1) for x in (key, value))
-    blocks = []
-    for queries in torch.arange(length, device=query.device).split(max(1, 2**27 // (batch * heads * length))):
-        seen = (order <= queries[:, None]) & (queries[:, None] < lost[..., None, :])
-        seen = seen.repeat_interleave(heads // seen.shape[1] if seen.shape[1] > 1 else 1, 1)
-        blocks.append(
-            functional.scaled_dot_product_attention(query[:, :, queries], key, value, attn_mask=seen, scale=scale)
-        )
-    return torch.cat(blocks, 2)
+Kind = Literal["order", "positions", "recency", "sinks", "choice", "layers", "repetition", "amount"]
 
 
 @dataclass(frozen=True)
-class _Case:
-    """A run to evaluate: what differs from the explained one."""
+class Intervention:
+    """Describe one change to an explained run: what it is about, and the run that has it.
 
+    Attributes:
+        kind: what the change is about.
+        name: what was changed, as "newest 14 protected".
+        doing: the same as the subject of a sentence, as "protecting the newest 14".
+        policy: of the changed run.
+        prompt_length: tokens of the changed run's first call.
+        options: what else differs from a policy's own run.
+        remedy: False for a change that is meant to do nothing or harm, and so recovers nothing of a loss.
+    """
+
+    kind: Kind
+    name: str
+    doing: str
     policy: Policy
     prompt_length: int
-    options: dict[str, Any]
-
-    def runs(self, model: PreTrainedModel, windows: Windows, batch: int) -> Iterator[Run]:
-        for ids in windows.input_ids.split(batch):
-            options: dict[str, Any] = dict(self.options)
-            if "position_ids" in options:
-                options["position_ids"] = options["position_ids"].expand(ids.shape)
-            yield exact_run(model, ids, self.policy, prompt_length=self.prompt_length, **options)
+    options: Changes = field(default_factory=Changes)
+    remedy: bool = True
 
 
 def stored_positions(policy: Policy, length: int, prompt_length: int) -> Tensor:
@@ -64,7 +56,7 @@ def _newest_kept(policy: Policy, prompt_length: int) -> Schedule:
 
     def schedule(layer: int, keys: Tensor) -> Tensor:
         if layer in policy.skip_layers:
-            return torch.full(keys.shape[:3], keys.shape[2], device=keys.device)
+            return never(keys.shape[:3], keys.device)
         age = -torch.arange(keys.shape[2], dtype=torch.float32, device=keys.device)
         return evicted_at(age.expand(keys.shape[:3]), replace(policy, protect_first=0, protect_recent=0), prompt_length)
 
@@ -92,27 +84,57 @@ def newest_to_protect(policy: Policy, prompt_length: int, newest: int) -> int:
 
 
 def interventions(
-    policy: Policy, layers: int, length: int, prompt_length: int, newest: int
-) -> Iterator[tuple[str, Policy, int, dict[str, Any]]]:
-    """Name, policy, prompt length and options of exact_run, for each single change that applies to a policy."""
-    yield "slots shuffled", policy, prompt_length, {"attend": attend_shuffled}
-    yield (
-        "positions collapsed",
-        policy,
-        prompt_length,
-        {"position_ids": stored_positions(policy, length, prompt_length)},
-    )
+    policy: Policy, *, layers: int, length: int, prompt_length: int, newest: int, stored: bool = False
+) -> Iterator[Intervention]:
+    """Generate each single change that applies to a policy's run.
+
+    Args:
+        policy: of the run that is explained.
+        layers: how many the model has.
+        length: tokens of a window.
+        prompt_length: tokens of the run's first call.
+        newest: how many of the newest tokens one intervention protects (half the budget, if that is less).
+        stored: the run takes positions from the stored length; so does each changed run but the one that corrects them.
+    """
+
+    def change(
+        kind: Kind,
+        name: str,
+        doing: str,
+        changed: Policy = policy,
+        prompt: int = prompt_length,
+        *,
+        remedy: bool = True,
+        **options: Unpack[Changes],
+    ) -> Intervention:
+        if stored:
+            options = {"position_ids": stored_positions(changed, length, prompt), **options}
+        return Intervention(kind, name, doing, changed, prompt, options, remedy)
+
+    yield change("order", "slots shuffled", "shuffling slots", attend=attend_shuffled, remedy=False)
+    if stored:
+        seen = "counting them from the tokens seen"
+        yield Intervention("positions", "positions corrected", seen, policy, prompt_length)
+    else:
+        places, doing = stored_positions(policy, length, prompt_length), "counting them from the tokens stored"
+        yield change("positions", "positions collapsed", doing, position_ids=places, remedy=False)
     if count := newest_to_protect(policy, prompt_length, newest):
-        yield f"newest {count} protected", replace(policy, protect_recent=count), prompt_length, {}
-    smallest = _smallest_budget(policy, prompt_length)
-    if policy.protect_first < SINKS <= smallest - policy.protect_recent:
-        yield f"first {SINKS} protected", replace(policy, protect_first=SINKS), prompt_length, {}
+        protected = replace(policy, protect_recent=count)
+        yield change("recency", f"newest {count} protected", f"protecting the newest {count}", protected)
+    if policy.protect_first < SINKS <= _smallest_budget(policy, prompt_length) - policy.protect_recent:
+        protected = replace(policy, protect_first=SINKS)
+        yield change("sinks", f"first {SINKS} protected", f"protecting the first {SINKS}", protected)
     other: Score = "random" if policy.score != "random" else "low_norm"
-    yield f"{other} instead of {policy.score}", replace(policy, score=other), prompt_length, {}
+    instead = f"{other} instead of {policy.score}"
+    yield change("choice", instead, instead, replace(policy, score=other))
     compressed = [layer for layer in range(layers) if layer not in policy.skip_layers]
     for layer in compressed if len(compressed) > 1 else ():
-        yield f"layer {layer} spared", replace(policy, skip_layers=(*policy.skip_layers, layer)), prompt_length, {}
-    once = max(2, policy.prune_after, prompt_length)
-    if policy.protocol == "streaming" and once < length:
-        yield f"compressed once, at {once} tokens", replace(policy, protocol="prefill"), once, {}
-    yield "as many tokens, the newest", policy, prompt_length, {"schedule": _newest_kept(policy, prompt_length)}
+        spared = replace(policy, skip_layers=(*policy.skip_layers, layer))
+        yield change("layers", f"layer {layer} spared", f"sparing layer {layer}", spared)
+    at = max(2, policy.prune_after, prompt_length)
+    if policy.protocol == "streaming" and at < length:
+        once = f"compressed once, at {at} tokens"
+        doing = f"{once} instead of after every token"
+        yield change("repetition", once, doing, replace(policy, protocol="prefill"), at)
+    kept = _newest_kept(policy, prompt_length)
+    yield change("amount", "as many tokens, the newest", "as many tokens, the newest,", schedule=kept)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from knorm.core import compress
 from knorm.evaluation.published.measure import load_seed_texts, seed_ids
 from knorm.evaluation.published.schema import PYTHIA, bug_report
-from knorm.evaluation.windows import cut_windows
+from knorm.evaluation.runner import Runner
+from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.environment import How
 from knorm.golden.format import Gate, Measured, Metric, Noise, digest
 from knorm.golden.latency import COUNTED_SHAPE, POLICIES, TIMED_SHAPE, measure_counters, measure_latency
 from knorm.models import load_embedded, load_model, load_text, random_gpt_neox
 from knorm.paths import ASSETS
-from knorm.perplexity import exact_run
 from knorm.policy import Policy
 from knorm.schedule import cache_lengths
 
@@ -58,9 +58,8 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
-    """Policies as a golden stores them."""
-    return [asdict(policy) | {"skip_layers": [*policy.skip_layers]} for policy in policies]
+def _as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
+    return [policy.as_json() for policy in policies]
 
 
 def find_case(name: str) -> Case:
@@ -132,7 +131,7 @@ class _Tokens:
             else {**_embedded_configuration(), "text": "narrative", "text_sha256": _sums()["narrative.txt"]}
         )
         shape = {"windows": self.windows, "window": self.window, "prompt_length": self.prompt_length}
-        return {**where, **shape, "dtype": "float32", "attention": "one pass", "policies": as_json(self.policies)}
+        return {**where, **shape, "dtype": "float32", "attention": "one pass", "policies": _as_json(self.policies)}
 
     def measure(self, device: str, how: How) -> Measured:
         if self.random:
@@ -154,17 +153,17 @@ def curve(
     noise = NOISE[model.device.type]
     metrics: list[Metric] = []
     tensors: dict[str, np.ndarray[Any, Any]] = {}
-    order = how.order(len(ids))
-    back = torch.tensor(order).argsort()
+    order = torch.tensor(how.order(len(ids)))
+    back = order.argsort()
+    runner = Runner(model, Windows(ids[order]), prompt_length, how.batch)
     plain_mean = plain_peak = 0.0
     for index, given in enumerate(policies):
         policy, ratio = how.policy(given), given.keep_ratio
         before = _start_memory(model.device) if memory else 0
-        parts = torch.tensor(order).split(how.batch)
-        runs = [exact_run(model, ids[p], policy, prompt_length=prompt_length, attend=how.attend) for p in parts]
+        run = runner.run(policy, attend=how.attend)
         peak = torch.cuda.max_memory_allocated(model.device) - before if before else 0
-        nll = torch.cat([run.nll[:, prompt_length - 1 :] for run in runs])[back].cpu()
-        evicted = [torch.cat(layers).cpu()[back] for layers in zip(*(run.evicted_at for run in runs), strict=True)]
+        nll = run.nll.cpu()[back]
+        evicted = [layer.cpu()[back] for layer in run.evicted_at]
         mean = float(nll.double().mean())
         tensors[f"nll/{ratio}"] = nll.numpy()
         metrics += [
@@ -282,7 +281,7 @@ def _pythia_policies() -> tuple[Policy, ...]:
 def _pythia_configuration() -> dict[str, Any]:
     tokens = bug_report().protocol.streamed_tokens
     fixed = {"model": PYTHIA, "window": tokens, "dtype": "float32", "attention": "one pass"}
-    return fixed | {"policies": as_json(_pythia_policies())}
+    return fixed | {"policies": _as_json(_pythia_policies())}
 
 
 def _pythia(device: str, how: How) -> Measured:
@@ -344,7 +343,7 @@ def _selections(device: str, how: How) -> Measured:
 
 def _selections_configuration() -> dict[str, Any]:
     keys = digest(_fixed_keys().astype(np.int32).tobytes())
-    return {"keys_sha256": keys, "dtypes": [*_DTYPES], "policies": as_json(_SELECTIONS.values())}
+    return {"keys_sha256": keys, "dtypes": [*_DTYPES], "policies": _as_json(_SELECTIONS.values())}
 
 
 CASES["selections"] = Case(
@@ -357,7 +356,7 @@ CASES["selections"] = Case(
 
 def _latency_configuration(shape: dict[str, Any]) -> dict[str, Any]:
     sums = {name: sha256 for name, sha256 in _sums().items() if name.endswith(".txt")}
-    policies = {"policies": as_json(POLICIES.values())}
+    policies = {"policies": _as_json(POLICIES.values())}
     return {**_embedded_configuration(), "texts": sums, **shape, "dtype": "float32", **policies}
 
 

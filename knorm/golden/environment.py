@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -53,16 +54,31 @@ def environment(device: str, how: How | None = None) -> Environment:
         device=torch.cuda.get_device_name(device) if cuda else _processor(),
         driver=_driver() if cuda else None,
         cuda=torch.version.cuda if cuda else None,
-        capability=".".join(map(str, torch.cuda.get_device_capability(device)))
-        if cuda
-        else torch.backends.cpu.get_cpu_capability(),
+        capability=".".join(map(str, torch.cuda.get_device_capability(device))) if cuda else _instructions(),
         threads=torch.get_num_threads(),
-        numerics=(how or How()).numerics,
+        numerics=(how or How()).numerics + _products(cuda),
         torch=torch.__version__,
         transformers=transformers.__version__,
         numpy=np.__version__,
         python=platform.python_version(),
     )
+
+
+# Variables that keep a CPU's libraries from its newest instructions. PyTorch's own, ATEN_CPU_CAPABILITY, is in what
+# it says of itself; float32 matrix products follow MKL's.
+_LIMITS = ("MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+
+
+def _instructions() -> str:
+    """Which instructions the CPU's kernels are chosen for, and what limits the choice."""
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *limits])
+
+
+def _products(cuda: bool) -> str:
+    """In what products of float32 matrices are computed, where PyTorch was told to use less; else nothing."""
+    precision = (torch.backends.cuda if cuda else torch.backends.mkldnn).matmul.fp32_precision
+    return "" if precision in ("none", "ieee") else f"; products of float32 in {precision}"
 
 
 def _processor() -> str:

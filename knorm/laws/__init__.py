@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from knorm.laws.registry import Refuted as Refuted
     from knorm.laws.registry import check as check
     from knorm.laws.registry import find as find
-    from knorm.laws.reproduce import reproduce as reproduce
     from knorm.laws.runner import Result as Result
     from knorm.laws.runner import check_compressor as check_compressor
     from knorm.laws.runner import describe as describe
     from knorm.laws.runner import iter_results as iter_results
     from knorm.laws.runner import parametrize_with_checks as parametrize_with_checks
     from knorm.laws.runner import run_check as run_check
+    from knorm.laws.snippets import reproduce as reproduce
     from knorm.laws.subjects import Kept as Kept
     from knorm.laws.subjects import Subject as Subject
     from knorm.laws.traits import KNORM as KNORM
@@ -42,7 +42,7 @@ _HOME = {
     "find": "registry",
     "iter_results": "runner",
     "parametrize_with_checks": "runner",
-    "reproduce": "reproduce",
+    "reproduce": "snippets",
     "run_check": "runner",
 }
 __all__ = [*_HOME]  # noqa: PLE0604

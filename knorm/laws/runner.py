@@ -15,7 +15,7 @@ from hypothesis.errors import UnsatisfiedAssumption
 import knorm.laws.catalogue  # noqa: F401  enters every check
 from knorm.laws.adapters import adapt
 from knorm.laws.registry import CHECKS, Check, Malformed, Refuted, Vacuous, find
-from knorm.laws.reproduce import snippet
+from knorm.laws.snippets import snippet
 from knorm.laws.strategies import Cache, Text, caches, texts
 from knorm.laws.subjects import Call, Subject, in_words
 from knorm.laws.traits import Traits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -18,12 +19,13 @@ from transformers.cache_utils import DynamicLayer
 
 from knorm.bench.latency import METRICS, Arm, Prompt, Sample, attending, measure
 from knorm.cache import KnormCache, KnormLayer
-from knorm.evaluation.interventions import attend_shuffled
 from knorm.evaluation.published.schema import FULL, Protocol
+from knorm.files import read_text
 from knorm.model_attention import attention_through, cache_keyword
-from knorm.models import HUB_TEXTS, hub_files, read_rows
+from knorm.models import HUB_TEXTS, MOST_TEXT, hub_files, read_rows
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, retained_count
+from knorm.rounding import attend_shuffled
 
 ROUNDS = 7  # blocks of timing, after one for warm-up
 
@@ -57,14 +59,11 @@ def _text_rows(source: str, whole: bool) -> Iterable[str]:
     if source.startswith("hub:"):
         return read_rows(hub_files(source), "parquet", "text")
     file = Path(source)
-    if not file.is_file():
+    if not os.path.lexists(file) or file.is_dir():
         raise ValueError(f"text {source!r} is no file here: give a .txt, a .parquet, or {' or '.join(HUB_TEXTS)}")
     if file.suffix == ".parquet":
         return read_rows([source], "parquet", "text")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text {source!r} is not UTF-8: {error}") from None
+    text = read_text(file, MOST_TEXT)
     return [text] if whole else io.StringIO(text).readlines()
 
 

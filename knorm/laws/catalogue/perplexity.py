@@ -17,6 +17,8 @@ from knorm.laws.traits import Traits
 from knorm.perplexity import exact_nll
 from knorm.policy import Policy
 
+EQUAL = 1e-4  # nats, as perplexity's, but the laws' own: what they judge does not set their tolerance
+
 
 def nll_of(logits: Tensor, ids: Tensor) -> Tensor:
     """NLL of each token given those before it: [batch, T, vocabulary], [batch, T] -> [batch, T-1]."""
@@ -44,7 +46,7 @@ def _compare(one: Tensor, other: Tensor, prompt: int, what: str) -> None:
     if one.shape != other.shape:
         raise Refuted(f"{what}: {list(one.shape)} NLLs, but should be {list(other.shape)}")
     difference = (one - other).abs()[:, prompt - 1 :].nan_to_num(torch.inf)
-    if difference.max() > 1e-4:
+    if difference.max() > EQUAL:
         row, at = (difference == difference.max()).nonzero()[0].tolist()
         at += prompt - 1
         raise Refuted(

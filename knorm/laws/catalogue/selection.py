@@ -11,7 +11,7 @@ from knorm.laws.strategies import WIDTH, Cache, larger_ratio
 from knorm.laws.subjects import Subject
 from knorm.laws.traits import Traits
 
-NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way
+NEAR_TIE = 2.0**-20  # relative, as perplexity's, but the laws' own: what they judge does not set their tolerance
 
 
 def _by_norm(traits: Traits) -> bool:

@@ -16,8 +16,8 @@ import torch
 
 from knorm.laws.loading import load_target
 from knorm.laws.registry import Check, find
-from knorm.laws.reproduce import MOST_NUMBERS, snippet
 from knorm.laws.runner import EFFORT, Result, _chosen, applies, iter_results
+from knorm.laws.snippets import MOST_NUMBERS, snippet
 from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Call, Subject, takes_layer
 from knorm.laws.traits import KNORM, Traits, parse_trait, traits_of

@@ -1,0 +1,178 @@
+"""Files that commands write: refused before the work where writing would harm, written beside and renamed after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from knorm import __version__
+from knorm.files import file_size
+from knorm.paths import goldens
+
+SCHEMA_VERSION = 1  # of what --json writes: raised where a field changes its name or meaning
+MADE_BY = "made with knorm"  # in the metadata of each figure
+_RESULT = re.compile(rb'\{\s*("schema": "knorm-|"environment": \{\s*"knorm": )')
+_GOLDEN = re.compile(rb'\{\s*"schema_version": \d+,\s*"case": ')
+_FORCE = "knorm.force"
+_LOOKED_AT = 4096  # bytes at either end of a file that tell whose it is
+
+
+def file_option(flag: str, text: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make an option that names a file to write; --force must be an option beside it."""
+    return click.option(flag, type=click.Path(path_type=Path), metavar="FILE", callback=_writable, help=text)
+
+
+def _remember(context: click.Context, _parameter: click.Parameter, force: bool) -> None:
+    context.meta[_FORCE] = force
+
+
+force_option = click.option(
+    "--force",
+    is_flag=True,
+    is_eager=True,  # known before the files are looked at
+    expose_value=False,
+    callback=_remember,
+    help="Overwrite files that knorm did not write.",
+)
+
+
+def _writable(context: click.Context, parameter: click.Parameter, file: Path | None) -> Path | None:
+    """Find out before the work, not after it, that a result cannot or should not be written."""
+    if file is not None and (problem := _problem(file, force=context.meta.get(_FORCE, False))):
+        raise click.BadParameter(f"cannot write {file}: {problem}", param=parameter)
+    return file
+
+
+def _problem(file: Path, *, force: bool) -> str | None:
+    """Return why a file should not be written, or None."""
+    try:
+        if not file.parent.is_dir():
+            return f"there is no folder {file.parent}"
+        file = file.resolve()  # through links: what they lead to is what would be overwritten
+        if file.is_dir():
+            return "it is a folder"
+        if not file.parent.is_dir():
+            return f"there is no folder {file.parent}, to which it links"
+        exists = file.exists()
+        if exists:
+            file_size(file)  # refuses devices, pipes and sockets
+        if not os.access(file.parent, os.W_OK) or (exists and not os.access(file, os.W_OK)):
+            return "no permission"
+        if _among_goldens(file):
+            return "it lies among goldens, which only `knorm golden accept` writes"
+        if exists and not force and not is_ours(file):
+            return "knorm did not write what is there: give another name, or --force to overwrite it"
+    except (OSError, RuntimeError) as error:  # a loop of links, a name too long
+        return str(getattr(error, "strerror", None) or error)
+    except ValueError as error:  # a null byte, or what is no file
+        return str(error)
+    return None
+
+
+def _among_goldens(file: Path) -> bool:
+    """Tell whether a file is a golden, lies beside one, or lies anywhere in the folder of knorm's own goldens."""
+    if goldens().resolve() in file.parents:
+        return True
+    beside = (*file.parent.glob("*.json"), *file.parent.glob("*/*.json")) if _few(file.parent) else (file,)
+    return any(_GOLDEN.match(_ends(each)) for each in beside if each.is_file())
+
+
+def _few(folder: Path) -> bool:
+    """Tell whether a folder is small enough to be looked through: no store of goldens has thousands of entries."""
+    with os.scandir(folder) as entries:
+        return sum(1 for _ in zip(entries, range(1000), strict=False)) < 1000
+
+
+def is_ours(file: Path) -> bool:
+    """Tell whether a command of knorm's wrote a file: a result, or a figure; empty files are anybody's."""
+    ends = _ends(file)
+    return not ends or bool(_RESULT.match(ends)) or MADE_BY.encode() in ends
+
+
+def _ends(file: Path) -> bytes:
+    with open(file, "rb") as stream, suppress(OSError):
+        start = stream.read(_LOOKED_AT)
+        stream.seek(max(len(start), os.fstat(stream.fileno()).st_size - _LOOKED_AT))
+        return start + stream.read(_LOOKED_AT)
+    return b"?"
+
+
+def replace_file(file: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        file: where it is to stand; links are followed.
+        write: called with a path beside it, of the same suffix, which is renamed to `file` when it has been written.
+
+    Raises:
+        OSError: the file could not be written; what was there is as it was.
+
+    Example:
+        replace_file(Path("curve.svg"), figure.savefig)
+    """
+    file = file.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{file.name[:100]}.", suffix=file.suffix, dir=file.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        write(beside)
+        with open(beside, "rb") as stream:
+            os.fsync(stream.fileno())
+        mode = file.stat().st_mode if file.exists() else 0o666 & ~_umask()
+        beside.chmod(mode & 0o777)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def environment() -> dict[str, str]:
+    """What results depend on."""
+    packages = ("torch", "transformers", "numpy")
+    return {
+        "knorm": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        **{p: metadata.version(p) for p in packages},
+    }
+
+
+def write_json(file: Path | None, result: Mapping[str, Any]) -> None:
+    """Write what the command under way found as strict JSON, where a file is named.
+
+    Args:
+        file: the user's --json, or None.
+        result: its fields. The name and the version of their schema and the environment come first.
+    """
+    if file is not None:
+        head = {"schema": _schema(), "schema_version": SCHEMA_VERSION, "environment": environment()}
+        text = json.dumps({**head, **result}, indent=1, allow_nan=False) + "\n"
+
+        def write(beside: Path) -> None:
+            beside.write_text(text, encoding="utf-8")
+
+        replace_file(file, write)
+
+
+def _schema() -> str:
+    """Name the schema of the command under way: knorm-ppl, knorm-golden-diff."""
+    context, name = click.get_current_context(), ""
+    while context.parent is not None:
+        name = f"-{context.info_name}{name}"
+        context = context.parent
+    return f"knorm{name}"
