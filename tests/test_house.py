@@ -15,7 +15,7 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights models bench evaluation golden laws verify cli plugin __main__",
+    "model_attention cache perplexity weights gguf models bench evaluation golden laws verify cli plugin __main__",
     "bench": "latency counters worker policies commits",
     "evaluation": "windows runner curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
