@@ -223,11 +223,20 @@ def load_gguf(file: Path, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         if hasattr(place, name):
             delattr(place, name)
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = source
-    if header.settings.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
+    _correct(tokenizer, header.settings)
+    return loaded, tokenizer
+
+
+def _correct(tokenizer: Any, settings: dict[str, Any]) -> None:
+    """Make a tokenizer begin and split texts as its file says, where transformers does not."""
+    begins = settings.get("tokenizer.ggml.add_bos_token")
+    if begins is not None and tokenizer.add_bos_token != begins:  # transformers 5.2 begins every text
+        tokenizer.add_bos_token = begins
+        tokenizer.update_post_processor()
+    if settings.get("tokenizer.ggml.pre") in _SINGLE_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    return loaded, tokenizer
 
 
 def _dequantised() -> dict[str, Any]:

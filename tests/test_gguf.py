@@ -157,7 +157,7 @@ def saved(tmp_path):
     gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'knorm[gguf]'")
     pytest.importorskip("accelerate", reason="needs the package accelerate: pip install 'knorm[gguf]'")
 
-    def save(pre="smollm", name="m.gguf", layers=None, kind=None):
+    def save(pre="smollm", name="m.gguf", layers=None, kind=None, begins=False):
         model = tiny("llama", vocab_size=len(TOKENS))
         config, weights = model.config, model.state_dict()
         writer = gguf.GGUFWriter(tmp_path / name, "llama")
@@ -179,7 +179,7 @@ def saved(tmp_path):
         writer.add_bos_token_id(0)
         writer.add_eos_token_id(0)
         writer.add_unk_token_id(0)
-        writer.add_add_bos_token(False)
+        writer.add_add_bos_token(begins)
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for key, plain in weights.items():
@@ -232,7 +232,12 @@ def test_digits_are_split_as_the_file_says(saved):
     _, together = load_model(str(saved("gpt-2", "together.gguf")[0]))
     assert single("ab  1 11").tokens() == ["ab", "Ġ", "Ġ", "1", "Ġ", "1", "1"]
     assert together("ab  1 11").tokens() == ["ab", "Ġ", "Ġ1", "Ġ1", "1"]
-    assert single("").input_ids == []
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_text_begins_as_the_file_says(saved, begins):
+    _, tokenizer = load_model(str(saved(begins=begins)[0]))
+    assert tokenizer("ab").tokens() == ["<|end|>"] * begins + ["ab"]
 
 
 def test_one_pass_on_such_a_model_is_the_loop(saved):
