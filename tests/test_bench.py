@@ -23,7 +23,8 @@ from knorm.bench.commits import Setup, Worker, changed_files, find_checkout, res
 from knorm.bench.counters import Counters
 from knorm.bench.latency import Prompt
 from knorm.cli import bench as bench_cli
-from knorm.models import ASSETS
+from knorm.cli.bench import _folder as model_folder
+from knorm.models import ASSETS, load_model
 
 QUICK = ("--prompt-tokens", "9", "--new-tokens", "4", "--keep-ratio", "0.5", "--blocks", "8")
 
@@ -331,3 +332,21 @@ def test_two_real_processes_of_two_commits(project):
     assert found.new == found.old
     assert found.new[0].retained == (8,) * 7
     assert [len(logs) for logs in found.logs[0].values()] == [1, 1, 1]
+
+
+def test_another_commit_gets_a_model_as_a_folder_or_a_path_that_holds_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2", "folder"):  # a folder called so is not what load_model takes
+        (tmp_path / name).mkdir()
+    (tmp_path / "m.gguf").touch()
+    with model_folder("embedded-llama") as folder:
+        assert type(load_model(folder)[0]).__name__ == "LlamaForCausalLM"
+    for given, passed in {
+        "embedded": str(ASSETS),
+        "folder": str(tmp_path / "folder"),
+        "m.gguf": str(tmp_path / "m.gguf"),
+        "smollm2": "smollm2",
+        "org/name@0": "org/name@0",
+    }.items():
+        with model_folder(given) as folder:
+            assert folder == passed

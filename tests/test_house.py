@@ -15,7 +15,8 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights models methods bench evaluation golden laws verify cli plugin __main__",
+    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify cli plugin "
+    "__main__",
     "bench": "latency counters worker policies commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
     "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",

@@ -20,6 +20,7 @@ from knorm.evaluation.windows import cut_windows
 from knorm.models import ASSETS, detokenize_wikitext, load_model, load_text
 
 SHIPPED = ["config.json", "encyclopedia.txt", "model.safetensors", "narrative.txt", "tokenizer.json"]
+SHIPPED += ["llama/config.json", "llama/model.safetensors"]
 COMMIT, OTHER = "0123456789abcdef" * 2 + "01234567", "f" * 40
 
 
@@ -50,24 +51,56 @@ def test_the_embedded_model_is_of_pythias_make(embedded):
     assert not torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
 
 
+def bits_per_byte(model, tokenizer, text):
+    windows = cut_windows(tokenizer, load_text(text), 512, 2)
+    bits = float(exact_nll(model, windows.input_ids, knorm.Policy()).sum() / torch.tensor(2.0).log())
+    return bits / windows.scored_bytes(1)
+
+
 @pytest.mark.parametrize(("text", "most"), [("narrative", 2.0), ("encyclopedia", 2.4)])
-def test_the_embedded_model_is_trained(embedded, text, most):
-    windows = cut_windows(embedded[1], load_text(text), 512, 1)
-    bits = float(exact_nll(embedded[0], windows.input_ids, knorm.Policy()).sum() / torch.tensor(2.0).log())
-    assert bits / windows.scored_bytes(1) < most
+def test_the_embedded_models_are_trained_and_the_llama_as_well_as_the_gpt_neox(embedded, twin, text, most):
+    theirs, ours = (bits_per_byte(*loaded, text) for loaded in (embedded, twin))
+    assert theirs < most
+    assert ours < 1.03 * theirs
+
+
+@pytest.fixture(scope="module")
+def twin():
+    return load_model("embedded-llama")
+
+
+def test_the_embedded_llama_is_a_llama_of_the_same_size_with_the_same_tokenizer(embedded, twin):
+    model, config = twin[0], twin[0].config
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert config.hidden_size == 64 * config.num_attention_heads
+    assert config.num_attention_heads == 2 * config.num_key_value_heads
+    assert abs(model.num_parameters() / embedded[0].num_parameters() - 1) < 0.01
+    assert twin[1].backend_tokenizer.to_str() == embedded[1].backend_tokenizer.to_str()
+    assert model.name_or_path == twin[1].name_or_path == "embedded-llama"
+    assert not model.training
+
+
+def test_one_pass_on_the_embedded_llama_is_the_loop(twin):
+    ids = cut_windows(twin[1], load_text("narrative"), 96, 1).input_ids
+    policy = knorm.Policy(0.5, prune_after=32, protocol="streaming")
+    torch.testing.assert_close(exact_nll(twin[0], ids, policy), knorm.stream_nll(twin[0], ids, policy))
 
 
 def test_weights_are_stored_in_bfloat16_and_exact_in_float32(embedded):
-    with safe_open(ASSETS / "model.safetensors", "pt") as weights:
-        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    for file in ("model.safetensors", "llama/model.safetensors"):
+        with safe_open(ASSETS / file, "pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
     stored = load_embedded(dtype=torch.bfloat16)[0].state_dict()
     assert {weight.dtype for weight in stored.values()} == {torch.bfloat16}
     assert all(torch.equal(weight, stored[name].float()) for name, weight in embedded[0].state_dict().items())
 
 
 def test_the_box_is_small_and_sealed():
-    sizes = {file.name: file.stat().st_size for file in ASSETS.iterdir() if file.is_file()}  # goldens lie below
-    assert sum(sizes.values()) <= 16_000_000
+    files = [*ASSETS.glob("*"), *ASSETS.glob("llama/**/*")]  # goldens lie below, once installed
+    sizes = {file.relative_to(ASSETS).as_posix(): file.stat().st_size for file in files if file.is_file()}
+    llama = sum(size for name, size in sizes.items() if name.startswith("llama/"))
+    assert llama <= 16_000_000
+    assert sum(sizes.values()) - llama <= 16_000_000
     sealed = [line.split()[1] for line in (ASSETS / "SHA256SUMS").read_text().splitlines()]
     assert {*sealed, "README.md", "SHA256SUMS"} == set(sizes)
 
@@ -195,8 +228,8 @@ def test_code_that_a_model_brings_is_never_run(folder):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("pythia", "model 'pythia' should be 'embedded', a folder, or a Hub id"),
-        ("a/b/c", "model 'a/b/c' should be 'embedded', a folder, or a Hub id"),
+        ("pythia", "model 'pythia' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or a Hub id"),
+        ("a/b/c", "model 'a/b/c' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or a Hub id"),
         ("", "model ''"),
         ("org/name", "needs a pinned revision: org/name@ and the 40 digits of a commit"),
         ("org/name@main", "needs a pinned revision: org/name@ and"),

@@ -349,7 +349,7 @@ def test_a_tokenizer_class_that_is_none_does_no_harm(folder, kind, embedded):
 def test_a_name_that_is_no_path_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(ValueError, match="should be 'embedded', a folder, or a Hub id"):
+    with pytest.raises(ValueError, match="should be embedded, embedded-llama, smollm2, a folder"):
         load_model(name)
 
 

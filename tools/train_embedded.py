@@ -1,9 +1,12 @@
-"""Train the embedded model: a small GPT-NeoX of Pythia's make, on any plain text.
+"""Train the embedded models on any plain text: a small GPT-NeoX of Pythia's make, and a Llama of the same size.
 
     python tools/train_embedded.py prepare --out .train novels.zip wikitext2-valid.txt
     python tools/train_embedded.py train --data .train --out model --shares 1:0.98,0:0.02
+    python tools/train_embedded.py prepare --out .train --tokenizer knorm/assets/tokenizer.json novels.zip ...
+    python tools/train_embedded.py train --data .train --out twin --shares 1:0.98,0:0.02 --architecture llama
 
-`prepare` needs a CPU: it trains the byte-level BPE tokenizer and writes one file of uint16 tokens per source.
+`prepare` needs a CPU: it trains the byte-level BPE tokenizer, or takes the one that is given, and writes one file of
+uint16 tokens per source.
 `train` wants a CUDA device. Weights are kept in float32 and multiplied in bfloat16; matrices of the layers
 are updated by Muon (torch.optim.Muon), everything else by AdamW. The learning rate is constant for 40% of the run,
 then falls linearly to zero.
@@ -21,6 +24,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -44,11 +48,9 @@ def documents(source: str) -> Iterator[str]:
         yield load_text(source)
 
 
-def prepare(sources: list[str], out: Path, vocabulary: int = VOCABULARY) -> None:
+def train_tokenizer(texts: dict[str, list[str]], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of the texts: source -> its documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    out.mkdir(parents=True, exist_ok=True)
-    texts = {path: list(documents(path)) for path in sources}
 
     # A source weighs in the vocabulary as the square root of its size: a small one would not count at all otherwise.
     largest = max(sum(map(len, text)) for text in texts.values())
@@ -61,12 +63,22 @@ def prepare(sources: list[str], out: Path, vocabulary: int = VOCABULARY) -> None
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator((t for path, ts in texts.items() for _ in range(repeats[path]) for t in ts), trainer)
-    tokenizer.save(str(out / "tokenizer.json"))
+    return tokenizer
+
+
+def prepare(sources: list[str], out: Path, tokenizer: Path | None = None, vocabulary: int = VOCABULARY) -> None:
+    """Write the tokenizer, and the tokens of each source with an index."""
+    from tokenizers import Tokenizer
+
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {path: list(documents(path)) for path in sources}
+    trained = Tokenizer.from_file(str(tokenizer)) if tokenizer else train_tokenizer(texts, vocabulary)
+    trained.save(str(out / "tokenizer.json"))
 
     index = []
     for number, path in enumerate(sources):
-        end = tokenizer.token_to_id(END)
-        encoded = [[end, *encoding.ids] for encoding in tokenizer.encode_batch(texts[path])]
+        end = trained.token_to_id(END)
+        encoded = [[end, *encoding.ids] for encoding in trained.encode_batch(texts[path])]
         tokens = np.fromiter((i for ids in encoded for i in ids), dtype=np.uint16)
         np.save(out / f"tokens{number}.npy", tokens)
         size = sum(len(text.encode()) for text in texts[path])
@@ -75,11 +87,44 @@ def prepare(sources: list[str], out: Path, vocabulary: int = VOCABULARY) -> None
     (out / "index.json").write_text(json.dumps(index, indent=1))
 
 
+def make_model(architecture: str, layers: int, width: int, length: int, dropout: float) -> Any:
+    """An untrained model with heads of 64; `dropout` acts on what attention and the MLP add, while training."""
+    from torch import nn
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64,
+        "max_position_embeddings": length, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0,
+        "attention_dropout": 0.0,
+    }  # fmt: skip
+    if architecture == "gpt_neox":
+        shape |= {"intermediate_size": 4 * width, "rotary_pct": 0.25, "use_parallel_residual": True}
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, hidden_dropout=dropout))
+    # Two query heads share a key/value head; an MLP of three matrices, 3 x width, has what NeoX' two, 4 x width, have.
+    model = LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=3 * width, num_key_value_heads=width // 128))
+    if dropout:
+        for layer in model.model.layers:
+            for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                module.register_forward_hook(lambda m, _, out: nn.functional.dropout(out, dropout, m.training))
+    return model
+
+
 def train(
-    data: Path, out: Path, *, shares: str, layers: int, width: int, dropout: float, steps: int, batch: int, seed: int
+    data: Path,
+    out: Path,
+    *,
+    architecture: str,
+    shares: str,
+    layers: int,
+    width: int,
+    dropout: float,
+    steps: int,
+    batch: int,
+    seed: int,
 ) -> None:
+    """Train a model on what `prepare` wrote, and save it in bfloat16 with its tokenizer and a log."""
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     length, device = 1024, "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
@@ -101,12 +146,7 @@ def train(
             rows = torch.where((source == i)[:, None], stream[starts.clamp(max=len(stream) - 1)].long(), rows)
         return rows
 
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        intermediate_size=4 * width, max_position_embeddings=length, rotary_pct=0.25, use_parallel_residual=True,
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, attention_dropout=0.0, hidden_dropout=dropout,
-    )  # fmt: skip
-    model = GPTNeoXForCausalLM(config).to(device)
+    model = make_model(architecture, layers, width, length, dropout).to(device)
     count = sum(p.numel() for p in model.parameters())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
@@ -156,7 +196,8 @@ def train(
             running.zero_()
             print(f"{time.perf_counter() - begin:6.0f} s  {json.dumps(log[-1])}", flush=True)
 
-    model.config.hidden_dropout = 0.0
+    if architecture == "gpt_neox":
+        model.config.hidden_dropout = 0.0
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(data / "tokenizer.json"), bos_token=END, eos_token=END, unk_token=END,
@@ -164,6 +205,7 @@ def train(
     )  # fmt: skip
     tokenizer.save_pretrained(out)
     record = {
+        "architecture": architecture,
         "parameters": count,
         "shares": shares,
         "dropout": dropout,
@@ -186,9 +228,11 @@ def main() -> None:
     first = commands.add_parser("prepare", help="train the tokenizer, write the tokens")
     first.add_argument("sources", nargs="+", metavar="SOURCE")
     first.add_argument("--out", type=Path, required=True)
+    first.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use instead of training one")
     second = commands.add_parser("train", help="train the model")
     second.add_argument("--data", type=Path, required=True)
     second.add_argument("--out", type=Path, required=True)
+    second.add_argument("--architecture", choices=("gpt_neox", "llama"), default="gpt_neox")
     second.add_argument("--layers", type=int, default=7)
     second.add_argument("--width", type=int, default=256)
     second.add_argument("--batch", type=int, default=64, help="sequences of 1,024 tokens a step")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,10 +298,11 @@ def _against(asked: _Asked, reference: str) -> str:
     commit, changed = resolve(root, reference), changed_files(root)
     on_cpu = replace(asked, model=replace(asked.model, device="cpu"))
     _, prompts, policies = _load(on_cpu)  # for its tokens: each process loads its own
-    setting, setup = _setting(asked, policies, prompts), _setup(asked, prompts, policies)
+    setting = _setting(asked, policies, prompts)
     names = f"commit {commit[:12]}", describe(root, changed)
     rounds, blocks = timing.rounds, timing.blocks or 2
-    with worktree(root, commit) as old, progress_bar(asked.quiet) as bar:
+    with worktree(root, commit) as old, _folder(asked.model.model) as folder, progress_bar(asked.quiet) as bar:
+        setup = _setup(folder, asked, prompts, policies)
         task = bar.add_task("blocks", total=rounds * blocks * len(policies))
         found = against(
             (old, root), names, setup, rounds=rounds, blocks=blocks, on_block=lambda: bar.advance(task)
@@ -313,16 +316,25 @@ def _against(asked: _Asked, reference: str) -> str:
     return verdict
 
 
-def _setup(asked: _Asked, prompts: Mapping[str, Prompt], policies: list[Policy]) -> Setup:
+@contextmanager
+def _folder(model: str) -> Iterator[str]:
+    """Say a model as an older commit takes it, which has other models in its box, if any."""
+    from knorm.models import embedded_folder
+    from knorm.sources import EMBEDDED_MODELS, SMOLLM2
+
+    if model in EMBEDDED_MODELS:
+        with embedded_folder(model) as folder:
+            yield str(folder.resolve())
+    else:
+        yield str(Path(model).resolve()) if model != SMOLLM2 and os.path.exists(model) else model
+
+
+def _setup(folder: str, asked: _Asked, prompts: Mapping[str, Prompt], policies: list[Policy]) -> Setup:
     """Say what the processes of both commits work on: the same model and tokens."""
     import torch
 
     from knorm.bench.commits import Setup
-    from knorm.paths import ASSETS
 
-    folder = str(ASSETS) if asked.model.model == "embedded" else asked.model.model
-    if Path(folder).is_dir():
-        folder = str(Path(folder).resolve())
     tokens = tuple({"ids": prompt.ids.tolist(), "new_tokens": prompt.new_tokens} for prompt in prompts.values())
     fields = tuple(policy.as_json() for policy in policies)  # read by a commit's own Policy(**fields)
     return Setup(folder, asked.model.dtype, asked.model.device, torch.get_num_threads(), tokens, fields)

