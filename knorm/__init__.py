@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from knorm.cache import KnormCache as KnormCache
     from knorm.core import Compressed as Compressed
     from knorm.core import compress as compress
+    from knorm.evaluation.ways import Evaluation as Evaluation
+    from knorm.evaluation.ways import evaluate as evaluate
+    from knorm.methods.door import method as method
+    from knorm.methods.method import Method as Method
     from knorm.model_attention import attention as attention
     from knorm.models import load_embedded as load_embedded
     from knorm.perplexity import exact_nll as exact_nll
@@ -19,13 +23,17 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Compressed": "core",
+    "Evaluation": "evaluation.ways",
     "KnormCache": "cache",
+    "Method": "methods.method",
     "Policy": "policy",
     "attention": "model_attention",
     "compress": "core",
+    "evaluate": "evaluation.ways",
     "evicted_at": "schedule",
     "exact_nll": "perplexity",
     "load_embedded": "models",
+    "method": "methods.door",
     "retained_count": "policy",
     "stream_nll": "perplexity",
 }

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # (module, query, key, value, attention_mask, **keywords) -> (output [batch, queries, heads, head_dim], weights or None)
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -29,11 +30,13 @@ class _Context(NamedTuple):
     configs     the model's configurations, by id
     attention   how the model attends; None: by PyTorch's SDPA
     own         what `attention(model)` runs under a mask for each layer; None: the attention makes its own mask
+    masked      the attention is given the masks that the model's own implementation would be
     """
 
     configs: frozenset[int]
     attention: Attention | None
     own: str | None
+    masked: bool = False
 
 
 @dataclass
@@ -102,8 +105,8 @@ def _call_attention(module: nn.Module, *states: Any, **keywords: Any) -> tuple[T
 def _mask(*args: Any, config: Any = None, attention_mask: Tensor | None = None, **keywords: Any) -> Any:
     """No mask where the attention makes its own; without an entry here, transformers would drop padding in silence."""
     context = _context_of(config)
-    if context is None or context.attention is None:
-        make = AttentionMaskInterface().get("sdpa" if context else _own(config))
+    if context is None or context.attention is None or context.masked:
+        make = AttentionMaskInterface().get("sdpa" if context and not context.masked else _own(config))
         if make is None or make is _mask:
             return None
         return make(*args, config=config, attention_mask=attention_mask, **keywords)
@@ -165,6 +168,7 @@ def _switch(model: PreTrainedModel, configs: list[PreTrainedConfig]) -> None:
     with _lock:
         for config in configs:
             _switched.setdefault(id(config), _Switched(config, config._attn_implementation)).contexts += 1
+        ALL_ATTENTION_FUNCTIONS["knorm"] = _call_attention  # a package imported since may have put its own over it
         if any(config._attn_implementation != "knorm" for config in configs):
             model.set_attn_implementation("knorm")
 
@@ -180,9 +184,11 @@ def _switch_back(configs: list[PreTrainedConfig]) -> None:
 
 
 @contextmanager
-def _open(model: PreTrainedModel, attention: Attention | None, own: str | None = None) -> Iterator[None]:
+def _open(
+    model: PreTrainedModel, attention: Attention | None, own: str | None = None, *, masked: bool = False
+) -> Iterator[None]:
     configs = _configs(model)
-    context = _Context(frozenset(map(id, configs)), attention, own)
+    context = _Context(frozenset(map(id, configs)), attention, own, masked)
     switch = attention is not None or any(config._attn_implementation != "sdpa" for config in configs)
     try:
         if switch:
@@ -203,6 +209,38 @@ def attention_through(model: PreTrainedModel, attention: Attention | None) -> It
     may use the model meanwhile, by its own implementation or inside a context of theirs.
     """
     with _open(model, attention):
+        yield
+
+
+def own_attention(module: nn.Module) -> Attention:
+    """Return what a module would attend by, were it in no context: PyTorch's SDPA or the model's eager attention.
+
+    It is transformers' own function, whatever other packages have put over it in the registry.
+    """
+    return _implementation(module, _own(module.config))  # type: ignore[arg-type]
+
+
+@contextmanager
+def attention_over(model: PreTrainedModel, attention: Attention, *, masked: bool = True) -> Iterator[None]:
+    """Let the model attend through `attention`, which may call `own_attention(module)` with what it was given.
+
+    Args:
+        model: one that attends by "sdpa" or "eager".
+        attention: called as transformers calls an attention function, (module, query, key, value, mask, **keywords).
+        masked: it is given the masks of the model's own implementation; else None, and padding is refused by
+            KnormCache, which then takes the attention to make a mask for each layer.
+
+    Raises:
+        ValueError: the model attends by another implementation.
+
+    As in `attention_through`, other threads are left alone, and the model's own setting comes back.
+    """
+    own = _own(model.config)
+    if own not in ("sdpa", "eager"):
+        raise ValueError(
+            f"the model attends by {own!r}, but should by 'sdpa' or 'eager': model.set_attn_implementation()"
+        )
+    with _open(model, attention, None if masked else own, masked=masked):
         yield
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -23,18 +22,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.files import file_size, read_text
-from knorm.gguf import SMOLLM2, find_smollm2, load_gguf
+from knorm.gguf import load_gguf
 from knorm.paths import ASSETS
+from knorm.sources import HUB_TEXTS, find_model, find_text
 from knorm.weights import INDEX, SMALL_FILES, WEIGHTS, checked_folder, read_index
 
-EMBEDDED_MODELS = ("embedded", "embedded-llama")
-EMBEDDED_TEXTS = ("narrative", "encyclopedia")
-HUB_TEXTS = {
-    "wikitext2": "hub:Salesforce/wikitext@b08601e04326c79dfdd32d625aee71d232d685c3:wikitext-2-raw-v1/test-*.parquet",
-    "pg19": "hub:emozilla/pg19@c021754c8e01c5b1cc83a1f549c1f97fbbb756b8:data/test-*.parquet",
-}
 MOST_TEXT = 2**28  # bytes of a file, and characters of a column: several times PG-19's test set
-_PINNED = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
 def hush() -> None:
@@ -151,10 +144,11 @@ def load_model(
     not installed, weights that are missing, damaged or in no format that is read.
     """
     name = str(name)
-    if name in EMBEDDED_MODELS:
+    place = find_model(name)
+    if place is None:
         return load_embedded(name, dtype=dtype, device=device)
     try:
-        (model, info), tokenizer = _load(name, dtype)
+        (model, info), tokenizer = _load(name, place, dtype)
     except SafetensorError as error:
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
     wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
@@ -168,18 +162,14 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(name: str, place: Path | re.Match[str], dtype: torch.dtype) -> tuple[Any, Any]:
     """What transformers loads for a name, wherever it leads: (model, loading info), and the tokenizer."""
-    pinned = _PINNED.fullmatch(name)
-    file = find_smollm2() if name == SMOLLM2 else None
-    if name.endswith(".gguf") and not pinned and not os.path.isdir(name):
-        file = Path(name)
-    folder = file or (_hub_folder(name, pinned) if pinned else _local_folder(name))
+    folder = place if isinstance(place, Path) else _hub_folder(name, place)
     try:
-        if file:
-            return load_gguf(file, name, dtype)
+        if folder.is_file():
+            return load_gguf(folder, name, dtype)
         with checked_folder(folder) as checked:
-            return _load_checked(checked, pinned["name"] if pinned else name, dtype)
+            return _load_checked(checked, name if isinstance(place, Path) else place["name"], dtype)
     except SafetensorError:
         raise
     except Exception as error:  # whatever damaged settings make transformers raise
@@ -202,21 +192,6 @@ def _load_checked(checked: Path, source: str, dtype: torch.dtype) -> tuple[Any, 
     tokenizer = AutoTokenizer.from_pretrained(checked, config=config, trust_remote_code=False)
     loaded[0].name_or_path = loaded[0].config._name_or_path = tokenizer.name_or_path = source
     return loaded, tokenizer
-
-
-def _local_folder(name: str) -> Path:
-    with contextlib.suppress(OSError, ValueError):  # a name too long, a null byte
-        if Path(name).is_dir():
-            return Path(name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", name):
-        raise ValueError(
-            f"model {name!r} is no folder here; from the Hub it needs a pinned revision: "
-            f"{name.partition('@')[0]}@ and the 40 digits of a commit"
-        )
-    raise ValueError(
-        f"model {name!r} should be {', '.join((*EMBEDDED_MODELS, SMOLLM2))}, a folder, a .gguf file, "
-        "or a Hub id such as organisation/name@commit"
-    )
 
 
 def _hub_folder(name: str, pinned: re.Match[str]) -> Path:
@@ -260,33 +235,25 @@ def load_text(source: str, column: str = "text") -> str:
     WikiText's tokenised form is undone. Raises ValueError, in one line, for a source that is none of these, that cannot
     be fetched or read, or that has no such column.
     """
-    source = HUB_TEXTS.get(str(source), str(source))
-    if source in EMBEDDED_TEXTS:
+    place = find_text(str(source))
+    if place is None:
         return (ASSETS / f"{source}.txt").read_text(encoding="utf-8")
-    if source.startswith("hub:"):
-        text = "".join(read_rows(hub_files(source), "parquet", column))
+    if not isinstance(place, Path):
+        text = "".join(read_rows(hub_files(HUB_TEXTS.get(str(source), str(source))), "parquet", column))
+    elif place.suffix in (".parquet", ".jsonl"):
+        text = "\n".join(read_rows([str(place)], "parquet" if place.suffix == ".parquet" else "json", column))
     else:
-        file = Path(source)
-        if not os.path.lexists(file) or file.is_dir():
-            raise ValueError(
-                f"text {source!r} is no file here, and none of {', '.join((*EMBEDDED_TEXTS, *HUB_TEXTS))}; "
-                "a data set is written hub:organisation/name@commit:files"
-            )
-        if file.suffix in (".parquet", ".jsonl"):
-            text = "\n".join(read_rows([str(file)], "parquet" if file.suffix == ".parquet" else "json", column))
-        else:
-            text = read_text(file, MOST_TEXT)
+        text = read_text(place, MOST_TEXT)
     text = text.replace("\r\n", "\n")
     return detokenize_wikitext(text) if " @-@ " in text else text
 
 
 def hub_files(source: str) -> list[str]:
     """The parquet files of "hub:organisation/name@commit:files", fetched. Raises ValueError as load_text does."""
-    _, _, address = source.partition(":")
-    repository, _, files = address.partition(":")
-    pinned = _PINNED.fullmatch(repository)
-    if not pinned or not files.endswith(".parquet"):
+    pinned = find_text(source)
+    if not isinstance(pinned, re.Match):
         raise ValueError(f"text {source!r} should be hub:organisation/name@commit:files, with parquet files")
+    files = source.split(":", 2)[2]
     try:
         folder = _snapshot(pinned, [files], "dataset")
     except (OSError, HfHubHTTPError, ValueError) as error:

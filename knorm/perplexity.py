@@ -50,11 +50,37 @@ class Run(NamedTuple):
     scheduling: float
 
 
+def _unready(model: PreTrainedModel) -> str | None:
+    """Return why no run of a model, whatever its type, would be the one that is asked for; None if it would."""
+    device = model.device.type
+    if any(module.training for module in model.modules()):
+        return "it is in training mode: call model.eval()"
+    if model.device.type == "meta" and not hasattr(model, "hf_device_map"):
+        return "its weights are on the device 'meta', without numbers: load them"
+    if model.get_output_embeddings() is None:
+        return "it has no language-model head"
+    if torch.is_autocast_enabled(device):
+        given, own = (str(x).removeprefix("torch.") for x in (torch.get_autocast_dtype(device), model.dtype))
+        return (
+            f"torch.autocast computes in {given} here, but a run is in its weights' dtype, {own}: leave autocast, or "
+            f"load the model in {given}"
+        )
+    return None
+
+
+def refuse_unready(model: PreTrainedModel) -> None:
+    """Raise for what is no model, and for one in training mode, without weights, without a head, or under autocast."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model {type(model).__name__}, but should be a model of transformers")
+    if reason := _unready(model):
+        raise ValueError(f"{type(model).__name__} cannot be evaluated: {reason}")
+
+
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model whose compressed run knorm cannot evaluate exactly."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model {type(model).__name__}, but should be a model of transformers")
-    config, reason, device = model.config, None, model.device.type
+    config, reason = model.config, None
     rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in MODELS:
         reason = f"{config.model_type!r} is not one of {', '.join(MODELS)}, whose attention is known"
@@ -64,18 +90,8 @@ def refuse_model(model: PreTrainedModel) -> None:
         reason = "it attends through a sliding window (load it with sliding_window=None if its texts are shorter)"
     elif rotation not in _ROTATIONS:
         reason = f"its rotary positions ({rotation!r}) change with the length of a call"
-    elif any(module.training for module in model.modules()):
-        reason = "it is in training mode: call model.eval()"
-    elif model.device.type == "meta" and not hasattr(model, "hf_device_map"):
-        reason = "its weights are on the device 'meta', without numbers: load them"
-    elif model.get_output_embeddings() is None:
-        reason = "it has no language-model head"
-    elif torch.is_autocast_enabled(device):
-        given, own = (str(x).removeprefix("torch.") for x in (torch.get_autocast_dtype(device), model.dtype))
-        reason = (
-            f"torch.autocast computes in {given} here, but a run is in its weights' dtype, {own}: leave autocast, or "
-            f"load the model in {given}"
-        )
+    else:
+        reason = _unready(model)
     if reason:
         raise ValueError(f"{type(model).__name__} cannot be evaluated exactly: {reason}")
 
@@ -126,16 +142,9 @@ def _positions(
     return position_ids.to(model.device)
 
 
-def check_run(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    policy: Policy,
-    prompt_length: int,
-    attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Refuse what cannot be evaluated; the ids on the model's device, pads made harmless, and the padding."""
-    refuse_model(model)
-    config = model.config
+def check_ids(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Raise ValueError for tokens that a model cannot be given: of another shape, length or vocabulary."""
+    config = model.config.get_text_config(decoder=True)
     refuse_unreadable(input_ids=input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids {list(input_ids.shape)} {input_ids.dtype}, but should be int64 [batch, tokens]")
@@ -144,7 +153,7 @@ def check_run(
     length = input_ids.shape[1]
     if input_ids.shape[0] < 1 or length < 2:
         raise ValueError(f"input_ids {list(input_ids.shape)}: a text needs at least two tokens to predict one")
-    if length > config.max_position_embeddings:
+    if length > (getattr(config, "max_position_embeddings", None) or length):
         raise ValueError(
             f"{length} tokens, but {type(model).__name__} has {config.max_position_embeddings} positions: "
             "split the text into shorter windows"
@@ -160,6 +169,20 @@ def check_run(
             f"token id {lowest if lowest < 0 else highest}, but the vocabulary has ids 0 to {config.vocab_size - 1}: "
             "was the text encoded with another model's tokenizer?"
         )
+
+
+def check_run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    prompt_length: int,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Refuse what cannot be evaluated; the ids on the model's device, pads made harmless, and the padding."""
+    refuse_model(model)
+    config = model.config
+    check_ids(model, input_ids, attention_mask)
+    length = input_ids.shape[1]
     if not isinstance(policy, Policy):
         raise TypeError(f"policy={policy!r}, but should be a knorm.Policy, e.g. Policy(keep_ratio=0.5)")
     layers = config.num_hidden_layers
@@ -240,8 +263,25 @@ def _check_schedule(lost: Tensor, keys: Tensor) -> None:
         )
 
 
+class Hidden(NamedTuple):
+    """What one pass computes before the head, and the schedules that it followed.
+
+    states       [batch, T, width], in the model's dtype
+    input_ids    int64 [batch, T], on the model's device
+    padding      pads at the left of each row, int64 [batch]; None: there are none
+    evicted_at   per layer, int64 [batch, kv_heads, T]
+    scheduling   seconds of making the schedules
+    """
+
+    states: Tensor
+    input_ids: Tensor
+    padding: Tensor | None
+    evicted_at: tuple[Tensor, ...]
+    scheduling: float
+
+
 @torch.no_grad()
-def exact_run(
+def exact_hidden(
     model: PreTrainedModel,
     input_ids: Tensor,
     policy: Policy,
@@ -251,9 +291,9 @@ def exact_run(
     position_ids: Tensor | None = None,
     schedule: Schedule | None = None,
     attend: Attend | None = None,
-) -> Run:
-    """The compressed run from one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
-    begin, scheduling = time.perf_counter(), 0.0
+) -> Hidden:
+    """Compute the compressed run's hidden states by one forward pass. Arguments and errors: exact_run."""
+    scheduling = 0.0
     if schedule is not None and not callable(schedule):
         raise TypeError(f"schedule={schedule!r}, but should be a function (layer, keys) -> evicted_at")
     input_ids, padding = check_run(model, input_ids, policy, prompt_length, attention_mask)
@@ -283,8 +323,36 @@ def exact_run(
         hidden = model.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True
         ).last_hidden_state
-    nll, correct = _score(model, hidden[:, :-1], input_ids[:, 1:])
-    return _blank(Run(nll, correct, tuple(schedules), time.perf_counter() - begin, scheduling), padding)
+    return Hidden(hidden, input_ids, padding, tuple(schedules), scheduling)
+
+
+@torch.no_grad()
+def exact_run(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    policy: Policy,
+    *,
+    prompt_length: int = 1,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    schedule: Schedule | None = None,
+    attend: Attend | None = None,
+) -> Run:
+    """The compressed run from one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
+    begin = time.perf_counter()
+    hidden = exact_hidden(
+        model,
+        input_ids,
+        policy,
+        prompt_length=prompt_length,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        schedule=schedule,
+        attend=attend,
+    )
+    nll, correct = _score(model, hidden.states[:, :-1], hidden.input_ids[:, 1:])
+    run = Run(nll, correct, hidden.evicted_at, time.perf_counter() - begin, hidden.scheduling)
+    return _blank(run, hidden.padding)
 
 
 def exact_nll(
@@ -463,14 +531,14 @@ def agreement(
             return stream.evicted_at[layer]
 
         same = exact_run(model, input_ids, policy, schedule=replay, **options)
-        gap = _parting_gap(exact.evicted_at, stream.evicted_at, norms)
+        gap = parting_gap(exact.evicted_at, stream.evicted_at, norms)
     # Not a number where both are padding is agreement; anywhere else it is none.
     padded = (torch.ones_like(input_ids) if attention_mask is None else attention_mask)[:, :-1].to(same.nll.device) == 0
     difference = float((same.nll - stream.nll).abs().masked_fill(padded, 0.0).nan_to_num(torch.inf).max())
     return Agreement(exact, stream, evictions, gap, difference)
 
 
-def _parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
+def parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
     """How far apart, relatively, the norms lie over which each row's schedules first part; the widest over rows.
 
     Nothing but those norms can be the cause there; whatever parts later in the row may be a consequence.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
-from knorm import Policy, retained_count
+from knorm import Policy
 from knorm.evaluation import runner
 from knorm.golden import cases, store, verify
 from knorm.golden import environment as environments
@@ -95,13 +95,13 @@ def test_a_curve_says_what_the_loop_says():
     assert by_name["ppl_ratio/0.5"] == pytest.approx(np.exp(by_name["nll/0.5"] - by_name["nll/1.0"]))
 
 
-def test_counts_follow_from_retained_count_alone():
+def test_counts_follow_from_the_ratio_alone():
     by_name = {metric.name: metric.value for metric in measure_tiny("cpu", How()).metrics}
     sizes, cached = [], 0
     for _ in range(40):
         cached += 1
         sizes.append(cached)  # what the query sees, itself included
-        cached = retained_count(cached, 0.5) if cached >= 8 else cached
+        cached = (cached + 1) // 2 if cached >= 8 else cached
     rows, heads, width = 4, 4, 16
     assert by_name["seen/0.5"] == rows * heads * (2 * sum(sizes) + sum(range(1, 41)))
     assert by_name["cache_bytes/0.5"] == rows * heads * (2 * sizes[-1] + 40) * width * 2 * 4

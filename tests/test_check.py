@@ -7,10 +7,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import deque
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +19,12 @@ import knorm
 from knorm.cli import cli
 from knorm.laws import CHECKS, KNORM, Result, find
 from knorm.laws.adapters import KINDS
+from knorm.laws.names import check_names
 from knorm.laws.process import supervisor
-from knorm.laws.process.supervisor import Board, Lost, Request, Supervisor, Worker
+from knorm.laws.process.protocol import Board, Frames, encode
 from knorm.laws.process.worker import serve
+from knorm.laws.results import PROFILES
+from knorm.laws.runner import EFFORT
 
 GOOD = """
 from knorm import compress as core
@@ -44,12 +45,12 @@ def compress(keys, values, keep_ratio):
 class Inline:
     """A worker that works here, all at once: for what does not end a process."""
 
-    def __init__(self, request):
-        self.board, self.sent = Board(), deque()
-        serve(self.sent.append, self.board, request)
+    def __init__(self, request, relay):
+        self.board, self.frames = Board(), Frames(b"t" * 16)
+        serve(lambda message: self.frames.feed(encode(message, b"t" * 16)), self.board, request)
 
     def hear(self, limit):
-        return self.sent.popleft()
+        return self.frames.next()
 
     def end(self):
         pass
@@ -101,9 +102,9 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     select = ("--select", "count,order,nonfinite,masked_attention,crop")
     code, out, err = run_knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
     written = strict_json("out.json")
-    assert (code, err) == (0, "")
-    assert "hello from the target\n" in out
-    assert "good bye" in out
+    assert code == 0
+    assert "hello from the target\n" in err
+    assert "good bye" in err
     assert "holds    Retained positions ascend. [time_order: 60 examples; 0." in out
     assert out.splitlines()[-2] == "1 law does not apply"
     assert out.splitlines()[-1].startswith("7 hold, 0 refuted, 0 untested, 1 do not apply, in ")
@@ -163,6 +164,47 @@ def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(run_knor
     assert said["time_order"].startswith("time order: ended the interpreter with exit code 3 [keys [")
     assert "keys = torch.tensor([[[[" in results["retained_count"]["snippet"]
     assert "kept = compress(keys, values, 0.2)" in results["retained_count"]["snippet"]
+
+
+COMES_BACK_TWICE = """
+import os
+from knorm import compress as core
+
+def compress(keys, values, keep_ratio):
+    os.fork()
+    return core(keys, values, keep_ratio)[:2]
+"""
+
+FORGES = """
+import os
+
+def compress(keys, values, keep_ratio):
+    if os.fork() == 0:
+        os.setsid()
+        os.execlp("sleep", "sleep", "600.125")
+    print("9 hold, 0 refuted, 0 untested", flush=True)
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.write(int(name), b"junk")
+        except OSError:
+            pass
+    return keys, values
+"""
+
+
+def test_a_target_that_forks_is_judged_as_another(run_knorm):
+    code, out, _ = run_knorm("check", target(COMES_BACK_TWICE), "--select", "accepts,dtype", "--json", "out.json")
+    assert (code, verdicts("out.json")) == (0, {"accepts": "holds", "dtype": "holds"})
+    assert out.count("holds ") == 2
+
+
+def test_a_target_that_writes_everywhere_forges_nothing_and_leaves_no_process(run_knorm):
+    code, out, err = run_knorm("check", target(FORGES), "--select", "accepts", "--json", "out.json")
+    assert (code, verdicts("out.json")) == (1, {"accepts": "refuted"})
+    assert "accepts: wrote to a file that is knorm's own: bytes that no worker sends" in out
+    assert "9 hold" in err
+    assert "9 hold" not in out
+    assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"600.125" in file.read_bytes()]
 
 
 def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(run_knorm):
@@ -230,176 +272,6 @@ def test_ctrl_c_ends_the_worker_and_exits_with_130(tmp_path, monkeypatch):
     until(lambda: not alive(int(Path("pid").read_text())), 5)
 
 
-# The process, with something lighter than the catalogue in it.
-
-LIFE = """
-import ctypes, os, signal, time
-
-def life(pipe, board, request):
-    exec(request)
-"""
-
-
-@pytest.fixture
-def begin(monkeypatch, tmp_path):
-    """Start a worker that runs a few lines instead; it is ended in any case."""
-    (tmp_path / "lighter.py").write_text(LIFE, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    import lighter
-
-    monkeypatch.setattr(supervisor, "_work", lighter.life)
-    started = []
-
-    def start(code):
-        started.append(Worker(code))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        worker.end()
-    sys.modules.pop("lighter")
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("os._exit(0)", "ended the interpreter with exit code 0"),
-        ("os._exit(3)", "ended the interpreter with exit code 3"),
-        ("raise SystemExit(4)", "ended the interpreter with exit code 4"),
-        ("ctypes.string_at(0)", "the process ended with signal 11 (SIGSEGV)"),
-        ("os.abort()", "the process ended with signal 6 (SIGABRT)"),
-        ("os.kill(os.getpid(), 9)", "the process ended with signal 9 (SIGKILL), as when memory runs out"),
-        ("os.kill(os.getpid(), 40)", "the process ended with signal 40 (unknown)"),
-        ("time.sleep(60)", "no answer within 1 s"),
-        ("while True: pass", "no answer within 1 s"),
-        ("os.closerange(3, 99); time.sleep(60)", "closed the files that are not its own"),
-        ("os.fork() or time.sleep(3); os._exit(5)", "ended the interpreter with exit code 5"),
-        ("os.write(pipe.fileno(), b'\\0\\0\\1\\0abc'); os._exit(6)", "ended the interpreter with exit code 6"),
-    ],
-)
-def test_how_a_worker_was_lost_is_told(begin, code, words):
-    worker = begin(code)
-    with pytest.raises(Lost) as lost:
-        worker.hear(1)
-    assert str(lost.value) == words
-
-
-def test_what_was_sent_before_the_end_is_heard(begin):
-    worker = begin("pipe.send(1); pipe.send('x' * 10**5); board.given = b'call'; os._exit(3)")
-    assert (worker.hear(9), worker.hear(9)) == (1, "x" * 10**5)
-    with pytest.raises(Lost, match="exit code 3"):
-        worker.hear(9)
-    assert worker.board.given == b"call"
-
-
-def test_a_slow_worker_that_goes_on_calling_is_waited_for(begin):
-    worker = begin("for _ in range(8): time.sleep(0.25); board.calls += 1\npipe.send('done')")
-    assert worker.hear(1.5) == "done"
-
-
-def test_a_worker_ends_with_its_parent(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = """
-        import os
-        from knorm.laws.process.supervisor import Request, Worker
-        worker = Worker(Request("nowhere.py:f"))
-        print(worker.process.pid, flush=True)
-        os.kill(os.getpid(), 9)
-    """
-    run = in_a_new_process(code)
-    until(lambda: not alive(int(run.stdout)), 10)
-
-
-# The supervisor, with workers that tell what a test wants.
-
-
-class Scripted:
-    """Workers that send, or are lost with, what stands in `lives`, one list for each."""
-
-    lives = ()
-
-    def __init__(self, request):
-        self.request, self.script, self.board = request, deque(Scripted.lives.pop(0)), Board()
-        Scripted.selected.append(request.select)
-
-    def hear(self, limit):
-        said = self.script.popleft()
-        if isinstance(said, Exception):
-            raise said
-        return said
-
-    def end(self):
-        pass
-
-
-def entry(name, verdict="untested", **found):
-    check = find(name)
-    return asdict(Result(check.name, check.law, check.family, verdict, **found))
-
-
-def plan(*entries):
-    return "plan", {"traits": {}, "code": "", "checks": [*entries]}
-
-
-@pytest.fixture
-def supervise(monkeypatch):
-    monkeypatch.setattr(supervisor, "Worker", Scripted)
-    Scripted.selected = []
-
-    def run(*lives, **options):
-        Scripted.lives = [*map(list, lives)]
-        return [*Supervisor(Request("target", **options)).results()]
-
-    return run
-
-
-NAMES = ("accepts", "shape", "time_order", "dtype", "empty")
-
-
-def test_after_three_lost_in_a_row_the_rest_is_untested(supervise):
-    first, other = plan(*map(entry, NAMES)), plan()
-    results = supervise([first, Lost("hangs")], [other, Lost("died")], [other, Lost("died")])
-    assert [result["verdict"] for result in results] == ["refuted"] * 3 + ["untested"] * 2
-    assert results[0]["counterexample"] == "accepts: hangs"
-    assert {result["reason"] for result in results[3:]} == {"3 workers in a row were lost to the checks before"}
-    assert Scripted.selected == [None, NAMES[1:], NAMES[2:]]
-
-
-def test_a_check_that_comes_back_makes_good(supervise):
-    first, other, fine = plan(*map(entry, NAMES)), plan(), ("result", entry("shape", "holds"))
-    lost = Lost("died")
-    results = supervise([first, lost], [other, fine, lost], [other, lost], [other, lost])
-    assert [result["verdict"] for result in results] == ["refuted", "holds", *["refuted"] * 3]
-
-
-def test_laws_that_do_not_apply_need_no_worker(supervise):
-    unasked = entry("copy", "does not apply", reason="needs a transformers cache")
-    results = supervise([plan(entry("accepts"), unasked), Lost("died")])
-    assert [result["verdict"] for result in results] == ["refuted", "does not apply"]
-
-
-def test_a_target_that_does_not_load_again_leaves_the_rest_untested(supervise):
-    results = supervise([plan(*map(entry, NAMES[:3])), Lost("died")], [("wrong", ("no disk", "trace"))])
-    assert [result["verdict"] for result in results] == ["refuted", "untested", "untested"]
-    assert results[2]["reason"] == "not loaded again: no disk"
-
-
-def test_a_broken_cuda_context_does_not_reach_the_next_check(supervise):
-    broken = ("result", entry("accepts", "refuted", counterexample="accepts: raised AcceleratorError: CUDA error: ..."))
-    results = supervise([plan(*map(entry, NAMES[:2])), broken], [plan(), ("result", entry("shape", "holds"))])
-    assert [result["verdict"] for result in results] == ["refuted", "holds"]
-
-
-def test_a_loss_may_be_expected(supervise):
-    (result,) = supervise([plan(entry("accepts")), Lost("died")], expected=(("accepts", "known"),))
-    assert (result["verdict"], result["reason"]) == ("expected failure", "known")
-
-
-def test_a_target_that_ends_the_worker_while_it_loads_is_wrong_usage(supervise):
-    with pytest.raises(ValueError, match=r"^target cannot be loaded: ended the interpreter with exit code 3$"):
-        supervise([Lost("ended the interpreter with exit code 3")])
-
-
 # What a target does that ends no process.
 
 
@@ -416,6 +288,7 @@ def test_a_target_that_ends_the_worker_while_it_loads_is_wrong_usage(supervise):
         ("return keys[0], values[0]", {"shape"}, "shape: returned keys float32 [1, 1, 4]"),
         ("return {'keys': keys}", {"shape"}, "shape: returned dict"),
         ("raise ValueError('\\ud800')", {"accepts"}, "accepts: raised ValueError: ? [keys "),
+        ("raise ValueError('\\x1b[2K\\x9b\\u202e')", {"accepts"}, "ValueError: \\x1b[2K\\x9b\\u202e [keys "),
     ],
 )
 def test_what_answers_with_an_error_or_nonsense_is_refuted(run_knorm, inline, body, refuted, words):
@@ -467,7 +340,7 @@ def test_what_knorm_stumbles_over_is_no_success_and_no_crash(run_knorm, inline, 
     def stumble(*_, **__):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("knorm.laws.runner.run_check", stumble)
+    monkeypatch.setattr("knorm.laws.process.worker.run_check", stumble)
     for verbose in ((), ("-v",)):
         ended, out, err = run_knorm(*verbose, "check", target(GOOD), "--select", "time_order")
         assert ended == 1
@@ -483,7 +356,7 @@ def test_a_result_in_a_terminal_wraps_but_its_snippet_does_not():
     console = Console(force_terminal=True, width=40, color_system=None, highlight=False)
     found = {"counterexample": "word " * 20, "given": "keys", "snippet": "keys = [" + "0.0, " * 30 + "]"}
     with console.capture() as captured:
-        show_result(console, entry("time_order", "refuted", **found))
+        show_result(console, Result("time_order", "Law.", "order", "refuted", **found))
     lines = captured.get().splitlines()
     assert "        " + found["snippet"] in lines
     assert max(len(line) for line in lines if "keys = [" not in line) <= 40
@@ -526,7 +399,7 @@ def bad_files(tmp_path):
         ("needs.py:compress", "no_such_module"),
         ("number.py:compress", "should be called as compress(keys, values, keep_ratio)"),
         ("two.py:compress", "(keys, values)"),
-        ("good.py:compress --as fish", "fish"),
+        ("good.py:compress --as fish", "--as fish, but should be one of function, "),
         ("good.py:compress --like scipy", "--like scipy, but should be knorm"),
         ("good.py:compress --trait rounding", "--trait rounding, but should be NAME=VALUE"),
         ("good.py:compress --trait round=ceil", "no trait is named 'round'; there are batch_independent, "),
@@ -581,27 +454,70 @@ def test_v_shows_the_traceback_of_the_targets_own_error(run_knorm, inline):
     assert "ZeroDivisionError: division by zero\n" in err
 
 
-def test_nothing_is_refused_late(run_knorm, monkeypatch):
-    """What can be seen from the arguments alone starts no worker."""
-    monkeypatch.setattr(supervisor, "Worker", SimpleNamespace)
-    for arguments in (("--expect-failure", "x"), ("--select", ""), ("--limit", "-1"), ("--device", "tpu")):
-        assert run_knorm("check", "good.py:compress", *arguments)[0] == 2
-
-
 def test_help_names_every_kind_of_target():
     out = " ".join(CliRunner().invoke(cli, ["check", "--help"]).output.split())
     assert f"{', '.join(KINDS[:-1])} or {KINDS[-1]}." in out
 
 
-@pytest.mark.parametrize("arguments", [["check", "--help"], ["check", "x", "--limit", "0"]])
-def test_the_parent_loads_nothing_heavy(arguments):
+REFUSED = (
+    ("check good.py:compress --limit 0", "--limit 0, but"),
+    ("check good.py:compress --trait rounding", "--trait rounding, but should be NAME=VALUE"),
+    ("check good.py:compress --trait round=ceil", "no trait is named 'round'"),
+    ("check good.py:compress --trait rounding=up", "trait rounding='up'"),
+    ("check good.py:compress --like scipy", "--like scipy"),
+    ("check good.py:compress --as fish", "--as fish, but should be one of function, class, "),
+    ("check good.py:compress --select order,tim", "no check is named 'tim'; there are accepts, "),
+    ("check good.py:compress --expect-failure tim=x", "no check is named 'tim'; there are accepts, "),
+    ("check good.py:compress --expect-failure order=x", "no check is named 'order'"),
+    ("check good.py:compress --profile slow", "--profile slow, but should be one of quick, thorough"),
+    ("check nowhere.py:compress", "there is no Python file "),
+    ("check good.py", "target 'good.py', but should be "),
+    ("check no_such_package.module:compress", "there is no module 'no_such_package'"),
+    ("check .hidden:compress", "there is no module '.hidden'"),
+    ("check good.py:compress --device tpu", "--device tpu, but should be cpu, cuda or cuda:N"),
+    ("ppl --model nowhere", "model 'nowhere' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or"),
+    ("ppl --text nowhere.txt", "text 'nowhere.txt' is no file here"),
+    ("ppl --device tpu", "--device tpu, but should be cpu, cuda or cuda:N"),
+    ("ppl --reported nowhere.csv", "nowhere.csv cannot be read: it is not there"),
+    ("explain --model nowhere/at@all", "model 'nowhere/at@all' is no folder here"),
+    ("explain --text hub:nowhere", "text 'hub:nowhere' should be hub:organisation/name@commit:files"),
+    (
+        "bench --model nowhere",
+        "model 'nowhere' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or",
+    ),
+    ("golden record", "name the cases to record, or give --all"),
+    ("golden accept", "name the cases, or the candidate files"),
+)
+
+
+@pytest.mark.usefixtures("bad_files")
+def test_what_can_be_told_from_the_arguments_is_told_before_anything_heavy_is_loaded(tmp_path):
     code = """
-        import sys
-        from knorm.cli import cli, main
-        try:
-            main()
-        finally:
-            print(sorted({'torch', 'transformers', 'hypothesis', 'knorm.laws.runner'} & {*sys.modules}))
+        import json, sys
+        from knorm.cli import main
+        ended = []
+        for line in json.loads(sys.argv[1]):
+            sys.argv = ["knorm", *line.split()]
+            try:
+                main()
+            except SystemExit as end:
+                ended.append(end.code)
+            print("-----", file=sys.stderr)
+        sys.argv = ["knorm", "check", "--help"]
+        main()
+        heavy = {'torch', 'transformers', 'hypothesis', 'numba', 'knorm.laws.runner'}
+        print(json.dumps([ended, sorted(heavy & {*sys.modules})]))
     """
-    run = in_a_new_process(code, *arguments)
-    assert run.stdout.splitlines()[-1] == "[]"
+    run = in_a_new_process(code, json.dumps([line for line, _ in REFUSED]), check=True, cwd=tmp_path)
+    ended, heavy = json.loads(run.stdout.splitlines()[-1])
+    said = run.stderr.split("-----\n")
+    assert heavy == []
+    assert ended == [2] * len(REFUSED)
+    for text, (line, words) in zip(said, REFUSED, strict=False):
+        assert words in text, line
+        assert text.count("\n") == 1, line
+
+
+def test_the_names_of_checks_read_from_the_source_are_those_of_the_catalogue():
+    assert check_names() == {check.name: check.family for check in CHECKS.values()}
+    assert tuple(EFFORT) == PROFILES

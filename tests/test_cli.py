@@ -64,7 +64,7 @@ def test_a_prefill_scores_only_the_tokens_after_the_prompt(run_knorm, embedded):
     assert result["policy"]["protocol"] == "prefill"
     assert result["rows"][0]["tokens"] == nll.numel() == 24
     assert result["rows"][0]["nll"] == pytest.approx(float(nll.double().mean()), abs=1e-9)
-    assert result["rows"][0]["final_cache"] == retained_count(20, 0.5) + 12
+    assert result["rows"][0]["final_cache"] == 10 + 12
 
 
 def test_plot_draws_a_png(run_knorm):
@@ -111,7 +111,10 @@ def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(run_knorm, m
         ("--keep-ratio nan", "keep_ratio='nan', but should lie in (0, 1]"),
         ("--keep-ratio 0.5,abc", "keep_ratio='abc', but should lie in (0, 1]"),
         ("--keep-ratio ,", "--keep-ratio is empty"),
-        ("--model pythia", "model 'pythia' should be 'embedded', a folder, or a Hub id"),
+        (
+            "--model pythia",
+            "model 'pythia' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or a Hub id",
+        ),
         ("--model EleutherAI/pythia-70m", "needs a pinned revision"),
         ("--text nowhere.txt", "text 'nowhere.txt' is no file here"),
         ("--text empty.txt", "the text has 0 tokens, but needs at least two"),
@@ -230,6 +233,7 @@ def in_norm_order(keys, values, ratio):
 
 def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(run_knorm, monkeypatch):
     whole = verify.verify
+    monkeypatch.setattr(verify, "OWN", ())
     monkeypatch.setattr(verify, "compress", in_norm_order)
     chosen = partial(verify.iter_results, select=("retained_count", "time_order"))
     monkeypatch.setattr(verify, "iter_results", chosen)
@@ -242,6 +246,22 @@ def test_verify_exits_with_1_and_the_counterexample_where_a_law_is_refuted(run_k
     assert refuted["evidence"].startswith("time order: positions [1, 0] retained from 2 tokens")
     assert "REFUTED  Retained positions ascend. [time order: positions [1, 0]" in out
     assert out.splitlines()[-1].startswith("1 hold, 1 refuted, in ")
+
+
+def check_shapes():
+    """Shapes agree."""
+    raise ValueError("shape '[2, 3, 12]' is invalid for input of size 66")
+
+
+def test_an_error_of_knorms_own_is_a_verdict_of_verify_not_wrong_usage(run_knorm, monkeypatch):
+    whole = verify.verify
+    monkeypatch.setattr(verify, "OWN", (check_shapes,))
+    monkeypatch.setattr(verify, "verify", lambda: islice(whole(), 1))
+    code, out, err = run_knorm("verify")
+    assert (code, err) == (1, "")
+    assert out.startswith(
+        "REFUTED  Shapes agree. [raised ValueError: shape '[2, 3, 12]' is invalid for input of size 66"
+    )
 
 
 def test_verify_says_nothing_when_quiet_but_in_its_exit_code(run_knorm, monkeypatch):
@@ -268,7 +288,7 @@ def test_help_loads_nothing_heavy(arguments):
     [
         ("--version", 0, f"python -m knorm, version {knorm.__version__}"),
         ("golden list --help", 0, "Usage: python -m knorm golden list [OPTIONS]"),
-        ("ppl --window few", 2, "Usage: python -m knorm ppl [OPTIONS]"),
+        ("ppl --window few", 2, "Usage: python -m knorm ppl [OPTIONS] [TARGET]..."),
     ],
 )
 def test_the_package_runs_as_the_command_does(arguments, code, words, tmp_path):

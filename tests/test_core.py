@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from knorm import Policy, compress, retained_count
+from knorm import Policy, compress
 from knorm.core import select, squared_norms
 from knorm.laws.strategies import Cache, caches, larger_ratio, tagged_values
+from knorm.laws.traits import exact_share
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -23,7 +26,7 @@ def lowest(norms: list[float], count: int, first: int = 0, recent: int = 0) -> l
 @given(caches(), st.integers(0, 3), st.integers(0, 3))
 def test_protected_tokens_and_the_lowest_norms_are_kept_in_time_order(cache: Cache, first, recent):
     policy = Policy(cache.keep_ratio, protect_first=first, protect_recent=recent)
-    count = retained_count(cache.length, cache.keep_ratio)
+    count = ceil(exact_share(cache.length, cache.keep_ratio))
     if cache.length > first + recent > count:
         with pytest.raises(ValueError, match="Protect fewer, or raise keep_ratio"):
             compress(cache.keys, cache.values, policy)
@@ -42,7 +45,7 @@ def test_every_score_nests_and_keeps_the_count_in_time_order(cache: Cache, score
         compress(cache.keys, cache.values, Policy(ratio, score=score, seed=seed)).positions
         for ratio in (cache.keep_ratio, larger_ratio(cache.keep_ratio))
     )
-    assert few.shape[-1] == retained_count(cache.length, cache.keep_ratio)
+    assert few.shape[-1] == ceil(exact_share(cache.length, cache.keep_ratio))
     assert (few.diff(dim=-1) > 0).all()
     assert (few[..., :, None] == many[..., None, :]).any(-1).all()
     if score == "random":
@@ -52,7 +55,7 @@ def test_every_score_nests_and_keeps_the_count_in_time_order(cache: Cache, score
 @given(caches(), st.integers(0, 2), st.integers(0, 2))
 def test_positions_stay_those_of_the_sequence_through_a_second_compression(cache: Cache, first, recent):
     policy = Policy(cache.keep_ratio, protect_first=first, protect_recent=recent)
-    assume(retained_count(retained_count(cache.length, cache.keep_ratio), cache.keep_ratio) >= first + recent)
+    assume(exact_share(ceil(exact_share(cache.length, cache.keep_ratio)), cache.keep_ratio) > first + recent - 1)
     once = compress(cache.keys, cache.values, policy)
     twice = compress(once.keys, once.values, policy, positions=once.positions)
     assert torch.equal(cache.positions(twice), twice.positions)

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from knorm import Policy, exact_nll, retained_count
+from knorm import Policy, exact_nll
 from knorm.evaluation import windows as cutting
 from knorm.evaluation.curve import measure_row
 from knorm.evaluation.runner import Runner
@@ -67,9 +67,9 @@ def test_a_row_is_what_the_tokens_say():
 def test_a_prefill_row_scores_and_counts_after_the_prompt_only():
     row = measure_row(Runner(tiny("qwen2"), windows(3, 40), 30), Policy(0.3))
     assert row.tokens == 3 * 10
-    assert row.final_cache == retained_count(30, 0.3) + 10
+    assert row.final_cache == 9 + 10
     # The last token of the prompt sees it whole; nine queries follow, each with one token more.
-    lengths = [30, *(retained_count(30, 0.3) + n for n in range(1, 11))]
+    lengths = [30, *(9 + n for n in range(1, 11))]
     assert row.mean_cache == pytest.approx(sum(lengths) / len(lengths))
 
 

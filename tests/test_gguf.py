@@ -13,8 +13,9 @@ from tiny import tiny
 from tokenizers import pre_tokenizers
 
 import knorm
-from knorm.gguf import find_smollm2, read_header
+from knorm.gguf import read_header
 from knorm.models import load_model, load_text
+from knorm.sources import find_smollm2
 
 U32, STRING, ARRAY = 4, 8, 9
 

@@ -14,17 +14,20 @@ from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
-    "": "policy strict paths files git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights gguf models bench evaluation golden laws verify cli plugin __main__",
+    "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
+    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify cli plugin "
+    "__main__",
     "bench": "latency counters worker policies commits",
-    "evaluation": "windows runner curve interventions explain doubts facts published",
+    "methods": "kinds known budget restored watch targets method policies caches functions presses door",
+    "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format gates environment store latency cases verify",
-    "laws": "traits registry strategies subjects model presses adapters loading snippets catalogue runner process",
+    "laws": "traits results targets registry names strategies subjects oracle model presses adapters loading snippets "
+    "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
-    "laws.process": "worker supervisor",
-    "cli": "outputs figures options tables setting verify check ppl explain bench golden",
+    "laws.process": "protocol usage worker start supervisor",
+    "cli": "outputs figures options tables setting compared verify check ppl explain bench golden",
 }
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
@@ -80,8 +83,13 @@ def too_early(name, imports):
     return late
 
 
-LIGHT = ("policy", "paths", "files")
-COMMANDS = ("__init__", "outputs", "options", "setting", "verify", "check", "ppl", "explain", "bench", "golden")
+LIGHT = ("policy", "paths", "files", "sources")
+METHODS = ("kinds", "known", "targets")
+LAWS = ("traits", "results", "targets", "registry", "names")
+COMMANDS = (
+    "__init__",
+    *("outputs", "options", "setting", "compared", "verify", "check", "ppl", "explain", "bench", "golden"),
+)
 
 
 def run(code):
@@ -120,13 +128,17 @@ def test_an_import_across_packages_and_within_one_is_noticed():
         *((f"cli/{name}.py", {"click"}) for name in COMMANDS),
         *((f"{name}.py", set()) for name in LIGHT),
         ("plugin.py", {"pytest"}),
-        ("laws/process/supervisor.py", set()),
+        *((f"laws/{name}.py", set()) for name in LAWS),
+        *((f"methods/{name}.py", set()) for name in METHODS),
+        ("laws/process/protocol.py", {"pydantic"}),
+        *((f"laws/process/{name}.py", set()) for name in ("usage", "start", "supervisor")),
     ],
 )
 def test_what_starts_first_loads_little(source, others):
     names = [*imported(tree(source).body)]
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "knorm", *others}
-    light = {"", *LIGHT, *(f"cli.{name}" for name in COMMANDS)}  # held to the same
+    light = {"", *LIGHT, "laws.process.protocol", *(f"cli.{name}" for name in COMMANDS)}  # held to the same
+    light |= {f"laws.{name}" for name in LAWS} | {f"methods.{name}" for name in METHODS} | {"methods"}
     assert not own_modules(names) - light, "knorm's own modules load when they are needed"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import pytest
@@ -16,6 +17,7 @@ from knorm.laws import (
     Kept,
     Malformed,
     Refuted,
+    Result,
     Subject,
     Traits,
     check_compressor,
@@ -23,7 +25,7 @@ from knorm.laws import (
     find,
 )
 from knorm.laws import registry as registry_module
-from knorm.laws.registry import check
+from knorm.laws.registry import Condition, check
 from knorm.laws.runner import run_check
 from knorm.laws.snippets import reproduce
 from knorm.laws.strategies import DTYPES, VOCABULARY, Cache, caches, larger_ratio, tagged_values, texts
@@ -60,9 +62,42 @@ def test_a_check_says_its_law_in_a_sentence(name):
     assert find(name).function.__name__ == f"check_{name}"
 
 
-def test_a_check_that_asks_for_traits_names_them():
-    silent = [each.name for each in CHECKS.values() if not each.needs and not each.applies(Traits(ragged=True))]
-    assert not silent
+def test_the_traits_that_a_check_needs_make_both_the_condition_and_the_words():
+    ties = find("ties")
+    assert ties.in_words() == "scores=key_norm, merges_values=False, ties=earlier"
+    assert ties.missing(KNORM) == ()
+    assert ties.missing(Traits()) == ("scores", "ties")
+    assert ties.in_words(ties.missing(Traits())) == "scores=key_norm, ties=earlier"
+    assert ties.missing(replace(KNORM, merges_values=True)) == ("merges_values",)
+    assert find("nesting").in_words(["scores"]) == "scores=key_norm or keys"
+    assert find("time_order").in_words() == "time_order, merges_values=False"
+
+
+def test_a_condition_beyond_values_names_its_traits_too():
+    protected = find("protected_tokens")
+    assert protected.in_words() == "ragged=False, protect_first or protect_recent"
+    assert protected.missing(Traits()) == ("protect_first", "protect_recent")
+    assert protected.in_words(protected.missing(Traits())) == "protect_first or protect_recent"
+    assert protected.missing(Traits(protect_recent=1)) == ()
+    assert find("short_caches").missing(Traits(prune_after=1)) == ("prune_after",)
+
+
+def test_few_laws_need_a_condition_beyond_values():
+    odd = [each.name for each in CHECKS.values() if each.applies]
+    assert odd == ["short_caches", "skipped_layers", "protected_tokens", "protection_refused"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"needs": {"luck": True}}, "no trait is named 'luck'; there are batch_independent, "),
+        ({"applies": Condition(("luck",), bool)}, "no trait is named 'luck'; there are batch_independent, "),
+        ({"needs": {"rounding": ("ceil", "up")}}, "trait rounding='up', but should be ceil, floor, half_even, None"),
+    ],
+)
+def test_a_check_asks_only_for_traits_and_values_that_there_are(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check(**options)
 
 
 def test_an_unknown_check_is_refused():
@@ -76,9 +111,9 @@ def test_a_name_is_taken_once(monkeypatch):
     def check_luck(compressor, cache):
         """Luck holds."""
 
-    check(needs="luck", applies=lambda traits: False)(check_luck)
+    check(needs={"ragged": True})(check_luck)
     entered = find("luck")
-    assert (entered.law, entered.needs, entered.applies(Traits())) == ("Luck holds.", "luck", False)
+    assert (entered.law, entered.in_words(), entered.missing(Traits())) == ("Luck holds.", "ragged", ("ragged",))
     with pytest.raises(ValueError, match="'luck' is in the catalogue already"):
         check()(check_luck)
 
@@ -313,11 +348,25 @@ def test_a_target_that_leaves_the_interpreter_breaks_a_law():
 def test_what_does_not_apply_says_what_it_needs():
     select = ["time_order", "crop", "same_tokens"]
     results = check_compressor(subject(newest_first, time_order=False), select=select)
-    assert {r.check: (r.verdict, r.reason) for r in results} == {
-        "time_order": ("does not apply", "needs time_order, merges_values=False"),
-        "crop": ("does not apply", "needs a transformers cache"),
-        "same_tokens": ("does not apply", "needs an evaluator of token NLLs"),
+    assert {r.check: (r.verdict, r.reason, r.needs) for r in results} == {
+        "time_order": ("does not apply", "needs time_order", ("time_order",)),
+        "crop": ("does not apply", "needs a transformers cache", ()),
+        "same_tokens": ("does not apply", "needs an evaluator of token NLLs", ()),
     }
+
+
+def test_a_text_of_the_targets_is_cut_and_says_so():
+    def talks(keys, values, keep_ratio):
+        raise ValueError("x" * 10**6)
+
+    result = run_check(find("accepts"), subject(talks))
+    assert len(result.counterexample) < 11_000
+    assert "x ... [996,0" in result.counterexample
+    assert f"[{result.given}]" in result.counterexample[-200:]
+    wide = Result("accepts", "law", "family", "refuted", counterexample="a" * 10**6, snippet="b" * 10**6)
+    assert len(wide.counterexample) <= 10_000
+    assert wide.snippet == "# 1,000,000 characters: too long to print"
+    assert Result(**asdict(wide)) == wide, "cut once: as it arrives"
 
 
 def test_an_expected_failure_is_one_and_what_holds_after_all_is_reported():

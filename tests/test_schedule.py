@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from math import ceil
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from knorm import Policy, compress, evicted_at
 from knorm.core import squared_norms
+from knorm.laws.traits import exact_share
 from knorm.schedule import cache_lengths, never, recent_cached
 
 
@@ -23,6 +26,15 @@ def policies(draw):
     return Policy(prune_after=draw(st.integers(enough, enough + 12)), protocol="streaming", **options)
 
 
+def budget(policy: Policy, length: int) -> int:
+    protected = policy.protect_first + policy.protect_recent
+    if length < policy.prune_after or length <= protected:
+        return length
+    if (count := ceil(exact_share(length, policy.keep_ratio))) < protected:
+        raise ValueError
+    return count
+
+
 def replay(scores: list[float], policy: Policy, prompt: int) -> list[int]:
     """The run itself, in plain Python: feed, and when the policy says so keep the best of what is there."""
     lost, cache = [len(scores)] * len(scores), []
@@ -33,7 +45,7 @@ def replay(scores: list[float], policy: Policy, prompt: int) -> list[int]:
         newest = cache[max(0, len(cache) - policy.protect_recent) :]
         protected = [s for s in cache if s in cache[: policy.protect_first] or s in newest]
         others = sorted((s for s in cache if s not in protected), key=lambda s: (scores[s], s))
-        kept = sorted([*protected, *others][: policy.budget(len(cache))])
+        kept = sorted([*protected, *others][: budget(policy, len(cache))])
         for s in cache:
             if s not in kept:
                 lost[s] = token + 1

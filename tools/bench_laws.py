@@ -79,7 +79,7 @@ def matrix() -> str:
     for check in CHECKS.values():
         found = [name for name, checks in refuting.items() if check.name in checks]
         alone = [name for name in found if refuting[name] == [check.name]]
-        laws.append((f"`{check.name}`", check.law, check.needs or "-", len(found), code(alone) or "**none**"))
+        laws.append((f"`{check.name}`", check.law, check.in_words() or "-", len(found), code(alone) or "**none**"))
     for mutant in MUTANTS:
         others = [name for name in refuting[mutant.name] if name != mutant.check]
         own = f"`{mutant.check}`" if mutant.check in refuting[mutant.name] else f"**not** `{mutant.check}`"

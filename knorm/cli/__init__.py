@@ -9,7 +9,7 @@ import click
 
 from knorm import __version__
 from knorm.cli import bench, check, explain, golden, ppl, verify
-from knorm.cli.options import BROKEN, WRONG_USAGE
+from knorm.cli.options import BROKEN, WRONG_USAGE, visible
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -41,7 +41,7 @@ def main() -> None:
         if {"-v", "--verbose"} & set(sys.argv[1:2]):
             traceback.print_exc()
             sys.exit(WRONG_USAGE)
-        click.echo(f"knorm: {error}", err=True)
+        click.echo(f"knorm: {visible(str(error))}", err=True)
         sys.exit(WRONG_USAGE)
     except Exception:  # Python's own exit code would be 1: refuted
         traceback.print_exc()

@@ -21,7 +21,6 @@ from knorm.cli.options import (
     Numbers,
     PolicyOptions,
     bundled,
-    check_device,
     check_outputs,
     make_console,
     model_options,
@@ -140,10 +139,11 @@ def bench(
     INCONCLUSIVE: the noise is too large to say; exit code 0, or 1 with --strict. Nothing is run again until it passes.
     """
     check_outputs(json, plot)
+    model_options.check()
 
     from knorm.bench.latency import check_alone, memory_in_one_line
 
-    device = check_device(model_options.device)
+    device = model_options.device
     check_alone(device)
     margin = _check_timing(timing_options, device)
     asked = _Asked(policy_options, prompt_options, model_options, timing_options, margin, json, plot, quiet)
@@ -319,8 +319,8 @@ def _against(asked: _Asked, reference: str) -> str:
 @contextmanager
 def _folder(model: str) -> Iterator[str]:
     """Say a model as an older commit takes it, which has other models in its box, if any."""
-    from knorm.gguf import SMOLLM2
-    from knorm.models import EMBEDDED_MODELS, embedded_folder
+    from knorm.models import embedded_folder
+    from knorm.sources import EMBEDDED_MODELS, SMOLLM2
 
     if model in EMBEDDED_MODELS:
         with embedded_folder(model) as folder:

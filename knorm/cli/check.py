@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import click
 
 from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
 from knorm.cli.outputs import write_json
+from knorm.laws.targets import KINDS
 
 
 @click.command()
@@ -19,7 +21,7 @@ from knorm.cli.outputs import write_json
     "--as",
     "kind",
     metavar="KIND",
-    help="function, class, legacy, cache function, cache, evaluator or press.  [told by its parameters]",
+    help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}.  [told by its parameters]",
 )
 @click.option("--like", metavar="knorm", help="The target promises all that knorm's own core does.")
 @click.option("--trait", "traits", multiple=True, metavar="NAME=VALUE", help="What it promises, e.g. rounding=ceil.")
@@ -46,7 +48,9 @@ def check(
     TARGET: path/to/file.py:name, package.module:name, or kvpress:PressName.
     """
     from knorm.cli.tables import show_result, show_summary
-    from knorm.laws.process.supervisor import Request, Supervisor
+    from knorm.laws.process.protocol import Request
+    from knorm.laws.process.supervisor import Supervisor
+    from knorm.laws.process.usage import check_request
 
     names = None if select is None else tuple(name.strip() for name in select.split(",") if name.strip())
     if names == ():
@@ -54,25 +58,26 @@ def check(
     if not limit > 0:
         raise ValueError(f"--limit {limit:g}, but should be seconds above 0")
     expected = tuple(map(_expected, expect_failure))
+    request = Request(**given, select=names, expected=expected, quiet=quiet, verbose=bool(verbose))
+    check_request(request)
     check_device(given["device"])
-    supervisor = Supervisor(
-        Request(**given, select=names, expected=expected, quiet=quiet, verbose=bool(verbose)), limit
-    )
+    supervisor = Supervisor(request, limit)
     console, results = make_console(quiet), []
     with closing(supervisor.results()) as found:  # the worker ends, whatever happens here
         for result in found:
             results.append(result)
             show_result(console, result, verbose)
-    show_summary(console, results, supervisor.traits)
-    tried = {result["check"] for result in results if result["verdict"] != "does not apply"}
+    show_summary(console, results)
+    tried = {result.check for result in results if result.verdict != "does not apply"}
     if not tried:
         raise ValueError("none of the checks chosen applies to this target: drop --select, or promise more by --trait")
     if idle := sorted({name for name, _ in expected} - tried):
         raise ValueError(f"--expect-failure names {', '.join(idle)}, but that was not tried on this target")
     settings = {name: given[name] for name in ("profile", "seed", "device")}
-    write_json(json, {"target": given["target"], "traits": supervisor.traits, **settings, "results": results})
-    wrong = {"refuted", "unexpectedly holds", "untested"}  # what was not tried was not found to hold
-    sys.exit(REFUTED if wrong & {result["verdict"] for result in results} else HOLDS)
+    written = {"traits": asdict(supervisor.traits), **settings, "results": [*map(asdict, results)]}
+    write_json(json, {"target": given["target"], **written})
+    # what was not tried was not found to hold
+    sys.exit(REFUTED if any(result.failed or result.verdict == "untested" for result in results) else HOLDS)
 
 
 def _expected(text: str) -> tuple[str, str]:

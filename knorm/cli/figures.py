@@ -12,6 +12,7 @@ from knorm.cli.outputs import MADE_BY, replace_file
 
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
+    from knorm.evaluation.ways import Evaluation
     from knorm.statistics import Comparison
 
 
@@ -52,6 +53,24 @@ def plot_curves(curves: Mapping[str, Sequence[Row]], title: str, file: Path) -> 
     finish_figure(figure, (left, right), title, file)
 
 
+def plot_frontier(rows: Sequence[Evaluation], title: str, file: Path) -> None:
+    """Draw KL from the full cache against bytes per token; what lies in the band cannot be told from the full cache."""
+    figure, axes = new_figure((9, 6), columns=1)
+    control, *methods = rows
+    floor = max(control.damage.kl, 1e-6)
+    for number, row in enumerate(methods):
+        damage = row.damage
+        kl, low, high = (max(x or 0, floor) for x in (damage.kl, damage.kl_low, damage.kl_high or damage.kl))
+        style = {"marker": "osD^vP*X"[number % 8], "capsize": 3, "label": row.label}
+        axes.errorbar([row.bytes_per_token], [kl], [[kl - min(low, kl)], [max(high, kl) - kl]], linestyle="", **style)
+    full = control.bytes_full / control.tokens_before
+    axes.axvline(full, color="gray", linestyle=":", label="full cache")
+    axes.set(xlabel="bytes of cache per token", ylabel="KL(full || compressed), nats per token", yscale="log")
+    axes.axhspan(axes.get_ylim()[0], floor, color="gray", alpha=0.2, label="the full cache run again, and less")
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    finish_figure(figure, [axes], title, file)
+
+
 def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file: Path) -> None:
     """Perplexity of the facts' own tokens against ratio, and beside it that of all other tokens (facts.Recall)."""
     figure, (left, right) = new_figure((11, 5), columns=2)
@@ -88,8 +107,10 @@ def finish_figure(figure: Any, axes: Sequence[Any], title: str, file: Path) -> N
     for each in axes:
         each.grid(alpha=0.3)
         if each.get_yscale() == "log":
-            for axis_format in (each.yaxis.set_major_formatter, each.yaxis.set_minor_formatter):
-                axis_format("{x:g}")
+            low, high = each.get_ylim()
+            each.yaxis.set_major_formatter("{x:g}")
+            if high < 50 * low:  # over more decades, numbers between the powers of ten would not fit
+                each.yaxis.set_minor_formatter("{x:g}")
     save_figure(figure, file)
 
 

@@ -134,6 +134,8 @@ def golden_record(
     golden_dir: Path | None,
 ) -> None:
     """Measure each CASE several times and write a candidate beside its golden, which stays as it is."""
+    if bool(cases) == everything:  # before anything heavy is loaded
+        raise ValueError("name the cases to record, or give --all")
     import torch
 
     from knorm.golden.cases import CASES, find_case
@@ -141,8 +143,6 @@ def golden_record(
     from knorm.golden.verify import record
     from knorm.models import hush
 
-    if bool(cases) == everything:
-        raise ValueError("name the cases to record, or give --all")
     kind = torch.device(check_device(device)).type
     chosen = (
         [c for c in CASES.values() if kind in c.devices and not (c.optional or c.timed)]
@@ -257,10 +257,10 @@ def golden_accept(
     golden_dir: Path | None,
 ) -> None:
     """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded."""
+    if not candidates:  # before anything heavy is loaded
+        raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")
     from knorm.golden.store import checkout, parse_allowance
 
-    if not candidates:
-        raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")
     console, store = make_console(quiet), _store(golden_dir, json)
     allowed = dict(map(parse_allowance, allow_worse))
     chosen, now = _chosen_candidates(store, candidates), checkout(store.folder)

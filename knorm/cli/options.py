@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import click
 
 from knorm.cli.outputs import file_option, force_option
 from knorm.policy import Policy, Protocol, Score
+from knorm.sources import find_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,10 +35,24 @@ def make_console(quiet: bool) -> Console:
     return console
 
 
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Write out the characters that move a terminal's cursor or turn its text around, and half surrogate pairs.
+
+    >>> visible("0 hold" + chr(27) + "[2K51 hold")
+    '0 hold\\\\x1b[2K51 hold'
+    """
+    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text).encode("utf-8", "replace").decode()
+
+
 def check_device(name: str) -> str:
     """A device that is there: refused otherwise, before anything is loaded."""
     if name == "cpu":
         return name
+    if not re.fullmatch(r"cpu(:0)?|cuda(:[0-9]{1,4})?", name):
+        raise ValueError(f"--device {name}, but should be cpu, cuda or cuda:N")
     import torch
 
     try:
@@ -136,6 +152,11 @@ class ModelOptions:
     model: str
     dtype: str
     device: str
+
+    def check(self) -> None:
+        """Refuse a model and a device that are not there, before anything heavy is loaded where that is possible."""
+        find_model(self.model)
+        check_device(self.device)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         """Load the model and its tokenizer, in silence. Raises ValueError for what cannot be loaded."""

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING
 
 import click
 
+from knorm.cli.compared import Asked, compare_methods, explicit
 from knorm.cli.options import (
     COMMON,
     CURVE,
     HOLDS,
     REFUTED,
     ModelOptions,
+    Numbers,
     PolicyOptions,
+    check_device,
+    check_outputs,
     make_console,
     model_options,
     policy_options,
@@ -25,16 +29,29 @@ from knorm.cli.options import (
 )
 from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import TextOptions, load_setting, text_options
+from knorm.files import file_size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from knorm.evaluation.curve import Row
+    from knorm.evaluation.ways import How
 
 
 @click.command()
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @text_options
-@policy_options(CURVE, "A row each.")
+@policy_options(CURVE, "A row each; for a TARGET: 0.5, unless it has a budget of its own.")
+@click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
+@click.option(
+    "--how",
+    type=click.Choice(["auto", "schedule", "two calls", "loop"]),
+    default="auto",
+    show_default=True,
+    help="The way a TARGET is run; auto takes the cheapest, and checks it.",
+)
+@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
+@click.option("--facts", is_flag=True, help="Recall of names that the embedded story gives early and needs late.")
 @model_options
 @click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
 @click.option(
@@ -45,7 +62,15 @@ if TYPE_CHECKING:
 )
 @file_option("--plot", "Draw the curve (.png, .svg, .pdf).")
 @with_options(*COMMON)
+@click.pass_context
 def ppl(
+    context: click.Context,
+    /,
+    targets: tuple[str, ...],
+    keep_tokens: tuple[int, ...] | None,
+    how: How,
+    kind: str | None,
+    facts: bool,
     text_options: TextOptions,
     policy_options: PolicyOptions,
     model_options: ModelOptions,
@@ -55,13 +80,33 @@ def ppl(
     json: Path | None,
     quiet: bool,
 ) -> None:
-    """Perplexity of a text at each ratio, exactly, from one forward pass each."""
-    console = make_console(quiet)
+    """What does compression cost in quality, and for what memory?
+
+    Without a TARGET: perplexity of knorm's own policies, exactly, from one forward pass each. With targets: each beside
+    the full cache on the same tokens. A target is knorm, path/to/file.py:name, package.module:name,
+    kvpress:SnapKVPress, transformers:QuantizedCache(backend="fp8"), or kvpress:* for all.
+    """
+    console, given = make_console(quiet), explicit(context)
+    if targets:
+        ratios = policy_options.keep_ratio if "keep_ratio" in given else None
+        asked = Asked(targets, tuple(ratios) if ratios else None, keep_tokens, kind, how, facts)
+        _refuse(reported=reported, stream=stream)
+        check_outputs(json, plot)
+        check_device(model_options.device)
+        whole, fields = compare_methods(
+            asked, policy_options, text_options, model_options, given=given, plot=plot, quiet=quiet,
+            verbose=bool(context.obj),
+        )  # fmt: skip
+        write_json(json, fields)
+        sys.exit(HOLDS if whole else REFUTED)
+    if asked_of := [flag for flag in ("keep_tokens", "how", "kind", "facts") if flag in given]:
+        raise ValueError(f"--{asked_of[0].replace('_', '-')} is about a TARGET: give one, as knorm")
     if reported:
         if plot or stream:
             raise ValueError("--reported judges a table and measures nothing: drop --plot and --stream")
         if json and json.resolve() == reported.resolve():
             raise ValueError(f"--json {json} would overwrite the table that --reported reads: give another file")
+        file_size(reported)  # before anything heavy is loaded
         _judge(reported, json, console)
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
 
@@ -86,6 +131,11 @@ def ppl(
     result = {"holds": holds, "suspicious": [asdict(doubt) for doubt in doubts], "rows": [asdict(row) for row in rows]}
     write_json(json, {**setting.fields, **result})
     sys.exit(HOLDS if holds else REFUTED)
+
+
+def _refuse(*, reported: Path | None, stream: bool) -> None:
+    if reported or stream:
+        raise ValueError("--reported and --stream are about knorm's own curve: drop the TARGET, or them")
 
 
 def _holds(rows: Sequence[Row], dtype: str, console: Console) -> bool:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from knorm.cli.options import ModelOptions, PolicyOptions, bundled, check_device, check_outputs
+from knorm.cli.options import ModelOptions, PolicyOptions, bundled, check_outputs
 from knorm.policy import Policy
+from knorm.sources import find_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +77,8 @@ def load_setting(
     if text_options.batch < 1:
         raise ValueError(f"--batch {text_options.batch}, but should be at least 1")
     check_outputs(json, plot)
-    check_device(model_options.device)
+    find_text(text_options.text)
+    model_options.check()
 
     from knorm.evaluation.runner import Runner
     from knorm.evaluation.windows import cut_windows

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from textwrap import indent
+from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from knorm.cli.figures import _NAMES, _SHOWN, Pairs
+from knorm.cli.options import visible
 
 if TYPE_CHECKING:
     from knorm.bench.commits import Found
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
     from knorm.evaluation.doubts import Suspicion
     from knorm.evaluation.explain import Explanation
+    from knorm.evaluation.facts import Recall
+    from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
     from knorm.golden.verify import Change, Outcome
+    from knorm.laws.results import Result
     from knorm.policy import Policy
 
 
@@ -68,46 +71,45 @@ _HEADS = {
 }
 
 
-def show_result(console: Console, result: Mapping[str, Any], verbose: bool = False) -> None:
-    """A line for what came of a check (the fields of laws.Result); below it all about a refuted one.
+def show_result(console: Console, result: Result, verbose: bool = False) -> None:
+    """A line for what came of a check; below it all about a refuted one.
 
     A law that does not apply is shown only where `verbose`.
     """
-    if result["verdict"] == "does not apply" and not verbose:
+    if result.verdict == "does not apply" and not verbose:
         return
-    line = Text.assemble(_HEADS[result["verdict"]], f"{result['law']} ", (f"[{_evidence(result)}]", "dim"))
+    line = Text.assemble(_HEADS[result.verdict], f"{result.law} ", (f"[{_evidence(result)}]", "dim"))
     print_text(console, line)
-    if result["verdict"] != "refuted":
+    if result.verdict != "refuted":
         return
-    print_text(console, Text(indent(result["counterexample"], " " * 4)))
-    if result["given"]:
-        print_text(console, Text(f"    given: {result['given']}"))
-    if result["snippet"]:
-        code = Text(f"\n{indent(result['snippet'], ' ' * 8)}\n")
+    print_text(console, Text(indent(result.counterexample or "", " " * 4)))
+    if result.given:
+        print_text(console, Text(f"    given: {result.given}"))
+    if result.snippet:
+        code = Text(f"\n{indent(result.snippet, ' ' * 8)}\n")
         print_text(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
 
 
 def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
     """A line of text, whatever it holds."""
-    text.plain = text.plain.encode("utf-8", "replace").decode()  # a target's words may hold what no terminal takes
+    text.plain = visible(text.plain)  # a target's words may hold what no terminal takes, or what rewrites a verdict
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
 
 
-def _evidence(result: Mapping[str, Any]) -> str:
-    verdict, tried = result["verdict"], result["examples"]
-    if verdict == "does not apply":
-        return f"{result['check']}: {result['reason']}"
-    found = f"example {tried}" if verdict in ("refuted", "expected failure") else f"{tried} examples"
-    why = result["reason"] or ("no drawn case was answered" if verdict == "untested" else "")
-    parts = [why, found if tried else "", f"{result['seconds']:.1f} s"]
-    return f"{result['check']}: {'; '.join(part for part in parts if part)}"
+def _evidence(result: Result) -> str:
+    if result.verdict == "does not apply":
+        return f"{result.check}: {result.reason}"
+    refuted = result.verdict in ("refuted", "expected failure")
+    tried = f"example {result.examples}" if refuted else f"{result.examples} examples"
+    why = result.reason or ("no drawn case was answered" if result.verdict == "untested" else "")
+    parts = [why, tried if result.examples else "", f"{result.seconds:.1f} s"]
+    return f"{result.check}: {'; '.join(part for part in parts if part)}"
 
 
-def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits: Mapping[str, Any]) -> None:
+def show_summary(console: Console, results: Sequence[Result]) -> None:
     """What more could be promised, and how many laws hold."""
-    verdicts = [result["verdict"] for result in results]
-    words = [word for r in results if r["verdict"] == "does not apply" for word in re.findall(r"\w+", r["reason"])]
-    names = list(dict.fromkeys(word for word in words if word in traits))
+    verdicts = [result.verdict for result in results]
+    names = dict.fromkeys(name for result in results for name in result.needs)
     if count := verdicts.count("does not apply"):
         laws = "1 law does" if count == 1 else f"{count} laws do"
         more = f"; promise more with --trait: {', '.join(names)}" if names else ""
@@ -121,13 +123,91 @@ def show_summary(console: Console, results: Sequence[Mapping[str, Any]], traits:
         said += [f"{verdicts.count(verdict)} {words_for}"] if verdict in verdicts else []
     said += [f"{verdicts.count('untested')} untested", f"{count} do not apply"]
     style = "bold red" if wrong else "bold yellow" if "untested" in verdicts else "bold green"
-    print_text(console, Text(f"{', '.join(said)}, in {sum(r['seconds'] for r in results):.0f} s", style))
+    print_text(console, Text(f"{', '.join(said)}, in {sum(r.seconds for r in results):.0f} s", style))
 
 
 def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
     """What does not make sense in a curve, and what was found or is to be run."""
     for doubt in doubts:
         print_text(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
+
+
+def show_methods(
+    console: Console,
+    rows: Sequence[Evaluation],
+    failed: Mapping[str, str],
+    title: str,
+    recalls: Mapping[str, Recall],
+    *,
+    verbose: bool,
+) -> None:
+    """Show what each method costs, how it was run, and which cannot be told apart."""
+    from knorm.evaluation.distinct import NOISE, letters
+
+    first = rows[0]
+    print_text(console, Text(title))
+    full = first.bytes_full / first.tokens_before
+    said = f"Full cache: PPL {math.exp(float(first.per_token.nll_full.mean())):.3f}, {full:,.0f} bytes per token"
+    print_text(console, Text(f"{said}, {first.tokens_before:.0f} tokens seen by a query\n"))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("method, budget", overflow="fold", min_width=14)
+    for column in ("PPL", "ΔNLL", "±", "KL", "top", "B/token", "seen", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    apart = letters([row.per_token.kl for row in rows], max(NOISE, 2 * first.damage.kl))
+    for row, letter in zip(rows, apart, strict=True):
+        d = row.damage
+        half = "-" if d.delta_nll_high is None else f"{d.delta_nll_high - d.delta_nll:.3f}"
+        table.add_row(
+            row.label, f"{d.ppl:.2f}", f"{d.delta_nll:+.3f}", half, _small(d.kl),
+            f"{d.same_top:.1%}", f"{row.bytes_per_token:.0f}", f"{float(row.tokens_seen.mean()):.0f}", letter,
+        )  # fmt: skip
+    console.print(table)
+    if any(apart):
+        print_text(
+            console, Text("Methods that share a letter cannot be told apart by KL (95%, paired by window).", "dim")
+        )
+    print_text(console, Text(""))
+    for row in rows:
+        note = row.how + (f"; {row.check}" if row.check else "")
+        print_wrapped(console, f"{row.label}: {note}", "dim")
+        if not row.changed and row is not first:
+            print_wrapped(console, "  no token's prediction changed: was the cache ever read?", "bold yellow")
+        if verbose:
+            print_wrapped(console, f"  {_tails(row)}", "dim")
+    for name, reason in failed.items():
+        print_wrapped(console, f"FAILED  {name}: {reason}", "bold red")
+    if recalls:
+        _show_recalls(console, recalls)
+
+
+def print_wrapped(console: Console, text: str, style: str = "") -> None:
+    """Print a line of text; what does not fit goes on below, indented."""
+    lines = wrap(text, console.width, subsequent_indent="    ", drop_whitespace=True, break_on_hyphens=False)
+    for line in lines:
+        print_text(console, Text(line, style), soft_wrap=True)
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.4f}" if value >= 0.001 else f"{value:.0e}"
+
+
+def _tails(row: Evaluation) -> str:
+    d = row.damage
+    median, high, higher, most = map(_small, (d.kl_median, d.kl_99, d.kl_999, d.kl_largest))
+    kl = f"KL median {median}, 99% {high}, 99.9% {higher}, largest {most}"
+    seen = ", ".join(f"{float(layer.mean()):.0f}" for layer in row.tokens_seen)
+    return f"{kl}; delta-p {d.delta_p:+.2%}, RMS {d.delta_p_rms:.2%}; seen by layer: {seen}"
+
+
+def _show_recalls(console: Console, recalls: Mapping[str, Recall]) -> None:
+    print_text(console, Text("\nNames that the story gives early and needs late:"))
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("method, budget", overflow="fold")
+    for column in ("PPL of the names", "likeliest", "PPL of the rest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, recall in recalls.items():
+        table.add_row(name, f"{recall.ppl:.2f}", f"{recall.accuracy:.1%}", f"{recall.others:.2f}")
+    console.print(table)
 
 
 def show_explanation(console: Console, found: Explanation, title: str) -> None:

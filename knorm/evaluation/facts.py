@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.evaluation.runner import Runner
+from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import Windows
+from knorm.methods.method import Method, Tokenizer
 from knorm.models import load_text
 from knorm.paths import ASSETS
 from knorm.policy import Policy
@@ -94,3 +96,30 @@ def recall(model: PreTrainedModel, facts: Facts, policy: Policy, *, prompt_lengt
         int(facts.asked.sum()),
         math.exp(float(others.mean())),
     )
+
+
+def recall_of(
+    model: PreTrainedModel, facts: Facts, method: Method, *, tokenizer: Tokenizer | None = None, batch: int = 1
+) -> Recall:
+    """Say how well the names are predicted where they are needed, by any method.
+
+    Args:
+        model: a causal language model in eval mode.
+        facts: made by fact_windows with the model's tokenizer; the prompt ends 16 tokens before a name is asked.
+        method: made by `knorm.method`.
+        tokenizer: of the model, for methods that read text.
+        batch: windows at a time.
+
+    Returns:
+        A Recall; `others` is of the tokens after the prompt that are not asked.
+
+    Raises:
+        MethodError: what the method's own code raised.
+    """
+    prompt = max(PASSAGE, int(facts.asked.any(0).nonzero()[0]) - AFTER)
+    ways = Ways(model, Windows(facts.input_ids), prompt, batch=batch, tokenizer=tokenizer)
+    tokens = ways.evaluate(method).per_token
+    asked = facts.asked[:, prompt - 1 :]
+    mean, others = float(tokens.nll[asked].mean()), float(tokens.nll[~asked].mean())
+    accuracy = float(tokens.correct[asked].double().mean())
+    return Recall(mean, math.exp(mean), accuracy, int(asked.sum()), math.exp(others))

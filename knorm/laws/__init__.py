@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from knorm.laws.catalogue import FAMILIES as FAMILIES
     from knorm.laws.registry import CHECKS as CHECKS
     from knorm.laws.registry import Check as Check
+    from knorm.laws.registry import Condition as Condition
     from knorm.laws.registry import Malformed as Malformed
     from knorm.laws.registry import Refuted as Refuted
     from knorm.laws.registry import check as check
     from knorm.laws.registry import find as find
-    from knorm.laws.runner import Result as Result
+    from knorm.laws.results import Result as Result
     from knorm.laws.runner import check_compressor as check_compressor
     from knorm.laws.runner import describe as describe
     from knorm.laws.runner import iter_results as iter_results
@@ -30,10 +31,11 @@ _HOME = {
     "FAMILIES": "catalogue",
     "KNORM": "traits",
     "Check": "registry",
+    "Condition": "registry",
     "Kept": "subjects",
     "Malformed": "registry",
     "Refuted": "registry",
-    "Result": "runner",
+    "Result": "results",
     "Subject": "subjects",
     "Traits": "traits",
     "check": "registry",

@@ -13,27 +13,18 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from transformers.cache_utils import Cache as TransformersCache
-
 from knorm.cache import KnormCache
 from knorm.core import compress
-from knorm.laws.presses import _is_press, through_attention
+from knorm.laws.presses import through_attention
 from knorm.laws.subjects import Subject, takes_layer
+from knorm.laws.targets import CALLED_AS, KINDS
 from knorm.laws.traits import KNORM, Traits, traits_of
+from knorm.methods import kinds
+from knorm.methods.kinds import kind_of, signature_of
 from knorm.perplexity import exact_nll, stream_nll
 
-_SHOULD = {
-    "function": "(keys, values, keep_ratio)",
-    "class": "(keep_ratio), its instances as (keys, values)",
-    "legacy": "(past_key_values, keep_ratio, prune_after, skip_layers)",
-    "cache function": "(cache, keep_ratio)",
-    "cache": "(keep_ratio), for a transformers cache",
-    "evaluator": "(model, input_ids, keep_ratio, prompt_length)",
-    "press": "(compression_ratio), for a press of kvpress",
-}
-KINDS = tuple(_SHOULD)
+_RATIOS = (*kinds.RATIOS, "policy")
 _LEADING = {"function": 2, "legacy": 1, "cache function": 1, "evaluator": 2}  # arguments before the ratio
-_RATIOS = ("keep_ratio", "ratio", "compression_ratio", "policy")
 
 _FEED = "for index in range(layer + 1):\n        cache.update(keys, values, index)"
 _BODIES = {
@@ -112,7 +103,7 @@ def _subject(target: Any, traits: Any, kind: str | None, name: str, source: _Sou
     if kind not in (None, *KINDS):
         raise ValueError(f"kind={kind!r}, but should be one of {', '.join(KINDS)}")
     if not callable(target):
-        raise TypeError(f"{name} is not callable, but should be called as {name}{_SHOULD['function']}")
+        raise TypeError(f"{name} is not callable, but should be called as {name}{CALLED_AS['function']}")
     told = _kind_of(target)
     kind = kind or told
     own = any(target is mine for mine in (compress, KnormCache, exact_nll, stream_nll))
@@ -144,34 +135,15 @@ def _with_imports(text: str) -> str:
     return "\n".join([*(line for word, line in _IMPORTS.items() if word in text), text])
 
 
-def _signature(target: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(target, eval_str=True)
-    except Exception:  # annotations that only type checkers can read
-        try:
-            return inspect.signature(target)
-        except (TypeError, ValueError):
-            return None
-
-
 def _kind_of(target: Any) -> str:
-    if isinstance(target, type):
-        return "cache" if issubclass(target, TransformersCache) else "press" if _is_press(target) else "class"
-    if _is_press(type(target)):
-        return "press"
-    signature = _signature(target)
-    if signature is None or not signature.parameters:
-        return "function"
-    first = next(iter(signature.parameters.values()))
-    cache, returned = (
-        issubclass(x, TransformersCache) if isinstance(x, type) else isinstance(x, str) and x.endswith("Cache")
-        for x in (first.annotation, signature.return_annotation)
-    )
-    if returned and len(signature.parameters) == 1 and first.name in _RATIOS:
-        return "cache"
-    if cache or first.name == "cache":
-        return "cache function"
-    return {"model": "evaluator", "past_key_values": "legacy"}.get(first.name, "function")
+    """Tell the kind of a target; what scores a model's texts is known by its first parameter."""
+    kind = kind_of(target)
+    signature = None if isinstance(target, type) or kind == "press" else signature_of(target)
+    if signature is not None and next(iter(signature.parameters), "") == "model":
+        return "evaluator"
+    if signature is not None and not signature.parameters:
+        return "function"  # refused: nothing could be given to it
+    return kind
 
 
 def _filled(target: Any, kind: str, traits: Traits, name: str) -> tuple[str, dict[str, str]]:
@@ -179,7 +151,7 @@ def _filled(target: Any, kind: str, traits: Traits, name: str) -> tuple[str, dic
     if kind == "press":
         through_attention(target)  # refuses what it cannot run
         return _BODIES[kind], {}
-    signature = _signature(target)
+    signature = signature_of(target)
     parameters = signature.parameters if signature else {}
     positional = [x for x, one in parameters.items() if one.kind is not inspect.Parameter.KEYWORD_ONLY]
     word = next((x for x in _RATIOS if x in parameters and parameters[x].kind != inspect.Parameter.POSITIONAL_ONLY), "")
@@ -189,7 +161,7 @@ def _filled(target: Any, kind: str, traits: Traits, name: str) -> tuple[str, dic
     if signature:
         _fit(name, signature, kind, *leading, *([] if word else [0]), **({word: 0} if word else {}), **options)
     if kind == "class" and isinstance(target, type):
-        called = _signature(target.__call__) if any("__call__" in vars(x) for x in target.__mro__) else None
+        called = signature_of(target.__call__) if any("__call__" in vars(x) for x in target.__mro__) else None
         _fit(f"{name}.__call__", called or inspect.Signature(), kind, 0, 0, 0)
     layered = takes_layer(target.__call__ if kind == "class" else target)
     written = "".join(f", {option}={value!r}" for option, value in options.items())
@@ -208,7 +180,7 @@ def _fit(name: str, signature: inspect.Signature, kind: str, *arguments: Any, **
     except TypeError:
         found, target = " ".join(f"{name}{signature}".split()), name.removesuffix(".__call__")
         raise TypeError(
-            f"{found} does not fit: a target of kind {kind!r} is called as {target}{_SHOULD[kind]}. "
+            f"{found} does not fit: a target of kind {kind!r} is called as {target}{CALLED_AS[kind]}. "
             f"The other kinds are {', '.join(other for other in KINDS if other != kind)}"
         ) from None
 

@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import DynamicCache
 
+from knorm.laws import oracle
 from knorm.laws.registry import Malformed, Refuted
 from knorm.laws.strategies import VOCABULARY
-from knorm.model_attention import attention_through, cache_keyword
+from knorm.laws.subjects import in_words
+from knorm.model_attention import cache_keyword
 
 CONFIG: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -57,9 +59,7 @@ def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: I
         except (Malformed, Refuted):
             raise
         except Exception as error:
-            raise Refuted(
-                f"tokens {start} to {stop - 1} of a text could not be fed: {type(error).__name__}: {error}"
-            ) from error
+            raise Refuted(f"tokens {start} to {stop - 1} of a text could not be fed: {in_words(error)}") from error
         parts.append(out.logits)
         start = stop
     return torch.cat(parts, 1)
@@ -86,19 +86,14 @@ def retained(model: PreTrainedModel, prompt: Tensor, cache: TransformersCache) -
 @torch.no_grad()
 def masked_logits(model: PreTrainedModel, ids: Tensor, prompt: int, held: list[Tensor]) -> Tensor:
     """The oracle: logits of the plain model in which later tokens do not see the prompt's evicted ones."""
-    length = ids.shape[1]
-    place = torch.arange(length, device=ids.device)
-    causal = place <= place[:, None]
+    later = ids.shape[1] - prompt
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, **__: Any) -> Any:
-        groups = query.shape[1] // key.shape[1]
-        alive = torch.nn.functional.pad(held[module.layer_idx], (0, length - prompt), value=True)
-        seen = causal & (alive[..., None, :] | (place[:, None] < prompt))
-        key, value, seen = (x.repeat_interleave(groups, 1) for x in (key, value, seen))
-        weights = (query @ key.mT * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
-        return (weights @ value).transpose(1, 2), None
+        alive = torch.nn.functional.pad(held[module.layer_idx], (0, later), value=True)
+        lost = torch.where(alive, prompt + later, prompt)
+        return oracle.attend(query, key, value, lost, scaling).transpose(1, 2), None
 
-    with attention_through(model, attention):
+    with oracle.attending(model, attention):
         return model(ids, use_cache=False).logits
 
 

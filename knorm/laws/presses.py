@@ -15,11 +15,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama import modeling_llama as llama
 
 from knorm.laws.subjects import Compress
-
-
-def _is_press(kind: type) -> bool:
-    return any(base.__name__ == "BasePress" and base.__module__.startswith("kvpress") for base in kind.__mro__)
-
+from knorm.methods.kinds import is_press
 
 HIDDEN = 16  # width of the hidden states
 
@@ -88,7 +84,7 @@ def through_attention(press: Any) -> Compress:
     of their own, or no ratio.
     """
     kind = press if isinstance(press, type) else type(press)
-    if not _is_press(kind):
+    if not is_press(kind):
         raise TypeError(f"{kind.__name__} is no press of kvpress")
     if next(base for base in kind.__mro__ if "compress" in vars(base)).__name__ == "BasePress":
         raise TypeError(f"{kind.__name__} has no compress(module, hidden_states, keys, values, attentions, kwargs)")

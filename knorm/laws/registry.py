@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from knorm.laws.traits import Traits
@@ -24,6 +24,18 @@ class Vacuous(Exception):
 
 
 @dataclass(frozen=True)
+class Condition:
+    """A condition on traits that values alone do not state, such as a sum or a size.
+
+    traits   the names of the traits that it concerns, any of which may fulfil it
+    holds    decides it
+    """
+
+    traits: tuple[str, ...]
+    holds: Callable[[Traits], bool]
+
+
+@dataclass(frozen=True)
 class Check:
     """An entry of the catalogue.
 
@@ -32,8 +44,8 @@ class Check:
     surface    what it is run on: "compressor", tensors; "model", any compressor or cache inside a model; "cache", a
                transformers cache of the target's own; "nll", the token NLLs of any of them, or of an evaluator;
                "evaluator", an evaluator's only
-    needs      the traits it needs, in words; empty: it applies to every compressor
-    applies    whether a subject's traits are those
+    needs      trait -> the values with which the check applies; empty: it applies to every compressor
+    applies    a further condition, for the few that values do not state
     exact      draws only keys whose norms are exact in every dtype
     first      of a subject's traits: cases that are tried before any is drawn
     """
@@ -42,8 +54,8 @@ class Check:
     function: Callable[[Any, Any], None]
     family: str
     surface: Surface
-    needs: str
-    applies: Callable[[Traits], bool]
+    needs: Mapping[str, tuple[object, ...]]
+    applies: Condition | None
     exact: bool
     first: Callable[[Traits], Iterable[Any]]
 
@@ -52,6 +64,35 @@ class Check:
         """The sentence that the check tries to refute."""
         return (self.function.__doc__ or "").strip().splitlines()[0]
 
+    def missing(self, traits: Traits) -> tuple[str, ...]:
+        """Name the traits that keep the check from applying; none where it applies.
+
+        >>> from knorm.laws import Traits, find
+        >>> find("time_order").missing(Traits(time_order=False))
+        ('time_order',)
+        """
+        names = tuple(name for name, values in self.needs.items() if getattr(traits, name) not in values)
+        if self.applies is None or self.applies.holds(traits):
+            return names
+        return (*names, *(name for name in self.applies.traits if name not in names))
+
+    def in_words(self, among: Iterable[str] | None = None) -> str:
+        """Say which traits the check needs, or what it needs of those named.
+
+        >>> from knorm.laws import find
+        >>> find("nesting").in_words(["scores"])
+        'scores=key_norm or keys'
+        """
+        wanted = {*self.needs, *(self.applies.traits if self.applies else ())} if among is None else {*among}
+        said = [_in_words(name, values) for name, values in self.needs.items() if name in wanted]
+        if self.applies and wanted & {*self.applies.traits}:
+            said.append(" or ".join(self.applies.traits))
+        return ", ".join(said)
+
+
+def _in_words(name: str, values: tuple[object, ...]) -> str:
+    return name if values == (True,) else f"{name}={' or '.join(map(str, values))}"
+
 
 CHECKS: dict[str, Check] = {}
 
@@ -59,19 +100,40 @@ CHECKS: dict[str, Check] = {}
 def check(
     surface: Surface = "compressor",
     *,
-    needs: str = "",
-    applies: Callable[[Traits], bool] = lambda traits: True,
+    needs: Mapping[str, object] | None = None,
+    applies: Condition | None = None,
     exact: bool = False,
     first: Callable[[Traits], Iterable[Any]] = lambda traits: (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Enter a check_<law>(subject, case) into the catalogue. Raises ValueError for a name that is taken."""
+    """Enter a check_<law>(subject, case) into the catalogue.
+
+    Args:
+        surface: What the check is run on, as Check says.
+        needs: Trait -> the value with which the check applies, or several in a tuple: {"scores": "key_norm"}.
+        applies: A further condition, for the few that values do not state.
+        exact: Draw only keys whose norms are exact in every dtype.
+        first: Cases of a subject's traits that are tried before any is drawn.
+
+    Returns:
+        The decorator of the function, which it leaves as it is.
+
+    Raises:
+        ValueError: For a name that is taken, and for a trait or a value of one that there is not.
+    """
+    known = {field.name for field in fields(Traits)}
+    if wrong := [name for name in (*(needs or {}), *(applies.traits if applies else ())) if name not in known]:
+        raise ValueError(f"no trait is named {wrong[0]!r}; there are {', '.join(sorted(known))}")
+    several = {name: value if isinstance(value, tuple) else (value,) for name, value in (needs or {}).items()}
+    for name, values in several.items():
+        for value in values:
+            Traits(**{name: value})  # refuses what is no value of it
 
     def enter(function: Callable[..., None]) -> Callable[..., None]:
         name = function.__name__.removeprefix("check_")
         if name in CHECKS:
             raise ValueError(f"check {name!r} is in the catalogue already")
         family = function.__module__.rpartition(".")[2]
-        CHECKS[name] = Check(name, function, family, surface, needs, applies, exact, first)
+        CHECKS[name] = Check(name, function, family, surface, several, applies, exact, first)
         return function
 
     return enter
@@ -80,5 +142,10 @@ def check(
 def find(name: str) -> Check:
     """The check of that name. Raises ValueError where there is none."""
     if name not in CHECKS:
-        raise ValueError(f"no check is named {name!r}; there are {', '.join(sorted(CHECKS))}")
+        raise unknown(name, CHECKS)
     return CHECKS[name]
+
+
+def unknown(name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that no check has."""
+    return ValueError(f"no check is named {name!r}; there are {', '.join(sorted(known))}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
@@ -15,13 +15,11 @@ from hypothesis.errors import UnsatisfiedAssumption
 import knorm.laws.catalogue  # noqa: F401  enters every check
 from knorm.laws.adapters import adapt
 from knorm.laws.registry import CHECKS, Check, Malformed, Refuted, Vacuous, find
+from knorm.laws.results import PROFILES, Profile, Result, judged
 from knorm.laws.snippets import snippet
 from knorm.laws.strategies import Cache, Text, caches, texts
 from knorm.laws.subjects import Call, Subject, in_words
 from knorm.laws.traits import Traits
-
-Verdict = Literal["holds", "refuted", "expected failure", "unexpectedly holds", "untested", "does not apply"]
-Profile = Literal["quick", "thorough"]
 
 
 @dataclass(frozen=True)
@@ -33,42 +31,10 @@ class Effort:
     long: bool = False
 
 
-EFFORT: dict[str, dict[bool, Effort]] = {  # by profile, and by whether a model has to run
+EFFORT: dict[Profile, dict[bool, Effort]] = {  # by profile, and by whether a model has to run
     "quick": {False: Effort(60, 250), True: Effort(10, 25)},
     "thorough": {False: Effort(600, 1500, long=True), True: Effort(100, 150)},
 }
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of one check.
-
-    check, law, family   which
-    verdict              "refuted" or "unexpectedly holds": the target failed. "holds", "expected failure": it did not.
-                         "untested": no drawn case could be answered at all. "does not apply": its traits do not ask it
-    examples             cases tried
-    seconds              until the verdict, making the counterexample smaller included
-    counterexample       the sentence with the evidence, of the smallest case found
-    given                that case: shapes, dtype, ratio
-    snippet              Python that shows it
-    reason               why it does not apply, or why a failure was expected
-    """
-
-    check: str
-    law: str
-    family: str
-    verdict: Verdict
-    examples: int = 0
-    seconds: float = 0.0
-    counterexample: str | None = None
-    given: str | None = None
-    snippet: str | None = None
-    reason: str | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether the target is to be mended."""
-        return self.verdict in ("refuted", "unexpectedly holds")
 
 
 def applies(check: Check, subject: Subject) -> bool:
@@ -80,7 +46,7 @@ def applies(check: Check, subject: Subject) -> bool:
         "nll": True,
         "evaluator": subject.evaluate is not None,
     }
-    return surfaces[check.surface] and check.applies(subject.traits)
+    return surfaces[check.surface] and not check.missing(subject.traits)
 
 
 def _size(case: Cache | Text) -> int:
@@ -196,13 +162,6 @@ def _chosen(select: Iterable[str] | None) -> list[Check]:
     return [check for check in CHECKS.values() if {check.name, check.family} & wanted]
 
 
-def _judged(result: Result, expected: Mapping[str, str]) -> Result:
-    if result.check not in expected or result.verdict not in ("refuted", "holds"):
-        return result
-    verdict: Verdict = "expected failure" if result.verdict == "refuted" else "unexpectedly holds"
-    return replace(result, verdict=verdict, reason=expected[result.check])
-
-
 def iter_results(
     subject: Subject,
     *,
@@ -216,20 +175,21 @@ def iter_results(
     expected = dict(expected_failures or {})
     for name in expected:
         find(name)
-    if profile not in EFFORT:
-        raise ValueError(f"profile={profile!r}, but should be one of {', '.join(EFFORT)}")
+    if profile not in PROFILES:
+        raise ValueError(f"profile={profile!r}, but should be one of {', '.join(PROFILES)}")
     for check in _chosen(select):
         if applies(check, subject):
-            yield _judged(run_check(check, subject, profile=profile, seed=seed, device=device), expected)
+            yield judged(run_check(check, subject, profile=profile, seed=seed, device=device), expected)
         else:
-            reason = f"needs {check.needs}" if check.needs and not check.applies(subject.traits) else _surface(check)
-            yield Result(check.name, check.law, check.family, "does not apply", reason=reason)
+            yield unasked(check, subject)
 
 
-def _surface(check: Check) -> str:
-    return {"cache": "needs a transformers cache", "evaluator": "needs an evaluator of token NLLs"}.get(
-        check.surface, "needs a compressor"
-    )
+def unasked(check: Check, subject: Subject) -> Result:
+    """The result of a check that does not apply: which traits, or which surface, it needs."""
+    surface = {"cache": "a transformers cache", "evaluator": "an evaluator of token NLLs"}
+    needs = check.missing(subject.traits)
+    reason = f"needs {check.in_words(needs) if needs else surface.get(check.surface, 'a compressor')}"
+    return Result(check.name, check.law, check.family, "does not apply", reason=reason, needs=needs)
 
 
 def check_compressor(

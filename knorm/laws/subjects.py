@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import DynamicLayer
 
 from knorm.laws.registry import Malformed
+from knorm.laws.results import shortened
 from knorm.laws.traits import Traits
 
 
@@ -97,9 +98,9 @@ class Subject:
 
 
 def in_words(error: BaseException) -> str:
-    """An error's type and text, even where making the text fails."""
+    """An error's type and text, even where making the text fails; what is too long is cut."""
     try:
-        return f"{type(error).__name__}: {error}"
+        return shortened(f"{type(error).__name__}: {error}", 4000)
     except Exception:
         return f"{type(error).__name__}, which cannot say what it is"
 

@@ -16,7 +16,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from knorm.evaluation.published.judge import UnexpectedVerdict, claims_text, judge_model, require_expected
 from knorm.evaluation.published.schema import PYTHIA, read_claims
-from knorm.models import ASSETS, HUB_TEXTS
+from knorm.models import ASSETS
+from knorm.sources import HUB_TEXTS
 
 FILE = Path(__file__).parents[2] / "golden" / "reported" / "kv-cache-order.json"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

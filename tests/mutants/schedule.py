@@ -10,7 +10,7 @@ _last: dict = {}
 
 
 @mutant(
-    "replay", "but by evicted_at",
+    "replay", "but a list of living tokens",
     skip_layers=(1,), batch_independent=False, heads_independent=False, deterministic=False, **PROMISES,
 )  # fmt: skip
 def norms_out_of_step(keys, values, keep_ratio, layer=None):

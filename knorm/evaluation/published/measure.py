@@ -22,10 +22,11 @@ from knorm.cache import KnormCache, KnormLayer
 from knorm.evaluation.published.schema import FULL, Protocol
 from knorm.files import read_text
 from knorm.model_attention import attention_through, cache_keyword
-from knorm.models import HUB_TEXTS, MOST_TEXT, hub_files, read_rows
+from knorm.models import MOST_TEXT, hub_files, read_rows
 from knorm.perplexity import Run, Schedule, exact_run
 from knorm.policy import Policy, retained_count
 from knorm.rounding import attend_shuffled
+from knorm.sources import HUB_TEXTS
 
 ROUNDS = 7  # blocks of timing, after one for warm-up
 

@@ -10,14 +10,9 @@ from knorm.laws.model import feed, gap, masked_logits, retained, small_model
 from knorm.laws.registry import Refuted, check
 from knorm.laws.strategies import Text
 from knorm.laws.subjects import Subject
-from knorm.laws.traits import Traits
 
 
-def _maskable(traits: Traits) -> bool:
-    return not (traits.merges_values or traits.ragged)
-
-
-@check("model", needs="merges_values=False, ragged=False", applies=_maskable)
+@check("model", needs={"merges_values": False, "ragged": False})
 def check_masked_attention(subject: Subject, text: Text) -> None:
     """Attention over the compressed cache equals attention over the full cache with the evicted masked."""
     model, ids = small_model(str(text.input_ids.device)), text.input_ids

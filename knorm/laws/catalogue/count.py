@@ -11,7 +11,7 @@ def _total(kept: Kept) -> int:
     return kept.keys[..., 0].numel() if kept.mask is None else int(kept.mask.sum())
 
 
-@check(needs="rounding", applies=lambda t: t.rounding is not None and not t.ragged, first=awkward_counts)
+@check(needs={"rounding": ("ceil", "floor", "half_even"), "ragged": False}, first=awkward_counts)
 def check_retained_count(compressor: Subject, cache: Cache) -> None:
     """The retained count is the promised rounding of ratio x length, in exact arithmetic."""
     kept = compressor(cache.keys, cache.values, cache.keep_ratio).keys.shape[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from knorm.laws.registry import Refuted, check
+from knorm.laws.registry import Condition, Refuted, check
 from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Kept, Subject
 
@@ -15,14 +15,14 @@ def _changed(kept: Kept, cache: Cache) -> str | None:
     return f"positions {cache.positions(kept)[0, 0].tolist()} (row 0, head 0) of {cache.length} tokens came back"
 
 
-@check(needs="ragged=False", applies=lambda t: not t.ragged)
+@check(needs={"ragged": False})
 def check_full_ratio(compressor: Subject, cache: Cache) -> None:
     """Ratio 1 returns the input bit for bit."""
     if changed := _changed(compressor(cache.keys, cache.values, 1.0), cache):
         raise Refuted(f"full ratio: {changed} at ratio 1, but should come back as they were")
 
 
-@check(needs="prune_after", applies=lambda t: t.prune_after > 1)
+@check(applies=Condition(("prune_after",), lambda t: t.prune_after > 1))
 def check_short_caches(compressor: Subject, cache: Cache) -> None:
     """A cache shorter than prune_after comes back bit for bit."""
     few = min(cache.length, compressor.traits.prune_after - 1)
@@ -32,7 +32,7 @@ def check_short_caches(compressor: Subject, cache: Cache) -> None:
         raise Refuted(f"short caches: {changed} below prune_after={after}, but should come back as they were")
 
 
-@check(needs="skip_layers", applies=lambda t: bool(t.skip_layers))
+@check(applies=Condition(("skip_layers",), lambda t: bool(t.skip_layers)))
 def check_skipped_layers(compressor: Subject, cache: Cache) -> None:
     """In a skipped layer nothing changes."""
     for layer in compressor.traits.skip_layers:

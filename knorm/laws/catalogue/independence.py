@@ -24,7 +24,7 @@ def _places(cache: Cache, kept: Kept) -> list[list[list[int]]]:
     return cache.positions(kept).tolist()
 
 
-@check(needs="batch_independent", applies=lambda t: t.batch_independent and not t.ragged)
+@check(needs={"batch_independent": True, "ragged": False})
 def check_rows_alone(compressor: Subject, cache: Cache) -> None:
     """A row compressed in a batch equals the row compressed alone."""
     together = compressor(cache.keys, cache.values, cache.keep_ratio)
@@ -38,7 +38,7 @@ def check_rows_alone(compressor: Subject, cache: Cache) -> None:
             )
 
 
-@check(needs="heads_independent, ragged=False", applies=lambda t: t.heads_independent and not t.ragged)
+@check(needs={"heads_independent": True, "ragged": False})
 def check_heads_alone(compressor: Subject, cache: Cache) -> None:
     """A head compressed among others equals the head compressed alone."""
     together = compressor(cache.keys, cache.values, cache.keep_ratio)
@@ -54,7 +54,7 @@ def check_heads_alone(compressor: Subject, cache: Cache) -> None:
             )
 
 
-@check(needs="deterministic", applies=lambda t: t.deterministic)
+@check(needs={"deterministic": True})
 def check_repeatable(compressor: Subject, cache: Cache) -> None:
     """Calling twice gives the same."""
     one, two = (compressor(cache.keys, cache.values, cache.keep_ratio) for _ in range(2))
@@ -64,7 +64,7 @@ def check_repeatable(compressor: Subject, cache: Cache) -> None:
         )
 
 
-@check(needs="deterministic", applies=lambda t: t.deterministic)
+@check(needs={"deterministic": True})
 def check_no_leak(compressor: Subject, cache: Cache) -> None:
     """Another sequence in between changes nothing."""
     longer = torch.cat([cache.keys, cache.keys], 2), torch.cat([cache.values, cache.values], 2)
@@ -98,7 +98,7 @@ def _drawn_after(seed: int, compressor: Subject, cache: Cache) -> torch.Tensor:
     return torch.rand(2, device=cache.keys.device)
 
 
-@check(needs="scores=key_norm or keys", applies=lambda t: t.scores in ("key_norm", "keys") and not t.merges_values)
+@check(needs={"scores": ("key_norm", "keys"), "merges_values": False})
 def check_values_ignored(compressor: Subject, cache: Cache) -> None:
     """Values do not influence the selection of a method that scores keys."""
     kept = compressor(cache.keys, cache.values, cache.keep_ratio)

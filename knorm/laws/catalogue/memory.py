@@ -23,7 +23,7 @@ def check_inputs_unwritten(compressor: Subject, cache: Cache) -> None:
             )
 
 
-@check(needs="frees_memory", applies=lambda t: t.frees_memory)
+@check(needs={"frees_memory": True})
 def check_own_bytes(compressor: Subject, cache: Cache) -> None:
     """Results own exactly the bytes that they retain: no view keeps the full buffer alive."""
     kept = compressor(cache.keys, cache.values, cache.keep_ratio)
@@ -35,7 +35,7 @@ def check_own_bytes(compressor: Subject, cache: Cache) -> None:
             raise Refuted(f"own bytes: {name} retain {own} bytes, but keep {held} alive; return a copy, not a view")
 
 
-@check(needs="frees_memory, ragged=False", applies=lambda t: t.frees_memory and not t.ragged)
+@check(needs={"frees_memory": True, "ragged": False})
 def check_frees_memory(compressor: Subject, cache: Cache) -> None:
     """Asked-for compression frees memory: fewer slots come back than went in."""
     should = compressor.traits.count(cache.length, cache.keep_ratio)

@@ -10,14 +10,11 @@ from knorm.laws.catalogue.selection import out_of_rank
 from knorm.laws.registry import Refuted, Vacuous, check
 from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Raised, Subject
-from knorm.laws.traits import Traits
+
+_BY_NORM = {"scores": "key_norm", "merges_values": False}
 
 
-def _by_norm(traits: Traits) -> bool:
-    return traits.scores == "key_norm" and not traits.merges_values
-
-
-@check(needs="scores=key_norm", applies=_by_norm)
+@check(needs=_BY_NORM)
 def check_half_precision(compressor: Subject, cache: Cache) -> None:
     """Half-precision keys are ranked as float64 arithmetic ranks them, near-ties apart."""
     dtype = cache.keys.dtype if cache.keys.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
@@ -29,7 +26,7 @@ def check_half_precision(compressor: Subject, cache: Cache) -> None:
         raise Refuted(f"half precision, {str(dtype).removeprefix('torch.')}: {wrong}")
 
 
-@check(needs="scores=key_norm, nonfinite=raise", applies=lambda t: _by_norm(t) and t.nonfinite == "raise", exact=True)
+@check(needs={**_BY_NORM, "nonfinite": "raise"}, exact=True)
 def check_subnormal(compressor: Subject, cache: Cache) -> None:
     """Keys whose float32 squares vanish are still ranked by their norms."""
     keys = (cache.keys.double() * 2.0**-90).to(torch.bfloat16)
@@ -42,7 +39,7 @@ def _evicts(compressor: Subject, cache: Cache) -> bool:
     return kept.keys.shape[2] < cache.length
 
 
-@check(needs="nonfinite=raise", applies=lambda t: t.nonfinite == "raise")
+@check(needs={"nonfinite": "raise"})
 def check_nonfinite(compressor: Subject, cache: Cache) -> None:
     """A key that is not finite raises; it is never silently kept or dropped."""
     if not _evicts(compressor, cache):
@@ -53,7 +50,7 @@ def check_nonfinite(compressor: Subject, cache: Cache) -> None:
         _must_raise(compressor, keys, cache, f"a key with {poison}", "nonfinite")
 
 
-@check(needs="nonfinite=raise", applies=lambda t: t.nonfinite == "raise")
+@check(needs={"nonfinite": "raise"})
 def check_overflow(compressor: Subject, cache: Cache) -> None:
     """A finite key whose squared norm overflows float32 raises."""
     if cache.keys.dtype == torch.float16 or not _evicts(compressor, cache):
@@ -80,7 +77,7 @@ def check_dtype(compressor: Subject, cache: Cache) -> None:
             raise Refuted(f"dtype: {name} came back as {got.dtype} on {got.device}, but were {given.dtype}")
 
 
-@check(needs="deterministic", applies=lambda t: t.deterministic, exact=True)
+@check(needs={"deterministic": True}, exact=True)
 def check_layout(compressor: Subject, cache: Cache) -> None:
     """Non-contiguous and expanded tensors give the same answer, bit for bit."""
     wide = torch.cat([cache.keys.new_full(cache.keys.shape, 7), cache.keys], -1)[..., cache.keys.shape[3] :]

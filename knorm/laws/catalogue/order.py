@@ -10,7 +10,7 @@ from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Subject
 
 
-@check(needs="time_order, merges_values=False", applies=lambda t: t.time_order and not t.merges_values)
+@check(needs={"time_order": True, "merges_values": False})
 def check_time_order(compressor: Subject, cache: Cache) -> None:
     """Retained positions ascend."""
     if cache.keep_ratio == 1:

@@ -6,23 +6,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers.cache_utils import Cache as TransformersCache
 
+from knorm.laws import oracle
 from knorm.laws.model import feed, small_model, steps
+from knorm.laws.oracle import Rules, nll_of
 from knorm.laws.registry import Malformed, Refuted, check
 from knorm.laws.strategies import Text, distinct
 from knorm.laws.subjects import CompressingCache, Subject
-from knorm.laws.traits import Traits
-from knorm.perplexity import exact_nll
-from knorm.policy import Policy
 
 EQUAL = 1e-4  # nats, as perplexity's, but the laws' own: what they judge does not set their tolerance
-
-
-def nll_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """NLL of each token given those before it: [batch, T, vocabulary], [batch, T] -> [batch, T-1]."""
-    return functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 def _loop(text: Text, cache: TransformersCache) -> Tensor:
@@ -54,7 +47,7 @@ def _compare(one: Tensor, other: Tensor, prompt: int, what: str) -> None:
         )
 
 
-@check("nll", needs="ragged=False", applies=lambda t: not t.ragged)
+@check("nll", needs={"ragged": False})
 def check_full_ratio_plain(subject: Subject, text: Text) -> None:
     """At ratio 1 each token has the uncompressed model's NLL."""
     with torch.no_grad():
@@ -62,27 +55,24 @@ def check_full_ratio_plain(subject: Subject, text: Text) -> None:
     _compare(_nll(subject, text, 1.0), nll_of(logits, text.input_ids), text.prompt, "full ratio, plain model")
 
 
-def _as_knorm(traits: Traits) -> bool:
-    return traits.scores == "key_norm" and traits.rounding == "ceil" and not traits.merges_values and not traits.ragged
-
-
-@check("nll", needs="scores=key_norm, rounding=ceil", applies=_as_knorm)
+@check("nll", needs={"scores": "key_norm", "rounding": "ceil", "merges_values": False, "ragged": False})
 def check_one_pass(subject: Subject, text: Text) -> None:
     """The run's NLLs, token by token, are those of one pass under the schedule of its key norms."""
     traits, model = subject.traits, small_model(str(text.input_ids.device))
     text = replace(text, input_ids=distinct(text.input_ids))  # alike tokens have one norm: either may go
-    options = {name: getattr(traits, name) for name in ("protect_first", "protect_recent")}
-    options["skip_layers"] = [layer for layer in traits.skip_layers if layer < model.config.num_hidden_layers]
-    exact = exact_nll(
-        model, text.input_ids, Policy(text.keep_ratio, traits.prune_after, **options), prompt_length=text.prompt
-    )
+    protected = traits.protect_first, traits.protect_recent
+    calls = steps(text.prompt, text.input_ids.shape[1], 1)
+
+    def expected(rules: Rules) -> Tensor:
+        return nll_of(oracle.run(model, text.input_ids, rules, calls).logits, text.input_ids)
+
+    exact = expected(Rules(text.keep_ratio, traits.prune_after, traits.skip_layers, *protected))
     _compare(_nll(subject, text, text.keep_ratio), exact, text.prompt, "one pass")
     if subject.compress is not None and subject.make_cache is None and not traits.skip_layers:
         start = max(4, traits.prune_after, traits.protected + 1)
         if not traits.affords(start, text.keep_ratio):
             return
-        policy = Policy(text.keep_ratio, start, protocol="streaming", **options)
-        exact = exact_nll(model, text.input_ids, policy, prompt_length=text.prompt)
+        exact = expected(Rules(text.keep_ratio, start, traits.skip_layers, *protected, protocol="streaming"))
         loop = _loop(text, CompressingCache(subject, text.keep_ratio, streaming_from=start))
         _compare(loop, exact, text.prompt, "one pass, streaming")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from knorm.laws.registry import Refuted, check
+from knorm.laws.registry import Condition, Refuted, check
 from knorm.laws.strategies import Cache, tagged_values
 from knorm.laws.subjects import Raised, Subject
 
+_PROTECTING = ("protect_first", "protect_recent")
 
-@check(needs="protect_first or protect_recent", applies=lambda t: t.protected > 0 and not t.ragged)
+
+@check(needs={"ragged": False}, applies=Condition(_PROTECTING, lambda t: t.protected > 0))
 def check_protected_tokens(compressor: Subject, cache: Cache) -> None:
     """The first protect_first and the newest protect_recent tokens are retained, however often it compresses."""
     first, recent = compressor.traits.protect_first, compressor.traits.protect_recent
@@ -36,7 +38,7 @@ def check_protected_tokens(compressor: Subject, cache: Cache) -> None:
             return
 
 
-@check(needs="protect_first or protect_recent", applies=lambda t: t.protected > 1 and not t.ragged)
+@check(needs={"ragged": False}, applies=Condition(_PROTECTING, lambda t: t.protected > 1))
 def check_protection_refused(compressor: Subject, cache: Cache) -> None:
     """A budget too small for what is protected is refused with a ValueError, never silently cut."""
     length = max(cache.length, compressor.traits.prune_after, compressor.traits.protected + 2)

@@ -42,7 +42,7 @@ def _slots(kept: Kept) -> Tensor:
     return torch.ones_like(kept.keys[..., 0], dtype=torch.bool) if kept.mask is None else kept.mask
 
 
-@check(needs="merges_values=False", applies=lambda t: not t.merges_values)
+@check(needs={"merges_values": False})
 def check_pairing(compressor: Subject, cache: Cache) -> None:
     """Every retained key and value come from one token of the same row and head."""
     kept = compressor(cache.keys, cache.values, cache.keep_ratio)
@@ -61,7 +61,7 @@ def check_pairing(compressor: Subject, cache: Cache) -> None:
         )
 
 
-@check(needs="merges_values=False", applies=lambda t: not t.merges_values, first=beyond_a_byte)
+@check(needs={"merges_values": False}, first=beyond_a_byte)
 def check_no_duplicates(compressor: Subject, cache: Cache) -> None:
     """No token is retained twice."""
     kept = compressor(cache.keys, cache.values, cache.keep_ratio)

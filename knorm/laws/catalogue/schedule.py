@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from knorm.laws.oracle import Rules, live
 from knorm.laws.registry import Refuted, Vacuous, check
 from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Subject
-from knorm.laws.traits import Traits
-from knorm.policy import Policy
-from knorm.schedule import evicted_at
+
+_KNORM = {"scores": "key_norm", "rounding": "ceil", "ties": "earlier", "time_order": True}
 
 
-def _scheduled(traits: Traits) -> bool:
-    known = traits.scores == "key_norm" and traits.rounding == "ceil" and traits.ties == "earlier" and traits.time_order
-    return known and not traits.merges_values and not traits.ragged
-
-
-@check(needs="all that knorm's core promises", applies=_scheduled, exact=True)
+@check(needs={**_KNORM, "merges_values": False, "ragged": False}, exact=True)
 def check_replay(compressor: Subject, cache: Cache) -> None:
-    """evicted_at, replayed step by step, is the compressor on the growing cache."""
+    """A schedule, replayed step by step by a list of living tokens, is the compressor on the growing cache."""
     traits, length = compressor.traits, min(cache.length, 12)
     keys, values = cache.keys[:, :, :length], cache.values[:, :, :length]
     after = max(2, traits.prune_after, traits.protected + 1)
     if not traits.affords(after, cache.keep_ratio):
         raise Vacuous
-    policy = Policy(cache.keep_ratio, after, (), traits.protect_first, traits.protect_recent, protocol="streaming")
-    lost = evicted_at(cache.norms()[..., :length], policy)
+    rules = Rules(cache.keep_ratio, after, (), traits.protect_first, traits.protect_recent, protocol="streaming")
+    norms = cache.norms()[..., :length].tolist()
+    lost = torch.tensor([[live(rules, head, [1] * length).lost for head in row] for row in norms], device=keys.device)
     held = held_values = keys[:, :, :0]
     for token in range(length):
         held = torch.cat([held, keys[:, :, token : token + 1]], 2)
@@ -41,6 +37,6 @@ def check_replay(compressor: Subject, cache: Cache) -> None:
             row, head = (stored != should).any(-1).nonzero()[0].tolist()
             one, other = (x[row, head].nonzero()[:, 0].tolist() for x in (stored, should))
             raise Refuted(
-                f"replay: after token {token} the growing cache holds positions {one}, but by evicted_at {other} "
-                f"(row {row}, head {head}, prune_after {after})"
+                f"replay: after token {token} the growing cache holds positions {one}, but a list of living tokens "
+                f"{other} (row {row}, head {head}, prune_after {after})"
             )

@@ -14,8 +14,7 @@ from knorm.laws.traits import Traits
 NEAR_TIE = 2.0**-20  # relative, as perplexity's, but the laws' own: what they judge does not set their tolerance
 
 
-def _by_norm(traits: Traits) -> bool:
-    return traits.scores == "key_norm" and not traits.merges_values
+_BY_NORM = {"scores": "key_norm", "merges_values": False}
 
 
 def evictable(traits: Traits, length: int, device: torch.device) -> Tensor:
@@ -41,14 +40,14 @@ def out_of_rank(compressor: Subject, cache: Cache) -> str | None:
     )
 
 
-@check(needs="scores=key_norm", applies=_by_norm, exact=True)
+@check(needs=_BY_NORM, exact=True)
 def check_lowest_norms(compressor: Subject, cache: Cache) -> None:
     """No dropped key has a smaller norm than a retained one."""
     if wrong := out_of_rank(compressor, cache):
         raise Refuted(f"lowest norms: {wrong}")
 
 
-@check(needs="scores=key_norm, ties=earlier", applies=lambda t: _by_norm(t) and t.ties == "earlier", exact=True)
+@check(needs={**_BY_NORM, "ties": "earlier"}, exact=True)
 def check_ties(compressor: Subject, cache: Cache) -> None:
     """Of keys of one norm, the earlier positions stay."""
     kept = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
@@ -66,10 +65,7 @@ def check_ties(compressor: Subject, cache: Cache) -> None:
         )
 
 
-@check(
-    needs="scores=key_norm or keys",
-    applies=lambda t: t.scores in ("key_norm", "keys") and not t.merges_values and not t.ragged,
-)
+@check(needs={"scores": ("key_norm", "keys"), "merges_values": False, "ragged": False})
 def check_nesting(compressor: Subject, cache: Cache) -> None:
     """What is kept at a ratio is contained in what is kept at a larger one."""
     wider = larger_ratio(cache.keep_ratio)
@@ -82,7 +78,7 @@ def check_nesting(compressor: Subject, cache: Cache) -> None:
         raise Refuted(f"nesting: positions {small} retained at ratio {cache.keep_ratio}, but {large} at {wider}")
 
 
-@check(needs="scores=key_norm", applies=_by_norm, exact=True)
+@check(needs=_BY_NORM, exact=True)
 def check_scaling(compressor: Subject, cache: Cache) -> None:
     """Scaling all keys by a power of two changes nothing."""
     before = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
@@ -95,7 +91,7 @@ def check_scaling(compressor: Subject, cache: Cache) -> None:
             raise Refuted(f"scaling: positions {one} retained of norms {norms}, but {other} of {factor:g} times those")
 
 
-@check(needs="scores=key_norm", applies=_by_norm, exact=True)
+@check(needs=_BY_NORM, exact=True)
 def check_rotation(compressor: Subject, cache: Cache) -> None:
     """Rotating each key, by quarter turns that leave its norm exact, changes nothing."""
     half = cache.keys.shape[3] // 2
@@ -113,7 +109,7 @@ def check_rotation(compressor: Subject, cache: Cache) -> None:
         )
 
 
-@check(needs="scores=key_norm, nothing protected", applies=lambda t: _by_norm(t) and not t.protected)
+@check(needs={**_BY_NORM, "protect_first": 0, "protect_recent": 0})
 def check_permutation(compressor: Subject, cache: Cache) -> None:
     """Where norms are distinct, permuting the tokens permutes the retained set."""
     keys = torch.zeros(*cache.keys.shape[:3], WIDTH, dtype=cache.keys.dtype, device=cache.keys.device)

@@ -2,97 +2,86 @@
 
 from __future__ import annotations
 
-import pickle
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from ctypes import memmove
-from dataclasses import asdict, replace
 from functools import wraps
 from typing import Any
 
 import torch
 
 from knorm.laws.loading import load_target
+from knorm.laws.process.protocol import Board, Done, Message, Packed, Plan, Request, Wrong, pack_call, unpack_call
+from knorm.laws.process.usage import promised
 from knorm.laws.registry import Check, find
-from knorm.laws.runner import EFFORT, Result, _chosen, applies, iter_results
+from knorm.laws.results import Result
+from knorm.laws.runner import _chosen, applies, run_check, unasked
 from knorm.laws.snippets import MOST_NUMBERS, snippet
 from knorm.laws.strategies import Cache
-from knorm.laws.subjects import Call, Subject, takes_layer
-from knorm.laws.traits import KNORM, Traits, parse_trait, traits_of
+from knorm.laws.subjects import Call, Subject, in_words, takes_layer
+from knorm.laws.traits import Traits
 
 
-def serve(send: Callable[[tuple[str, Any]], None], board: Any, request: Any) -> None:
-    """Load and check, and send what comes of it.
+def serve(
+    send: Callable[[Message], None], board: Board, request: Request, end_copy: Callable[[], None] = lambda: None
+) -> None:
+    """Load and check, and send what comes of it: Wrong, or a Plan and then Done for each check that applies.
 
-    ("wrong", (message, traceback)); or ("plan", traits, code and all checks), then ("result", a Result's fields) for
-    each check that applies. Nothing that the target raises comes out of here.
-
-    board, request   a supervisor.Board and a supervisor.Request
+    Nothing that the target raises comes out of here. After each call `end_copy` ends a process that is not the worker.
     """
     torch.set_num_threads(1)
     try:
-        checks = _checks(request)
-        subject = load_target(request.target, request.kind, _traits(request))
+        checks = _chosen(request.select)
+        subject = load_target(request.target, request.kind, promised(request))
     except BaseException as error:  # also what ends an interpreter
         plain = isinstance(error, (ValueError, TypeError, OSError))
-        said = " ".join((str(error) if plain else f"{type(error).__name__}: {error}").split())
-        send(("wrong", (said, traceback.format_exc())))
+        said = " ".join((str(error) if plain else in_words(error)).split())
+        send(Wrong(said, traceback.format_exc()))
         return
-    _watch(subject, board)
-    plan = [_entry(check, subject) for check in checks]
-    checked = [asdict(entry) for entry in plan]
-    send(("plan", {"traits": asdict(subject.traits), "code": subject.code, "checks": checked}))
+    _watch(subject, board, end_copy)
+    plan = [
+        Result(check.name, check.law, check.family, "untested") if applies(check, subject) else unasked(check, subject)
+        for check in checks
+    ]
+    send(Plan(subject.traits, subject.code, tuple(plan)))
     for check, entry in zip(checks, plan, strict=True):
         if entry.verdict != "does not apply":
             board.given, board.size = b"", 0
             result = _run(check, subject, board, request)
             with suppress(Exception):
                 sys.stdout.flush()
-            send(("result", asdict(result)))
+            send(Done(result, not cuda_is_broken()))
 
 
-def _checks(request: Any) -> list[Check]:
-    if request.profile not in EFFORT:
-        raise ValueError(f"--profile {request.profile}, but should be one of {', '.join(EFFORT)}")
-    for name, _ in request.expected:
-        find(name)
-    return _chosen(request.select)
+def cuda_is_broken() -> bool:
+    """Find out whether CUDA is of no more use to this process: after some errors, all that follows raises them too."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
-def _traits(request: Any) -> Traits | dict[str, Any]:
-    named = dict(map(parse_trait, request.traits))
-    traits_of(None, named)  # refuses what there is not, before the target runs
-    if request.like is None:
-        return named
-    if request.like != "knorm":
-        raise ValueError(f"--like {request.like}, but should be knorm")
-    return replace(KNORM, **named)
-
-
-def _entry(check: Check, subject: Subject) -> Result:
-    if applies(check, subject):
-        return Result(check.name, check.law, check.family, "untested")
-    return next(iter_results(subject, select=[check.name]))
-
-
-def _run(check: Check, subject: Subject, board: Any, request: Any) -> Result:
-    options: Any = {"profile": request.profile, "seed": request.seed, "device": request.device}
+def _run(check: Check, subject: Subject, board: Board, request: Request) -> Result:
     found: dict[str, Any]
     try:
-        return next(iter_results(subject, select=[check.name], expected_failures=dict(request.expected), **options))
+        return run_check(check, subject, profile=request.profile, seed=request.seed, device=request.device)
+    except MemoryError as error:  # what knorm itself needs is little
+        found = {"verdict": "refuted", **last_call(board, check.name, f"raised {in_words(error)}", subject.code)}
     except Exception as error:
         if request.verbose:
             traceback.print_exc()
-        found = {"verdict": "untested", "reason": f"knorm could not run it: {type(error).__name__}: {error}"}
+        found = {"verdict": "untested", "reason": f"knorm could not run it: {in_words(error)}"}
     except BaseException as error:  # the target's own: nothing else raises one
-        raised = f"raised {type(error).__name__}: {error}"
-        found = {"verdict": "refuted", **last_call(board, check.name, raised, subject.code)}
+        found = {"verdict": "refuted", **last_call(board, check.name, f"raised {in_words(error)}", subject.code)}
     return Result(check.name, check.law, check.family, **found)
 
 
-def _announce(board: Any, given: str, call: bytes = b"") -> None:
+def _announce(board: Board, given: str, call: bytes = b"") -> None:
     board.calls += 1
     board.given = given.encode("utf-8", "replace")[: type(board).given.size]
     board.size = len(call) if len(call) <= len(board.call) else 0
@@ -100,38 +89,40 @@ def _announce(board: Any, given: str, call: bytes = b"") -> None:
 
 
 def _packed(call: Call, takes_layer: bool) -> bytes:
-    """A call in bytes, in microseconds: most are never read."""
     if call.keys.numel() > MOST_NUMBERS:
         return b""
     tensors = [
-        (str(x.dtype), tuple(x.shape), x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        (
+            str(x.dtype).removeprefix("torch."),
+            tuple(x.shape),
+            x.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes(),
+        )
         for x in (call.keys, call.values)
     ]
-    return pickle.dumps((tensors, call.keep_ratio, call.layer if takes_layer else None))
+    return pack_call(Packed(call.keep_ratio, call.layer if takes_layer else None, tuple(tensors)))
 
 
-def last_call(board: Any, check: str, what: str, code: str) -> dict[str, str | None]:
+def last_call(board: Board, check: str, what: str, code: str) -> dict[str, Any]:
     """The counterexample, what was given and the snippet of a call that did not come back; code: the subject's."""
     given = board.given.decode("utf-8", "replace")
     said = f"{check.replace('_', ' ')}: {what}" + (f" [{given}]" if given else "")
-    found: dict[str, str | None] = {"counterexample": said, "given": given or None, "snippet": None}
-    if board.size:
-        tensors, keep_ratio, layer = pickle.loads(bytes(board.call[: board.size]))
-        keys, values = (_unpacked(*tensor) for tensor in tensors)
+    found: dict[str, Any] = {"counterexample": said, "given": given or None, "snippet": None}
+    if packed := unpack_call(bytes(board.call[: board.size])):
+        keys, values = (_unpacked(*tensor) for tensor in packed.tensors)
         subject = Subject("", Traits(), compress=lambda keys, values, keep_ratio, layer=None: None, code=code)
-        call = Call(keys, values, keep_ratio, layer, (keys.stride(), values.stride()))
-        found["snippet"] = snippet(find(check), subject, Cache(keys, values, keep_ratio), [call])
+        call = Call(keys, values, packed.keep_ratio, packed.layer, (keys.stride(), values.stride()))
+        found["snippet"] = snippet(find(check), subject, Cache(keys, values, packed.keep_ratio), [call])
     return found
 
 
 def _unpacked(dtype: str, shape: tuple[int, ...], data: bytes) -> torch.Tensor:
-    kind = getattr(torch, dtype.removeprefix("torch."))
+    kind = getattr(torch, dtype)
     return torch.frombuffer(bytearray(data), dtype=kind).view(shape) if data else torch.zeros(shape, dtype=kind)
 
 
-def _watch(subject: Subject, board: Any) -> None:
+def _watch(subject: Subject, board: Board, end_copy: Callable[[], None]) -> None:
     """Have every use of the target announced, and keep torch's defaults as the target sets them to the target."""
-    defaults = _Defaults()
+    defaults = _Defaults(end_copy)
     layered = subject.compress is not None and takes_layer(subject.compress)
 
     def announce(given: str) -> None:
@@ -155,7 +146,8 @@ def _watch(subject: Subject, board: Any) -> None:
 class _Defaults:
     """Torch's default dtype and device: the target's while it runs, float32 and the CPU while knorm does."""
 
-    def __init__(self) -> None:
+    def __init__(self, end_copy: Callable[[], None]) -> None:
+        self._end_copy = end_copy
         self.theirs = self._swap((torch.float32, torch.device("cpu")))
 
     @staticmethod
@@ -174,6 +166,7 @@ class _Defaults:
             try:
                 return function(*arguments, **options)
             finally:
+                self._end_copy()
                 self.theirs = self._swap(ours)
 
         return call

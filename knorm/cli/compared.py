@@ -1,0 +1,195 @@
+"""`knorm ppl TARGET ...`: what any methods cost in quality, and for what memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from knorm.cli.options import ModelOptions, PolicyOptions, make_console, progress_bar
+from knorm.cli.setting import TextOptions
+
+if TYPE_CHECKING:
+    from knorm.evaluation.ways import Evaluation, How, Ways
+    from knorm.methods.method import Method
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Hold what the command line says about methods.
+
+    Attributes:
+        targets: as they were written.
+        ratios: of --keep-ratio; None where it was not given.
+        tokens: of --keep-tokens; None where it was not given.
+        kind: of --as.
+        how: the way to run them.
+        facts: whether recall of the narrative's facts is asked for.
+    """
+
+    targets: tuple[str, ...]
+    ratios: tuple[str, ...] | None
+    tokens: tuple[int, ...] | None
+    kind: str | None
+    how: How
+    facts: bool
+
+
+def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
+    """Make a method for each target and budget.
+
+    Raises:
+        ValueError: for a target that is not there or takes no such budget.
+    """
+    from knorm.methods.policies import PolicyMethod
+    from knorm.methods.targets import expanded
+
+    if asked.ratios is not None and asked.tokens is not None:
+        raise ValueError("--keep-ratio and --keep-tokens are two budgets: give one of them")
+    budgets: list[dict[str, Any]] = [{"keep_ratio": ratio} for ratio in asked.ratios or ()]
+    budgets += [{"keep_tokens": tokens} for tokens in asked.tokens or ()]
+    made: list[Method] = []
+    for pattern in asked.targets:
+        for target in expanded(pattern):
+            if target == "knorm":
+                options = replace(policy_options, keep_ratio=asked.ratios or ("0.5",))
+                made += [PolicyMethod("knorm", policy) for policy in options.policies()]
+            elif budgets:
+                made += _with_budgets(pattern, target, asked.kind, budgets)
+            else:
+                made.append(_with_default(target, asked.kind))
+    if not made:
+        raise ValueError(f"{', '.join(asked.targets)} stands for nothing")
+    return made
+
+
+def _with_default(target: str, kind: str | None) -> Method:
+    """Make a method with half of the cache as its budget, if it wants one and none is written."""
+    from knorm.methods.budget import NeedsBudget
+    from knorm.methods.door import method
+
+    try:
+        return method(target, kind=kind)
+    except NeedsBudget:
+        return method(target, kind=kind, keep_ratio="0.5")
+
+
+def _with_budgets(pattern: str, target: str, kind: str | None, budgets: Sequence[dict[str, Any]]) -> list[Method]:
+    """Make a method for each budget; one of the many that a pattern stands for may have its own."""
+    from knorm.methods.budget import TakesNoBudget
+    from knorm.methods.door import method
+
+    try:
+        return [method(target, kind=kind, **budget) for budget in budgets]
+    except TakesNoBudget:
+        if pattern == target:
+            raise
+        return [_with_default(target, kind)]
+
+
+def compare_methods(
+    asked: Asked,
+    policy_options: PolicyOptions,
+    text_options: TextOptions,
+    model_options: ModelOptions,
+    *,
+    given: frozenset[str],
+    plot: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> tuple[bool, dict[str, Any]]:
+    """Measure, show and draw; True where every method ran, and the results as JSON has them."""
+    from knorm.methods.method import MethodError
+    from knorm.methods.presses import PressMethod
+
+    prompt = text_options.window // 2 if policy_options.prompt_length is None else policy_options.prompt_length
+    policy_options = replace(policy_options, prompt_length=prompt)
+    methods = methods_of(asked, policy_options)
+    console = make_console(quiet)
+    if "model" not in given and any(isinstance(method, PressMethod) for method in methods):
+        model_options = replace(model_options, model="embedded-llama")
+        console.print("Presses support no GPT-NeoX: the model is embedded-llama, unless --model names another.")
+    batch = text_options.batch if "batch" in given else 1
+    ways, title = _prepared(text_options, model_options, prompt, batch)
+
+    rows, failed = [], {}
+    with progress_bar(quiet) as progress:
+        task = progress.add_task("methods", total=len(methods) + 1)
+        rows.append(ways.control())
+        for method in methods:
+            progress.update(task, advance=1, description=method.name)
+            try:
+                rows.append(ways.evaluate(method, asked.how))
+            except MethodError as error:
+                if len(methods) == 1:
+                    raise
+                failed[method.name] = str(error)
+    from knorm.cli.tables import show_methods
+
+    recalls = _recalled(methods, ways) if asked.facts else {}
+    show_methods(console, rows, failed, title, recalls, verbose=verbose)
+    if plot:
+        from knorm.cli.figures import plot_frontier
+
+        plot_frontier(rows, title, plot)
+    fields = {
+        **asdict(model_options), **asdict(text_options), "batch": batch, "prompt_length": prompt,
+        "rows": [row_fields(row) for row in rows], "failed": failed,
+        "facts": {name: asdict(recall) for name, recall in recalls.items()},
+    }  # fmt: skip
+    return not failed, fields
+
+
+def _prepared(text_options: TextOptions, model_options: ModelOptions, prompt: int, batch: int) -> tuple[Ways, str]:
+    from knorm.evaluation.ways import Ways
+    from knorm.evaluation.windows import cut_windows
+    from knorm.models import load_text
+
+    if batch < 1:
+        raise ValueError(f"--batch {batch}, but should be at least 1")
+    model, tokenizer = model_options.load()
+    text = load_text(text_options.text, text_options.column)
+    windows = cut_windows(tokenizer, text, text_options.window, text_options.windows)
+    ways = Ways(model, windows, prompt, batch=batch, tokenizer=tokenizer)
+    count, length = windows.input_ids.shape
+    many = "1 window" if count == 1 else f"{count} windows"
+    return ways, f"{model_options.model} on {text_options.text}: {many} of {length} tokens, prompt {prompt}"
+
+
+def _recalled(methods: Sequence[Method], ways: Ways) -> dict[str, Any]:
+    from knorm.evaluation.facts import fact_windows, recall_of
+    from knorm.methods.method import MethodError
+
+    facts, found = fact_windows(ways.tokenizer, ways.ids.shape[1]), {}  # type: ignore[arg-type]
+    for method in methods:
+        try:
+            found[method.label] = recall_of(ways.model, facts, method, tokenizer=ways.tokenizer, batch=ways.batch)
+        except MethodError:
+            continue  # said already
+    return found
+
+
+def row_fields(row: Evaluation) -> dict[str, Any]:
+    """Return an Evaluation as JSON has it."""
+    return {
+        "method": row.method,
+        "budget": row.budget,
+        "how": row.how,
+        "check": row.check,
+        "changed": row.changed,
+        **asdict(row.damage),
+        "bytes_per_token": row.bytes_per_token,
+        "bytes_per_token_full": row.bytes_full / row.tokens_before,
+        "tokens_seen": row.tokens_seen.tolist(),
+        "tokens_before": row.tokens_before,
+        "seconds": row.seconds,
+    }
+
+
+def explicit(context: click.Context) -> frozenset[str]:
+    """Return the names of the parameters that the command line gives."""
+    source = click.core.ParameterSource.COMMANDLINE
+    return frozenset(name for name in context.params if context.get_parameter_source(name) == source)

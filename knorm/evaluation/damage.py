@@ -1,0 +1,173 @@
+"""How far a run's predictions are from the full cache's, token by token and in all, on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from knorm.statistics import interval
+
+_LOGITS = 2**22  # at most so many at a time, in float64
+
+Head = Callable[[Tensor], Tensor]
+
+
+class PerToken(NamedTuple):
+    """What is compared for each scored token; float64 [windows, scored] where nothing else is said.
+
+    nll        of the run, in nats
+    nll_full   of the full cache
+    kl         KL(full || run) of the two predictions, in nats
+    same_top   bool: both predict the same token as the likeliest
+    correct    bool: the run predicts the true token as the likeliest
+    delta_p    probability of the true token, the run's less the full cache's
+    """
+
+    nll: Tensor
+    nll_full: Tensor
+    kl: Tensor
+    same_top: Tensor
+    correct: Tensor
+    delta_p: Tensor
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Sum up what a method costs in quality; intervals are 95%, clustered by window, None for one window.
+
+    Attributes:
+        windows: how many.
+        tokens: scored in all of them.
+        nll: mean in nats per token.
+        ppl: exp of it.
+        delta_nll: mean difference from the full cache, paired by token.
+        delta_nll_low: lower end of its interval; delta_nll_high: the upper.
+        kl: mean KL(full || run), in nats per token.
+        kl_low: lower end of its interval; kl_high: the upper.
+        kl_median: of the tokens; kl_99 and kl_999: their 99% and 99.9% quantiles; kl_largest: the largest.
+        accuracy: share of tokens that the run predicts as the likeliest.
+        same_top: share of tokens for which both predict the same token as the likeliest.
+        delta_p: mean change of the true token's probability; delta_p_rms: root of its mean square.
+    """
+
+    windows: int
+    tokens: int
+    nll: float
+    ppl: float
+    delta_nll: float
+    delta_nll_low: float | None
+    delta_nll_high: float | None
+    kl: float
+    kl_low: float | None
+    kl_high: float | None
+    kl_median: float
+    kl_99: float
+    kl_999: float
+    kl_largest: float
+    accuracy: float
+    same_top: float
+    delta_p: float
+    delta_p_rms: float
+
+
+def summed(tokens: PerToken) -> Damage:
+    """Sum up a comparison.
+
+    Args:
+        tokens: of one run and the full cache.
+
+    Example:
+        >>> zero = torch.zeros(2, 3, dtype=torch.float64)
+        >>> summed(PerToken(zero, zero, zero, zero == 0, zero == 0, zero)).same_top
+        1.0
+    """
+    change = tokens.nll - tokens.nll_full
+    low, high = interval(change.mean(1))
+    kl_low, kl_high = interval(tokens.kl.mean(1))
+    ordered = tokens.kl.flatten().sort().values
+    at = [float(ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]) for share in (0.5, 0.99, 0.999)]
+    mean = float(tokens.nll.mean())
+    return Damage(
+        windows=len(change),
+        tokens=change.numel(),
+        nll=mean,
+        ppl=math.exp(mean) if mean < 700 else math.inf,
+        delta_nll=float(change.mean()),
+        delta_nll_low=low,
+        delta_nll_high=high,
+        kl=float(tokens.kl.mean()),
+        kl_low=kl_low,
+        kl_high=kl_high,
+        kl_median=at[0],
+        kl_99=at[1],
+        kl_999=at[2],
+        kl_largest=float(ordered[-1]),
+        accuracy=float(tokens.correct.double().mean()),
+        same_top=float(tokens.same_top.double().mean()),
+        delta_p=float(tokens.delta_p.mean()),
+        delta_p_rms=float(tokens.delta_p.square().mean().sqrt()),
+    )
+
+
+@contextmanager
+def head_of(model: PreTrainedModel) -> Iterator[Head]:
+    """Give what a model does after its last hidden states: [n, width] to logits [n, vocabulary].
+
+    It is the model's own forward with the layers left out, so whatever a model does to its logits is done here too.
+    """
+    base: Any = model.base_model
+    given: dict[str, Tensor] = {}
+    if base is model:
+        raise ValueError(f"{type(model).__name__} has no language-model head: load it as a causal language model")
+
+    def forward(*_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=given["states"])
+
+    def head(states: Tensor) -> Tensor:
+        given["states"] = states[None]
+        ids = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    own = vars(base).get("forward")
+    base.forward = forward
+    try:
+        yield head
+    finally:
+        if own is None:
+            del base.forward
+        else:
+            base.forward = own
+
+
+@torch.no_grad()
+def compare(head: Head, full: Tensor, run: Tensor, targets: Tensor, vocabulary: int) -> PerToken:
+    """Compare two runs' predictions of the same tokens, a few at a time: the logits of a long text would not fit.
+
+    Args:
+        head: from hidden states [n, width] to logits [n, vocabulary].
+        full: hidden states of the full cache's run, [batch, scored, width].
+        run: those of the run that is judged.
+        targets: the true tokens, int64 [batch, scored].
+        vocabulary: its size.
+    """
+    size, parts = max(1, _LOGITS // vocabulary), []
+    for ours, theirs, true in zip(
+        full.flatten(0, 1).split(size), run.flatten(0, 1).split(size), targets.flatten().split(size), strict=True
+    ):
+        p, q = (head(states).double().log_softmax(-1) for states in (ours, theirs))
+        chosen, given = (x.gather(-1, true[:, None])[:, 0] for x in (p, q))
+        likeliest = q.argmax(-1)
+        top, correct = p.argmax(-1) == likeliest, likeliest == true
+        kl = (p.exp() * p.sub_(q)).sum(-1).clamp_(min=0)
+        parts.append((-given, -chosen, kl, top, correct, given.exp() - chosen.exp()))
+    columns = (torch.cat(column).view(targets.shape).cpu() for column in zip(*parts, strict=True))
+    return PerToken(*columns)

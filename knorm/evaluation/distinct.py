@@ -1,0 +1,63 @@
+"""Which of several runs differ from each other, for certain: pairs compared window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import ascii_lowercase
+
+from torch import Tensor
+
+from knorm.statistics import interval
+
+NOISE = 1e-8  # nats: KL that rounding alone can make
+
+
+def letters(values: Sequence[Tensor], least: float = 0.0) -> list[str]:
+    """Give runs letters, so that two runs share one where they cannot be told apart (a compact letter display).
+
+    Two runs are apart where Student's 95% interval of their mean difference, paired by window, excludes zero.
+
+    Args:
+        values: for each run the same quantity, [windows, tokens].
+        least: differences of the means up to this are noise.
+
+    Returns:
+        A string of letters for each run, "a" for the run with the lowest mean; all empty for fewer than two windows.
+
+    Source: Piepho, An algorithm for a letter-based representation of all-pairwise comparisons, 2004.
+
+    Example:
+        >>> import torch
+        >>> noise = torch.tensor([[0.0], [0.1], [-0.1]])
+        >>> letters([noise, noise * 2, noise + 5])
+        ['a', 'a', 'b']
+    """
+    means = [value.double().mean(1) for value in values]
+    order = sorted(range(len(means)), key=lambda run: float(means[run].mean()))
+    if len(means) < 2 or len(means[0]) < 2:
+        return [""] * len(means)
+    groups = [set(order)]
+    for place, one in enumerate(order):
+        for other in order[place + 1 :]:
+            if _apart(means[one] - means[other], least):
+                groups = _without_pair(groups, one, other)
+    groups.sort(key=lambda group: [order.index(run) for run in sorted(group, key=order.index)])
+    return ["".join(_letter(i) for i, group in enumerate(groups) if run in group) for run in range(len(means))]
+
+
+def _apart(difference: Tensor, least: float) -> bool:
+    low, high = interval(difference)
+    certain = low is not None and high is not None and not low <= 0 <= high
+    return certain and abs(float(difference.mean())) > least
+
+
+def _without_pair(groups: list[set[int]], one: int, other: int) -> list[set[int]]:
+    """Split the groups that hold both, and drop those that lie within another."""
+    split = [
+        part for group in groups for part in ([group - {one}, group - {other}] if {one, other} <= group else [group])
+    ]
+    return [g for i, g in enumerate(split) if not any(g < h or (g == h and j < i) for j, h in enumerate(split))]
+
+
+def _letter(index: int) -> str:
+    return ascii_lowercase[index % 26] * (1 + index // 26)

@@ -1,0 +1,41 @@
+"""Wrong usage that can be told from a request alone, before PyTorch is loaded and before the target runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from knorm.laws.names import refuse_unknown
+from knorm.laws.process.protocol import Request
+from knorm.laws.results import PROFILES
+from knorm.laws.targets import KINDS
+from knorm.laws.traits import KNORM, Traits, parse_trait, traits_of
+from knorm.methods.targets import parse_target
+
+
+def check_request(request: Request) -> None:
+    """Refuse a request that no target can make right.
+
+    Raises:
+        ValueError: For a trait, a value of one, a kind, a profile or a check that there is not, and for a target whose
+            file or package is not there.
+    """
+    promised(request)
+    if request.profile not in PROFILES:
+        raise ValueError(f"--profile {request.profile}, but should be one of {', '.join(PROFILES)}")
+    if request.kind not in (None, *KINDS):
+        raise ValueError(f"--as {request.kind}, but should be one of {', '.join(KINDS)}")
+    refuse_unknown(name for name, _ in request.expected)
+    refuse_unknown(request.select or (), families=True)
+    parse_target(request.target)
+
+
+def promised(request: Request) -> Traits | dict[str, Any]:
+    """What a request says that the target promises. Raises ValueError for traits and values that there are not."""
+    named = dict(map(parse_trait, request.traits))
+    traits_of(None, named)
+    if request.like is None:
+        return named
+    if request.like != "knorm":
+        raise ValueError(f"--like {request.like}, but should be knorm")
+    return replace(KNORM, **named)

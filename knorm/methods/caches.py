@@ -1,0 +1,50 @@
+"""Caches of transformers, and of others that follow its interface: a class, or a function that makes one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from knorm.methods.budget import Budget, TakesNoBudget, budget_argument
+from knorm.methods.kinds import budget_parameter, signature_of
+from knorm.methods.method import Method, Session, Tokenizer
+
+
+class CacheMethod(Method):
+    """A cache, made anew for each run; what its constructor needs and the run knows is filled in."""
+
+    kind = "cache"
+
+    def __init__(self, name: str, make: Callable[..., Any], budget: Budget | None, given: dict[str, Any]) -> None:
+        super().__init__(name, budget, make)
+        self.make, self.given = make, dict(given)
+        signature = signature_of(make)
+        self.parameters = signature.parameters if signature else {}
+        self.word = budget_parameter(self.parameters)
+        if budget is not None and (self.word is None or self.word in given):
+            raise TakesNoBudget(f"{name} takes no budget: drop keep_ratio and keep_tokens")
+
+    def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
+        known = {
+            "config": model.config.get_text_config(decoder=True),
+            "max_cache_len": length,
+            "max_batch_size": batch,
+            "batch_size": batch,
+            "device": model.device,
+            "dtype": model.dtype,
+        }
+        filled = {
+            name: known[name]
+            for name, parameter in self.parameters.items()
+            if name in known and name not in self.given and (name == "config" or parameter.default is parameter.empty)
+        }
+        if self.budget is not None and self.word is not None:
+            filled[self.word] = budget_argument(self.word, self.budget, length)
+        cache = self.make(**filled, **self.given)
+        if not isinstance(cache, Cache):
+            kind = type(cache).__name__
+            raise ValueError(f"{self.name} made a {kind}, but should make a cache of transformers (transformers.Cache)")
+        return Session(model, cache)

@@ -1,0 +1,190 @@
+"""Presses of kvpress, used as their users use them: `with press(model)`, around the prompt or also while decoding."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
+from knorm.methods.kinds import is_press
+from knorm.methods.known import WEIGHTS
+from knorm.methods.method import Method, Session, Tokenizer
+
+_DECODING = {"DecodingPress", "PrefillDecodingPress"}  # open while tokens are decoded; DMSPress where it says so
+_EAGER = {"ObservedAttentionPress"}  # reads attention weights, which only eager attention has
+_RENUMBERS = {"KeyRerotationPress", "RestoreKVPress"}  # the next token's position is the cache's length
+
+
+def _bases(press: Any) -> set[str]:
+    kind = press if isinstance(press, type) else type(press)
+    return {base.__name__ for base in kind.__mro__}
+
+
+def acts_while_decoding(press: Any) -> bool:
+    """Tell whether kvpress' own pipeline opens a press while it decodes."""
+    return bool(_bases(press) & _DECODING) or bool(getattr(press, "decoding", False))
+
+
+class PressMethod(Method):
+    """A press, its class or an instance; a copy is opened for each run, with its budget set."""
+
+    kind = "press"
+
+    def __init__(self, name: str, press: Any, budget: Budget | None, options: dict[str, Any] | None = None) -> None:
+        super().__init__(name, budget, press)
+        self.home = Path(inspect.getsourcefile(_base(press)) or "").parents[1]
+        if isinstance(press, type):
+            press = _made(press, budget, options or {})
+        self.press = press
+        if budget is not None:
+            _give(name, copy.deepcopy(press), budget, 1000)  # refused now, not in the middle of a run
+        elif _compresses_nothing(press):
+            raise NeedsBudget(f"{name} removes nothing, at compression_ratio 0: give keep_ratio or keep_tokens")
+
+    def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
+        if (
+            any(_bases(press) & _EAGER for press in _nested(self.press))
+            and model.config._attn_implementation != "eager"
+        ):
+            model.set_attn_implementation("eager")
+        return _PressSession(self, copy.deepcopy(self.press), model, tokenizer)
+
+    def _blamed(self, error: Exception) -> str | None:
+        blamed = super()._blamed(error)
+        weights = next((WEIGHTS[type(x).__name__] for x in _nested(self.press) if type(x).__name__ in WEIGHTS), None)
+        if blamed is None or weights is None:
+            return blamed
+        return f"{self.name} reads {weights}; it raised {type(error).__name__}"
+
+
+def _compresses_nothing(press: Any) -> bool:
+    try:
+        return bool(press.compression_ratio == 0)
+    except (
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+        ValueError,
+    ):  # none, or one that is only known after a run
+        return False
+
+
+def _nested(press: Any) -> Iterator[Any]:
+    """Generate a press and those that it wraps."""
+    yield press
+    for value in vars(press).values():
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            if is_press(type(inner)):
+                yield from _nested(inner)
+
+
+def _base(press: Any) -> type:
+    kind = press if isinstance(press, type) else type(press)
+    return next(base for base in kind.__mro__ if base.__name__ == "BasePress")
+
+
+def _made(press: type, budget: Budget | None, options: dict[str, Any]) -> Any:
+    needed = [
+        name
+        for name, parameter in inspect.signature(press).parameters.items()
+        if parameter.default is parameter.empty and name not in options
+    ]
+    inner = [name for name in needed if name in ("press", "base_press")]
+    if inner:
+        raise ValueError(f"{press.__name__} wraps a press: write it with one, as {press.__name__}(KnormPress())")
+    if needed:
+        raise ValueError(f"{press.__name__} needs {', '.join(needed)}: write {press.__name__}({needed[0]}=...)")
+    return press(**options)
+
+
+def _give(name: str, press: Any, budget: Budget, length: int) -> None:
+    """Set a press' budget for a prompt of `length` tokens. Raises ValueError for a press that takes none."""
+    if "CompressionRatioDecodingPress" in _bases(press):
+        if budget.keep_ratio is None:
+            raise TakesNoBudget(f"{name} keeps a share of the tokens seen: give keep_ratio, not keep_tokens")
+        press.target_compression_ratio = budget.removed(length)
+        return
+    if "DecodingPress" in _bases(press):
+        if budget.keep_tokens is None:
+            raise TakesNoBudget(f"{name} keeps a number of tokens: give keep_tokens, not keep_ratio")
+        press.target_size = budget.keep_tokens
+        return
+    kind = type(press)
+    field = "compression_ratio" in {f for base in kind.__mro__ for f in vars(base).get("__annotations__", {})}
+    settable = isinstance(getattr(kind, "compression_ratio", None), property) or field
+    try:
+        if not settable or "ComposedPress" in _bases(press):
+            raise AttributeError
+        press.compression_ratio = budget.removed(length)
+    except AttributeError:
+        raise TakesNoBudget(
+            f"{name} takes no compression_ratio: drop keep_ratio and keep_tokens, and write its own budget into the "
+            "target"
+        ) from None
+
+
+class _PressSession(Session):
+    def __init__(self, method: PressMethod, press: Any, model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
+        super().__init__(model, DynamicCache())
+        self.method, self.press, self.tokenizer = method, press, tokenizer
+        self._finch = "FinchPress" in _bases(press)
+        self._delimiter: int | None = None
+        if self._finch:
+            self._prepare_finch()
+        if method.budget is None or method.budget.keep_tokens is None:
+            self._open(1000)
+
+    def _prepare_finch(self) -> None:
+        """Give Finch the delimiter that it wants before the question: a token that the tokenizer has already."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.method.name} reads a delimiter token in the prompt: give the model's tokenizer")
+        delimiter = self.tokenizer.eos_token or self.tokenizer.bos_token
+        self.press.update_model_and_tokenizer(self.model, self.tokenizer, delimiter_token=delimiter)
+        self._delimiter = self.press.delimiter_token_id
+
+    def _open(self, length: int) -> None:
+        if self.method.budget is not None:
+            _give(self.method.name, self.press, self.method.budget, length)
+        if "DecodingPress" not in _bases(self.press):
+            self._prefill.enter_context(_opened(self.press, self.model))
+
+    def begin_prompt(self, tokens: int) -> None:
+        super().begin_prompt(tokens)
+        if self.method.budget is not None and self.method.budget.keep_tokens is not None:
+            self._open(tokens)
+
+    def prompt(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        self.begin_prompt(input_ids.shape[1])
+        if not self._finch:
+            # No positions: some presses choose otherwise where they are given, and kvpress gives none.
+            return {"input_ids": input_ids}
+        if bool((input_ids - (self._delimiter or 0) == 0).any()):
+            raise ValueError(f"{self.method.name} wants its delimiter once in the prompt, but the text has it already")
+        question = max(1, min(32, self.tokens // 4))
+        middle = input_ids.new_full((len(input_ids), 1), self._delimiter or 0)
+        return {"input_ids": torch.cat([input_ids[:, :-question], middle, input_ids[:, -question:]], 1)}
+
+    def begin_decoding(self) -> None:
+        if acts_while_decoding(self.press):
+            self._decode.enter_context(_opened(self.press, self.model))
+        super().begin_decoding()
+
+    def next_position(self) -> int:
+        rotated = self._finch and self.press.rerotate_keys
+        renumbers = rotated or bool(_bases(self.press) & _RENUMBERS)
+        return int(self.cache.get_seq_length()) if renumbers else self.tokens
+
+
+@contextmanager
+def _opened(press: Any, model: PreTrainedModel) -> Iterator[None]:
+    with press(model):
+        yield

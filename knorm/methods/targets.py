@@ -1,0 +1,271 @@
+"""How a target is written: parsed, never evaluated, then loaded."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from knorm.methods.known import ABSTRACT, CACHES, PRESSES
+
+FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
+KVPRESS = "install it with pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
+_SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A name of the target's package, called with what stands in its parentheses."""
+
+    path: str
+    positional: tuple[Any, ...] = ()
+    named: Mapping[str, Any] = field(default_factory=dict)
+
+    def names(self) -> Iterator[str]:
+        """Generate the dotted names that the call and its arguments take from the target's module."""
+        yield self.path
+        todo: list[Any] = [*self.positional, *self.named.values()]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, Call):
+                yield from value.names()
+            elif isinstance(value, _Named):
+                yield value.path
+            elif isinstance(value, (list, tuple)):
+                todo += value
+
+
+@dataclass(frozen=True)
+class Target:
+    """A target as it was written.
+
+    Attributes:
+        spec: the whole text.
+        where: a module, or the path of a Python file.
+        path: a dotted name in it.
+        call: what it is called with; None where it is only named.
+        file: the file's absolute path; None for a module.
+    """
+
+    spec: str
+    where: str
+    path: str
+    call: Call | None = None
+    file: Path | None = None
+
+
+def parse_target(spec: str) -> Target:
+    """Read a target; nothing of it is imported.
+
+    Args:
+        spec: path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName; the name may be
+            dotted, and be called with literals, and with names and calls of the same module.
+
+    Raises:
+        ValueError: for another form, for a file that is not there, and for a module whose package is not there.
+
+    Example:
+        >>> parse_target("kvpress:AdaKVPress(KnormPress())").call.positional
+        (Call(path='KnormPress', positional=(), named={}),)
+    """
+    match = _SPEC.fullmatch(spec.strip())
+    if match is None or not match["where"] or "\0" in spec:
+        raise ValueError(f"target {spec!r}, but should be {FORMS}")
+    where, path = match["where"], match["path"]
+    call = _call(spec, f"{path}{match['call']}") if match["call"] else None
+    file = Path(where).resolve() if where.endswith(".py") or os.sep in where else None
+    if file and (file.suffix != ".py" or not file.is_file()):
+        raise ValueError(f"target {spec!r}: there is no Python file {file}; it should be {FORMS}")
+    package = where.partition(".")[0]
+    if not file and not _is_there(package):
+        raise ValueError(f"target {spec!r}: {no_module(where, package or where)}")
+    return Target(spec, where, path, call, file)
+
+
+def _call(spec: str, text: str) -> Call:
+    try:
+        node = ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(f"target {spec!r}: {getattr(error, 'msg', 'it')} in {text!r}") from None
+    value = _value(spec, node)
+    assert isinstance(value, Call)
+    return value
+
+
+def _value(spec: str, node: ast.expr) -> Any:
+    """Turn an argument into a value: a literal, or a Call of a name in the target's module."""
+    if isinstance(node, ast.Call):
+        if any(keyword.arg is None for keyword in node.keywords) or any(isinstance(x, ast.Starred) for x in node.args):
+            raise ValueError(f"target {spec!r}: * and ** have no place in a target")
+        positional = tuple(_value(spec, argument) for argument in node.args)
+        named = {str(keyword.arg): _value(spec, keyword.value) for keyword in node.keywords}
+        return Call(_dotted(spec, node.func), positional, named)
+    if isinstance(node, (ast.List, ast.Tuple)):
+        values = [_value(spec, element) for element in node.elts]
+        return values if isinstance(node, ast.List) else tuple(values)
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return _Named(_dotted(spec, node))
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        what = f"{ast.unparse(node)!r} is neither a literal nor a name or call of the target's module"
+        raise ValueError(f"target {spec!r}: {what}") from None
+
+
+@dataclass(frozen=True)
+class _Named:
+    path: str
+
+
+def _dotted(spec: str, node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(spec, node.value)}.{node.attr}"
+    raise ValueError(f"target {spec!r}: {ast.unparse(node)!r} is not a name of the target's module")
+
+
+def no_module(where: str, missing: str) -> str:
+    """Say that importing `where` found no module of the name `missing`, and what to do."""
+    todo = f"install it, or run this in the folder that has {missing}"
+    package = missing.partition(".")[0]
+    return f"importing {where}: there is no module {missing!r}; {KVPRESS if package == 'kvpress' else todo}"
+
+
+def _is_there(package: str) -> bool:
+    """Tell whether a package, looked for in the current folder too, can be found; it is not imported."""
+    before = sys.path.copy()
+    sys.path.insert(0, os.getcwd())
+    try:
+        return package in sys.modules or importlib.util.find_spec(package) is not None
+    except ValueError:  # an empty name
+        return False
+    finally:
+        sys.path[:] = before
+
+
+def load_target(target: Target) -> tuple[Any, dict[str, Any]]:
+    """Import what a target names.
+
+    Returns:
+        The object, and the keywords that it is to be called with: for a class or function with (arguments). A call with
+        positional arguments, of a press, is made here, and its result returned without keywords.
+
+    Raises:
+        ValueError: in one line, for a target that does not exist, does not import, or fails to be made.
+    """
+    try:
+        module = _imported(target.where, target.file)
+        named = _named(target.where, target.path, module)
+        if target.call is None:
+            return named, {}
+        positional, keywords = _arguments(target, module, target.call)
+    except _Missing as error:
+        raise ValueError(f"target {target.spec!r}: {error}") from error.__cause__
+    from knorm.methods.kinds import is_press, signature_of
+
+    if isinstance(named, type) and is_press(named):
+        return _called(target, named, positional, keywords), {}
+    if positional:
+        signature = signature_of(named)
+        names = [*signature.parameters] if signature else []
+        keywords = {**dict(zip(names, positional, strict=False)), **keywords}
+    return named, keywords
+
+
+def _arguments(target: Target, module: ModuleType, call: Call) -> tuple[list[Any], dict[str, Any]]:
+    def made(value: Any) -> Any:
+        if isinstance(value, Call):
+            positional, keywords = _arguments(target, module, value)
+            return _called(target, _named(target.where, value.path, module), positional, keywords)
+        if isinstance(value, _Named):
+            return _named(target.where, value.path, module)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(made, value))
+        return value
+
+    return [made(x) for x in call.positional], {name: made(value) for name, value in call.named.items()}
+
+
+def _called(target: Target, function: Callable[..., Any], positional: list[Any], keywords: dict[str, Any]) -> Any:
+    try:
+        return function(*positional, **keywords)
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"target {target.spec!r}: {getattr(function, '__name__', function)} refused: {said}"
+        ) from error
+
+
+class _Missing(Exception):
+    """A target that is not there or does not import; the message says what to do."""
+
+
+def _imported(where: str, file: Path | None) -> ModuleType:
+    folder = str(file.parent) if file else os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = _run(file) if file else importlib.import_module(where)
+        if getattr(module, "__file__", "") is None:
+            raise ModuleNotFoundError(name=where)  # a folder of that name
+        return module
+    except ModuleNotFoundError as error:
+        raise _Missing(no_module(where, error.name or where)) from error
+    except SyntaxError as error:
+        raise _Missing(f"{error.filename}, line {error.lineno}, is not valid Python: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        todo = KVPRESS if where.partition(".")[0] == "kvpress" else "mend that first"
+        raise _Missing(f"importing {where} raised {said}; {todo}") from error
+
+
+def _run(file: Path) -> ModuleType:
+    """Import a file under a name of its own: it may be called as a module that is loaded already."""
+    name = f"knorm_target_{file.stem}"
+    found: Any = spec_from_file_location(name, file)
+    module = sys.modules[name] = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def _named(where: str, path: str, module: ModuleType) -> Any:
+    target: Any = module
+    for done, part in enumerate(path.split(".")):
+        if not hasattr(target, part):
+            there = [name for name in dir(target) if not name.startswith("_")]
+            known = ", ".join(get_close_matches(part, there) or there[:8]) or "nothing"
+            raise _Missing(f"{'.'.join([where, *path.split('.')[:done]])} has no {part!r}; it has {known}")
+        target = getattr(target, part)
+    return target
+
+
+def expanded(spec: str) -> list[str]:
+    """Return the targets that "kvpress:*" or "transformers:*" stands for; any other target alone.
+
+    Raises:
+        ValueError: where the package is not installed.
+    """
+    where, _, name = spec.partition(":")
+    if name != "*":
+        return [spec]
+    if where == "transformers":
+        return [f"transformers:{cache}" for cache in CACHES]
+    if where != "kvpress":
+        raise ValueError(f"target {spec!r}: * stands for all that kvpress or transformers ships, no other module")
+    try:
+        kvpress: Any = importlib.import_module("kvpress")
+    except ModuleNotFoundError:
+        raise ValueError(f"target {spec!r}: kvpress is not there; {KVPRESS}") from None
+    names = sorted(name for name in vars(kvpress) if name.endswith("Press") and name not in ABSTRACT)
+    return [f"kvpress:{PRESSES.get(name, name)}" for name in names]

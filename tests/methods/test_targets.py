@@ -1,0 +1,204 @@
+"""How targets are written, told apart and refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny, tokens
+from transformers import DynamicCache
+
+import knorm
+from knorm import Policy
+from knorm.methods.budget import NeedsBudget, TakesNoBudget
+from knorm.methods.door import method
+from knorm.methods.kinds import kind_of
+from knorm.methods.known import CACHES
+from knorm.methods.restored import restored
+from knorm.methods.targets import Call, expanded, load_target, parse_target
+
+MINE = """
+import torch
+from transformers import DynamicCache
+
+class Window(DynamicCache):
+    def __init__(self, keep_tokens, label="x"):
+        super().__init__()
+        self.keep_tokens, self.label = keep_tokens, label
+
+def newest(keys, values, keep_ratio, sinks=0):
+    count = max(1, int(keys.shape[2] * keep_ratio))
+    return keys[:, :, -count:], values[:, :, -count:]
+
+class Newest:
+    def __init__(self, ratio):
+        self.ratio = ratio
+    def __call__(self, keys, values):
+        return newest(keys, values, self.ratio)
+
+def legacy(past_key_values, keep_ratio, prune_after, skip_layers):
+    return [pair if i in skip_layers else newest(*pair, keep_ratio) for i, pair in enumerate(past_key_values)]
+
+def changes(cache, keep_ratio):
+    for layer in cache.layers:
+        layer.keys, layer.values = newest(layer.keys, layer.values, keep_ratio)
+
+def tokens(keys, values, keep_tokens):
+    return keys[:, :, -keep_tokens:], values[:, :, -keep_tokens:]
+
+def own(keys, values):
+    return keys[:, :, -12:], values[:, :, -12:]
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    return str(file)
+
+
+def test_a_target_is_parsed_into_literals_names_and_calls():
+    target = parse_target('knorm.core:compress(1, -2, a=[Thing(3.5), (None, "x")], b={"c": True})')
+    assert target.call == Call("compress", (1, -2), {"a": [Call("Thing", (3.5,)), (None, "x")], "b": {"c": True}})
+    assert (target.where, target.path) == ("knorm.core", "compress")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("", "but should be path/to/file.py:name"),
+        ("nothing", "but should be path/to/file.py:name"),
+        (":x", "but should be"),
+        ("knorm.core:", "but should be"),
+        ("knorm.core:compress(", "but should be"),
+        ("knorm.core:compress(1))", "unmatched"),
+        ("knorm.core:compress(1 +)", "invalid syntax"),
+        ("knorm.core:compress(__import__('os').system('x'))", "is not a name of the target's module"),
+        ("knorm.core:compress(1 + 1)", "is neither a literal nor"),
+        ("knorm.core:compress([x for x in y])", "is neither a literal nor"),
+        ("knorm.core:compress(**x)", r"\* and \*\* have no place"),
+        ("knorm.core:compress(lambda: 0)", "is neither a literal nor"),
+        ("no/such/file.py:name", "there is no Python file"),
+        ("no_such_package:name", "there is no module 'no_such_package'"),
+        ("knorm.core\0:x", "but should be"),
+    ],
+)
+def test_what_does_not_parse_is_refused_in_a_line(spec, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        parse_target(spec)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("knorm.core:compres", "has no 'compres'; it has compress"),
+        ("knorm.core:compress(nothing=nowhere)", "has no 'nowhere'"),
+        ("knorm.core:Compressed(Policy(2))", r"Policy refused: keep_ratio=2"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_a_line(spec, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        load_target(parse_target(spec))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("newest", "function"), ("Newest", "class"), ("legacy", "legacy"), ("changes", "cache function"),
+        ("tokens", "function"), ("own", "function"), ("Window", "cache"),
+    ],
+)  # fmt: skip
+def test_kinds_are_told_from_parameters(mine, name, kind):
+    assert kind_of(load_target(parse_target(f"{mine}:{name}"))[0]) == kind
+
+
+@pytest.mark.parametrize("name", ["newest", "Newest", "legacy", "changes", "newest(sinks=4)"])
+def test_the_same_compression_in_every_form_gives_the_same_numbers(mine, name):
+    model, ids = tiny("llama"), tokens(1, 48)
+    reference = knorm.evaluate(model, ids, method(f"{mine}:newest", keep_ratio=0.5), prompt_length=32)
+    found = knorm.evaluate(model, ids, method(f"{mine}:{name}", keep_ratio="0.5"), prompt_length=32)
+    assert torch.allclose(found.per_token.nll, reference.per_token.nll, atol=1e-6)
+    assert found.how == "two calls"
+    assert found.method == f"{mine}:{name}"
+
+
+def test_budgets_in_tokens_and_of_their_own(mine):
+    model, ids = tiny("llama"), tokens(1, 48)
+    for chosen in (
+        method(f"{mine}:tokens", keep_tokens=12),
+        method(f"{mine}:own"),
+        method(f"{mine}:tokens", keep_ratio="0.375"),
+        method(f"{mine}:newest", keep_tokens=12),
+    ):
+        found = knorm.evaluate(model, ids, chosen, prompt_length=32)
+        assert found.tokens_seen.unique().tolist() == [12 + 8], chosen.name
+
+
+def test_budgets_that_do_not_fit_are_refused(mine):
+    with pytest.raises(NeedsBudget, match="is called with a budget: give keep_ratio or keep_tokens"):
+        method(f"{mine}:newest")
+    with pytest.raises(TakesNoBudget, match="names a budget of its own, keep_tokens"):
+        method(f"{mine}:tokens(keep_tokens=3)", keep_ratio=0.5)
+    with pytest.raises(TakesNoBudget, match="takes no budget"):
+        method("transformers:DynamicCache", keep_ratio=0.5)
+    with pytest.raises(TakesNoBudget, match="keeps a share of the cache"):
+        method("knorm", keep_tokens=3)
+    with pytest.raises(ValueError, match="has no parameter sinkz; it has keys, values, keep_ratio, sinks"):
+        method(f"{mine}:newest(sinkz=3)", keep_ratio=0.5)
+    with pytest.raises(TypeError, match="number is a int, but should be called as"):
+        method(f"{mine}:number")
+    with pytest.raises(ValueError, match="kind 'guess', but should be one of policy, function"):
+        method(f"{mine}:newest", kind="guess")
+
+
+def test_objects_are_methods_too():
+    assert method(Policy(0.5)).policy == Policy(0.5)
+    assert method("knorm", keep_ratio="0.25").policy == Policy("0.25")
+    assert method(DynamicCache).kind == "cache"
+    assert method(lambda: DynamicCache()).kind == "cache"
+    assert method(method, kind="cache").name == "method"
+
+
+def test_a_cache_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="made a dict, but should make a cache of transformers"):
+        knorm.evaluate(tiny("llama"), tokens(1, 48), method(dict, kind="cache", name="d"), prompt_length=32)
+
+
+def test_a_star_stands_for_what_a_package_ships():
+    assert expanded("transformers:*") == [f"transformers:{cache}" for cache in CACHES]
+    assert expanded("knorm") == ["knorm"]
+    with pytest.raises(ValueError, match="no other module"):
+        expanded("torch:*")
+
+
+def test_a_model_is_put_back_as_it_was():
+    model = tiny("llama")
+    layer, weight = model.model.layers[0].self_attn, model.lm_head.weight.data.clone()
+
+    def spoil():
+        with restored(model) as changed:
+            layer.rotary_emb = model.model.rotary_emb
+            layer.masked_key_indices = [1]
+            layer.layer_idx = 7
+            layer.register_forward_hook(lambda *_: None)
+            model.config.use_cache = False
+            model.resize_token_embeddings(90)
+            yield changed
+            raise KeyError
+
+    spoiling = spoil()
+    changed = next(spoiling)
+    with pytest.raises(KeyError):
+        next(spoiling)
+    assert not hasattr(layer, "rotary_emb")
+    assert not hasattr(layer, "masked_key_indices")
+    assert layer.layer_idx == 0
+    assert not layer._forward_hooks
+    assert (model.config.vocab_size, model.config.use_cache) == (97, True)
+    assert torch.equal(model.lm_head.weight, weight)
+    assert model(input_ids=tokens(1, 4)).logits.shape == (1, 4, 97)
+    assert {"model.layers.0.self_attn.rotary_emb", "config"} <= {*changed}
