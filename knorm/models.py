@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.files import file_size, read_text
-from knorm.gguf import find_smollm2, load_gguf
+from knorm.gguf import load_gguf
 from knorm.paths import ASSETS
-from knorm.sources import EMBEDDED_MODELS, HUB_TEXTS, SMOLLM2, find_model, find_text
+from knorm.sources import HUB_TEXTS, find_model, find_text
 from knorm.weights import INDEX, SMALL_FILES, WEIGHTS, checked_folder, read_index
 
 MOST_TEXT = 2**28  # bytes of a file, and characters of a column: several times PG-19's test set
@@ -144,10 +144,11 @@ def load_model(
     not installed, weights that are missing, damaged or in no format that is read.
     """
     name = str(name)
-    if name in EMBEDDED_MODELS:
+    place = find_model(name)
+    if place is None:
         return load_embedded(name, dtype=dtype, device=device)
     try:
-        (model, info), tokenizer = _load(name, dtype)
+        (model, info), tokenizer = _load(name, place, dtype)
     except SafetensorError as error:
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
     wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
@@ -161,15 +162,14 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(name: str, place: Path | re.Match[str], dtype: torch.dtype) -> tuple[Any, Any]:
     """What transformers loads for a name, wherever it leads: (model, loading info), and the tokenizer."""
-    place = find_smollm2() if name == SMOLLM2 else find_model(name)
-    pinned = None if isinstance(place, Path) else place
+    folder = place if isinstance(place, Path) else _hub_folder(name, place)
     try:
-        if isinstance(place, Path) and place.suffix == ".gguf" and not place.is_dir():
-            return load_gguf(place, name, dtype)
-        with checked_folder(place if isinstance(place, Path) else _hub_folder(name, place)) as checked:
-            return _load_checked(checked, pinned["name"] if pinned else name, dtype)
+        if folder.is_file():
+            return load_gguf(folder, name, dtype)
+        with checked_folder(folder) as checked:
+            return _load_checked(checked, name if isinstance(place, Path) else place["name"], dtype)
     except SafetensorError:
         raise
     except Exception as error:  # whatever damaged settings make transformers raise

@@ -475,13 +475,16 @@ REFUSED = (
     ("check no_such_package.module:compress", "there is no module 'no_such_package'"),
     ("check .hidden:compress", "there is no module '.hidden'"),
     ("check good.py:compress --device tpu", "--device tpu, but should be cpu, cuda or cuda:N"),
-    ("ppl --model nowhere", "model 'nowhere' should be 'embedded', a folder, or"),
+    ("ppl --model nowhere", "model 'nowhere' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or"),
     ("ppl --text nowhere.txt", "text 'nowhere.txt' is no file here"),
     ("ppl --device tpu", "--device tpu, but should be cpu, cuda or cuda:N"),
     ("ppl --reported nowhere.csv", "nowhere.csv cannot be read: it is not there"),
     ("explain --model nowhere/at@all", "model 'nowhere/at@all' is no folder here"),
     ("explain --text hub:nowhere", "text 'hub:nowhere' should be hub:organisation/name@commit:files"),
-    ("bench --model nowhere", "model 'nowhere' should be 'embedded', a folder, or"),
+    (
+        "bench --model nowhere",
+        "model 'nowhere' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or",
+    ),
     ("golden record", "name the cases to record, or give --all"),
     ("golden accept", "name the cases, or the candidate files"),
 )

