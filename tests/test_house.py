@@ -27,7 +27,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "outputs figures options tables setting compared verify check ppl explain bench golden",
+    "cli": "outputs figures options tables timings setting compared verify check ppl explain bench golden",
 }
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
@@ -162,6 +162,28 @@ def test_nothing_heavy_loads_before_it_is_used(line, loaded):
 
 def test_the_core_stays_under_200_lines():
     assert len((PACKAGE / "core.py").read_text().splitlines()) < 200
+
+
+LONG = ("kernels.py", "perplexity.py")  # one idea each
+
+
+def functions_over(most, top):
+    """The functions of a syntax tree with more lines than that, nested ones and methods too."""
+    functions = [node for node in ast.walk(top) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [node.name for node in functions if node.end_lineno - node.lineno + 1 > most]
+
+
+def test_a_long_function_is_noticed_wherever_it_stands():
+    long = "\n".join(f"            {n}" for n in range(60))
+    source = f"class A:\n    def short(self):\n        async def long():\n{long}\n        return long\n"
+    assert functions_over(60, ast.parse(source)) == ["short", "long"]
+    assert functions_over(63, ast.parse(source)) == []
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source not in LONG])
+def test_a_module_has_400_lines_and_a_function_60_at_most(source):
+    assert len((PACKAGE / source).read_text(encoding="utf-8").splitlines()) <= 400
+    assert not functions_over(60, tree(source))
 
 
 def test_everything_public_says_what_it_does():

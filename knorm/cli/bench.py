@@ -219,7 +219,7 @@ def _policies(asked: _Asked) -> str:
     """Time policies, and print and write what came of it; the verdict."""
     from knorm.bench.policies import as_fields, bench
     from knorm.cli.figures import plot_slowdowns
-    from knorm.cli.tables import comparisons_table, show_verdict, times_table
+    from knorm.cli.timings import comparisons_table, show_verdict, times_table
 
     console, timing = make_console(asked.quiet), asked.timing
     model, prompts, policies = _load(asked)
@@ -347,7 +347,7 @@ def _judge(
     from knorm.bench.counters import risen
     from knorm.bench.policies import GATED
     from knorm.cli.figures import plot_slowdowns
-    from knorm.cli.tables import comparisons_table, show_counters, show_verdict
+    from knorm.cli.timings import comparisons_table, show_counters, show_verdict
     from knorm.statistics import ALPHA, compare, overall
 
     margin, each = setting["margin"], ALPHA / (len(GATED) * len(policies))
