@@ -29,6 +29,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.process": "protocol usage worker start supervisor",
     "cli": "outputs figures options tables timings setting compared verify check ppl explain bench golden",
 }
+TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
 
@@ -99,6 +100,12 @@ def run(code):
 def test_every_module_has_its_place_in_the_house():
     placed = {f"{package}.{name}".strip(".") for package, names in ORDER.items() for name in names.split()}
     assert placed | {""} == MODULES
+
+
+def test_the_tests_mirror_the_packages():
+    packages = {name for name in ORDER[""].split() if (PACKAGE / name).is_dir()}
+    needing = {"gpu", "presses"}  # what not every machine has
+    assert {file.parent.name for file in TESTS.glob("*/**/test_*.py")} == packages | needing
 
 
 @pytest.mark.parametrize("source", [source for source in SOURCES if not source.endswith("__init__.py")])
