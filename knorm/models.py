@@ -41,18 +41,18 @@ def hush() -> None:
 def load_embedded(
     name: str = "embedded", *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load a model of the box and the tokenizer of both, in eval mode (assets/README.md).
+    """Load a model that comes with knorm and its tokenizer, in eval mode (assets/README.md).
 
     Args:
         name: "embedded", a GPT-NeoX of Pythia's make, or "embedded-llama", a Llama of its size and training.
-        dtype: of the weights; stored as bfloat16, they are exact in float32.
-        device: of the weights.
+        dtype: the weights' dtype; stored as bfloat16, they are exact in float32.
+        device: the weights' device.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        ValueError: a file of the box is missing or not what was shipped.
+        ValueError: a file of the package is missing or not what was shipped.
 
     Example:
         >>> load_embedded("embedded-llama")[0].config.num_key_value_heads

@@ -91,7 +91,23 @@ def _promises(subject: Subject) -> str:
 
 
 def reproduce(name: str, target: object, case: Cache | Text, **traits: Any) -> None:
-    """Run one check on one case; raises Refuted, with the evidence, where the target breaks the law."""
+    """Run one check on one case.
+
+    Args:
+        name: the check's.
+        target: what adapters.adapt takes.
+        case: the case, as a counterexample shows it.
+        traits: what the target promises.
+
+    Raises:
+        Refuted: the target breaks the law; the message has the evidence.
+
+    Example:
+        >>> import knorm
+        >>> from knorm.laws import reproduce
+        >>> from knorm.laws.strategies import Text
+        >>> reproduce("one_pass", knorm.exact_nll, Text(torch.arange(8)[None], 2, 1, 0.5))
+    """
     from knorm.laws.adapters import adapt
 
     find(name).function(adapt(target, traits or None), case)

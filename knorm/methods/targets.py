@@ -71,12 +71,15 @@ def parse_target(spec: str) -> Target:
         spec: path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName; the name may be
             dotted, and be called with literals, and with names and calls of the same module.
 
+    Returns:
+        The target's parts, for load_target.
+
     Raises:
-        ValueError: for another form, for a file that is not there, and for a module whose package is not there.
+        ValueError: another form, a missing file, or a module whose package is not installed.
 
     Example:
-        >>> parse_target("kvpress:AdaKVPress(KnormPress())").call.positional
-        (Call(path='KnormPress', positional=(), named={}),)
+        >>> parse_target('transformers:QuantizedCache(backend="fp8")').call.named
+        {'backend': 'fp8'}
     """
     match = _SPEC.fullmatch(spec.strip())
     if match is None or not match["where"] or "\0" in spec:
