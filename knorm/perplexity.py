@@ -265,7 +265,7 @@ def _check_schedule(lost: Tensor, keys: Tensor) -> None:
 
 
 class Hidden(NamedTuple):
-    """What one pass computes before the head, and the schedules that it followed.
+    """Hold what one pass computes before the head, and the schedules that it followed.
 
     states       [batch, T, width], in the model's dtype
     input_ids    int64 [batch, T], on the model's device
@@ -339,7 +339,7 @@ def exact_run(
     schedule: Schedule | None = None,
     attend: Attend | None = None,
 ) -> Run:
-    """The compressed run from one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
+    """Compute the compressed run in one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
     begin = time.perf_counter()
     hidden = exact_hidden(
         model,
@@ -574,7 +574,7 @@ def agreement(
 
 
 def parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
-    """How far apart, relatively, the norms lie over which each row's schedules first part; the widest over rows.
+    """Measure how far apart the norms lie, relatively, over which rows' schedules first part; the widest over rows.
 
     Nothing but those norms can be the cause there; whatever parts later in the row may be a consequence.
     """

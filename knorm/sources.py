@@ -72,7 +72,7 @@ def find_smollm2() -> Path:
         The path of its GGUF file, 98 MB.
 
     Raises:
-        ValueError: the package is not installed, or holds no such file; the message says what to type.
+        ValueError: the package is not installed, or lacks the file; the message says what to type.
 
     Example:
         >>> find_smollm2()  # doctest: +SKIP

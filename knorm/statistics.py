@@ -25,7 +25,7 @@ Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much slower an arm is: times over the baseline's, 1.05 is 5% slower.
+    """Say how much slower an arm is: times over the baseline's, 1.05 is 5% slower.
 
     ratio            geometric mean over blocks
     low, high        its bounds, each at one-sided alpha: the wider of t and bootstrap
@@ -51,7 +51,7 @@ class Comparison:
 
 
 def effective_blocks(logs: Sequence[float]) -> float:
-    """What n blocks are worth: n (1 - r) / (1 + r), at least 2, r their correlation with the next where it is positive.
+    """Return what n blocks are worth: n (1 - r) / (1 + r), at least 2; r: correlation with the next, if positive.
 
     The variance of the mean of a first-order autoregressive series (Bartlett 1946), which drifting clocks resemble.
     """
@@ -65,7 +65,7 @@ def effective_blocks(logs: Sequence[float]) -> float:
 def compare(
     logs: Sequence[float], *, margin: float, alpha: float = ALPHA, golden: Sequence[float] | None = None
 ) -> Comparison:
-    """The verdict on log-ratios, one a block: logarithm of the arm's time over the baseline's.
+    """Judge log-ratios, one a block: logarithm of the arm's time over the baseline's.
 
     margin   slowdown, as a share, that is no concern
     golden   log-ratios of an accepted run: then the verdict is on how much the ratio rose since (Welch)
@@ -132,7 +132,7 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def check_share(name: str, value: float) -> float:
-    """A margin as a share. Raises ValueError outside (0, 10)."""
+    """Read a margin as a share. Raises ValueError outside (0, 10)."""
     if not 0 < value < 10:
         raise ValueError(f"{name} {100 * value:g}, but should be a slowdown in per cent above 0, e.g. {name} 5")
     return value

@@ -32,7 +32,7 @@ CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the main job: a claim, whether it holds, and the evidence; compared=False: there was no golden."""
+    """Hold one line of the main job: a claim, whether it holds, the evidence; compared=False: there was no golden."""
 
     claim: str
     holds: bool

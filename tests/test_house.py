@@ -203,6 +203,42 @@ def test_everything_public_says_what_it_does():
     assert not bare
 
 
+OPENERS = (
+    "Of",
+    "Whether",
+    "The",
+    "A",
+    "An",
+    "What",
+    "How",
+    "Where",
+    "Why",
+)  # of a phrase, not of a sentence with a verb
+
+
+def unwritten(top):
+    """Functions and classes whose docstrings are phrases: the first line of a public name; elsewhere "Of", "Whether"."""
+    for node in ast.walk(top):
+        said = (
+            ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else ""
+        )
+        if said and not node.name.startswith("check_"):  # a law is a claim
+            phrase = said.split(maxsplit=1)[0] in OPENERS and not node.name.startswith("_")
+            if phrase or any(line.strip().startswith(("Of ", "Whether ")) for line in said.splitlines()):
+                yield node.name
+
+
+def test_a_phrase_in_place_of_a_sentence_is_noticed():
+    source = 'def a():\n    """The count."""\ndef b():\n    """Count.\n\n    Of all."""\ndef c():\n    """Count."""'
+    assert [*unwritten(ast.parse(source))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_docstrings_begin_with_a_sentence(source):
+    questions = {Path(source).stem} if source.startswith("cli/") else set()  # what a command answers
+    assert not {*unwritten(tree(source))} - questions
+
+
 def test_public_names_resolve_and_are_those_that_type_checkers_see():
     (block,) = (node for node in tree("__init__.py").body if isinstance(node, ast.If))
     seen = {name.rsplit(".", 1)[1]: name.rsplit(".", 1)[0] for name in imported(block.body)}

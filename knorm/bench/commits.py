@@ -30,7 +30,7 @@ _PATIENCE = 10.0  # seconds for a worker to end by itself
 
 
 def find_checkout() -> Path:
-    """The git checkout that knorm runs from, else the one of the current folder. Raises ValueError where neither is."""
+    """Find the git checkout that knorm runs from, else that of the current folder. Raises ValueError without one."""
     for folder in (PACKAGE.parent, Path.cwd()):
         with suppress(OSError, ValueError):
             top = Path(git(folder, "rev-parse", "--show-toplevel"))
@@ -43,7 +43,7 @@ def find_checkout() -> Path:
 
 
 def resolve(root: Path, ref: str) -> str:
-    """The commit that REF names: 40 digits. Raises ValueError where there is none."""
+    """Resolve REF to the 40 digits of a commit. Raises ValueError where it names none."""
     try:
         return git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     except ValueError:
@@ -53,7 +53,7 @@ def resolve(root: Path, ref: str) -> str:
 
 
 def changed_files(root: Path) -> int:
-    """How many files of the package differ from the last commit."""
+    """Count the files of the package that differ from the last commit."""
     return len(git(root, "status", "--porcelain", "--", "knorm").splitlines())
 
 
@@ -73,7 +73,7 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def worktree(root: Path, commit: str) -> Iterator[Path]:
-    """A commit's files in a temporary folder, which is gone afterwards whatever happens, but for SIGKILL."""
+    """Check a commit out into a temporary folder, which is removed at the end, whatever happens (but for SIGKILL)."""
     with _terminable(), tempfile.TemporaryDirectory(prefix="knorm-against-") as temporary:
         folder = Path(temporary) / "tree"
         try:
@@ -93,7 +93,7 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What both commits are to do, as their processes are told.
+    """Hold what both commits are to do, as their processes receive it.
 
     model      a folder
     prompts    ids [batch][tokens] and new_tokens each
@@ -109,12 +109,12 @@ class Setup:
 
     @property
     def new_tokens(self) -> list[int]:
-        """Of each prompt."""
+        """Return how many tokens each prompt is followed by."""
         return [prompt["new_tokens"] for prompt in self.prompts]
 
 
 class Worker:
-    """A process of one commit; `name` is what messages call it."""
+    """Run a process of one commit; `name` is what messages call it."""
 
     def __init__(self, tree: Path, setup: Setup, name: str) -> None:
         self.name = name
@@ -203,7 +203,7 @@ class _Distant:
 
 @dataclass
 class Found:
-    """What rounds gave, by policy in the order of Setup.
+    """Hold what the rounds gave, by policy in the order of Setup.
 
     logs       metric -> a log-ratio a round, of the new commit over the old
     old, new   counters
@@ -225,7 +225,7 @@ def against(
     blocks: int,
     on_block: Callable[[], None] = lambda: None,
 ) -> Found:
-    """The old tree's knorm and the new one's in `rounds` fresh pairs of processes, `blocks` blocks a policy in each.
+    """Time the old tree's knorm and the new one's in `rounds` fresh pairs of processes, `blocks` blocks a policy each.
 
     A block of each policy is run first and discarded. Raises ValueError, with the name, for a commit that does not
     import, or whose process dies.
@@ -264,7 +264,7 @@ def _counters(fields: Mapping[str, Any]) -> Counters:
 
 
 def describe(root: Path, changed: int) -> str:
-    """The new side in words: its commit, and whether files were changed since."""
+    """Describe the new side in words: its commit, and whether files were changed since."""
     commit = git(root, "rev-parse", "--short=12", "HEAD")
     files = "1 file" if changed == 1 else f"{changed} files"
     return f"the current tree ({commit}{f' and changes in {files}' if changed else ''})"

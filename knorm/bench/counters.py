@@ -22,7 +22,7 @@ COUNTED = 32  # decode steps: a streaming policy does not compress in each
 
 @dataclass(frozen=True)
 class Counters:
-    """What a generation does, in whole numbers; the same on every run of the same code and versions.
+    """Count what a generation does, in whole numbers; they are equal in every run of the same code and versions.
 
     retained           tokens per layer at the end
     cache_bytes        of keys and values at the end
@@ -72,7 +72,7 @@ def _outermost(events: Iterable[Any]) -> int:
 
 
 def risen(now: Counters, before: Counters) -> list[str]:
-    """In words: tokens or bytes that differ, operators or launches that rose. Of the same versions of PyTorch only."""
+    """Say what differs (tokens or bytes) or rose (operators or launches); the versions of PyTorch must be equal."""
     said = []
     if now.retained != before.retained:
         said.append(f"tokens retained per layer were {[*before.retained]}, are {[*now.retained]}")

@@ -32,7 +32,7 @@ GATED = ("ttft", "tpot")  # throughput says the same as both together
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. policy: None for the uncompressed cache, which has no comparisons; logs: a log-ratio a block."""
+    """Hold one arm; policy: None for the uncompressed cache, which has no comparisons; logs: a log-ratio a block."""
 
     name: str
     policy: Policy | None
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a run gave: an arm each, the uncompressed one first; how long it measured, warm-up included.
+    """Hold what a run gave: its arms, the uncompressed one first; how long it measured, warm-up included.
 
     samples       [block][arm], as measured
     interrupted   steps that took over 1.5 times their usual time, and count as that (latency.without_interruptions)
@@ -64,12 +64,12 @@ class Bench:
 
     @property
     def verdict(self) -> Verdict:
-        """Of all policies."""
+        """Join the verdicts of all policies."""
         return overall(row.verdict for row in self.rows if row.verdict)
 
 
 def name_of(policy: Policy | None) -> str:
-    """What a table calls an arm."""
+    """Name an arm as tables do."""
     return "uncompressed" if policy is None else str(policy.keep_ratio)
 
 
@@ -160,7 +160,7 @@ def bench(
 
 
 def as_fields(row: Row) -> dict[str, Any]:
-    """A row as JSON has it: each metric with its ratio to the baseline and the smallest slowdown it could see."""
+    """Return a row as JSON has it: each metric with its ratio to the baseline and the slowdown it could see."""
     times, compared = row.times, {metric: asdict(found) for metric, found in row.comparisons.items()}
     return {
         "arm": row.name,

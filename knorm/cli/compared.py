@@ -42,7 +42,7 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
     """Make a method for each target and budget.
 
     Raises:
-        ValueError: for a target that is not there or takes no such budget.
+        ValueError: a target that does not exist, or takes no budget of this kind.
     """
     from knorm.methods.policies import PolicyMethod
     from knorm.methods.targets import expanded

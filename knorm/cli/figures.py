@@ -92,7 +92,7 @@ def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file
 
 
 def new_figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes. Raises ValueError where matplotlib is not installed."""
+    """Make a figure of matplotlib and its axes. Raises ValueError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -134,7 +134,7 @@ Pairs = Sequence[tuple[str, Mapping[str, "Comparison"]]]
 
 
 def plot_slowdowns(pairs: Pairs, title: str, margin: float, file: Path) -> None:
-    """Each slowdown with its interval, and the margin."""
+    """Plot each slowdown with its interval, and the margin."""
     figure, axes = new_figure((8, 1.6 + 0.45 * 3 * len(pairs)), columns=1)
     colours = {"PASS": "tab:green", "FAIL": "tab:red", "INCONCLUSIVE": "tab:orange"}
     lines = [(f"{_NAMES[m]}, {name}", compared[m]) for name, compared in pairs for m in _SHOWN]

@@ -202,7 +202,7 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
 
 
 def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, Any, Any]]:
-    """Candidates by case, or by file, with their files; refuses what there is not, and two for one golden."""
+    """Read candidates by case, or by file; refuses unknown ones, and two for one golden."""
     from knorm.golden.cases import CASES, find_case
     from knorm.golden.format import differing
     from knorm.golden.store import read_candidate

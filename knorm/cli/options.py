@@ -48,7 +48,7 @@ def visible(text: str) -> str:
 
 
 def check_device(name: str) -> str:
-    """A device that is there: refused otherwise, before anything is loaded."""
+    """Refuse a device that is not there, before anything is loaded."""
     if name == "cpu":
         return name
     if not re.fullmatch(r"cpu(:0)?|cuda(:[0-9]{1,4})?", name):

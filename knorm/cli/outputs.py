@@ -142,7 +142,7 @@ def _umask() -> int:
 
 
 def environment() -> dict[str, str]:
-    """What results depend on."""
+    """Collect what results depend on."""
     packages = ("torch", "transformers", "numpy")
     return {
         "knorm": __version__,

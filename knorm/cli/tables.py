@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """A line per ratio; the loop's columns where it was run."""
+    """Make a table with a line for each ratio; the loop's columns are there if it was run."""
     from knorm.evaluation.curve import NEWEST
 
     stream = any(row.stream_ppl is not None for row in rows)
@@ -68,7 +68,7 @@ _HEADS = {
 
 
 def show_result(console: Console, result: Result, verbose: bool = False) -> None:
-    """A line for what came of a check; below it all about a refuted one.
+    """Show the result of a check in a line; below a refuted one, all that is known about it.
 
     A law that does not apply is shown only where `verbose`.
     """
@@ -87,7 +87,7 @@ def show_result(console: Console, result: Result, verbose: bool = False) -> None
 
 
 def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
-    """A line of text, whatever it holds."""
+    """Print a line of text, whatever it holds."""
     text.plain = visible(text.plain)  # a target's words may hold what no terminal takes, or what rewrites a verdict
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
 
@@ -103,7 +103,7 @@ def _evidence(result: Result) -> str:
 
 
 def show_summary(console: Console, results: Sequence[Result]) -> None:
-    """What more could be promised, and how many laws hold."""
+    """Show how many laws hold, and what more could be promised."""
     verdicts = [result.verdict for result in results]
     names = dict.fromkeys(name for result in results for name in result.needs)
     if count := verdicts.count("does not apply"):
@@ -123,7 +123,7 @@ def show_summary(console: Console, results: Sequence[Result]) -> None:
 
 
 def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
-    """What does not make sense in a curve, and what was found or is to be run."""
+    """Show what does not make sense in a curve, with its cause or the command that would show it."""
     for doubt in doubts:
         print_text(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
 
@@ -207,7 +207,7 @@ def _show_recalls(console: Console, recalls: Mapping[str, Recall]) -> None:
 
 
 def show_explanation(console: Console, found: Explanation, title: str) -> None:
-    """The interventions, ranked; the tokens that got worse; the verdict."""
+    """Show the interventions, ranked; the tokens that got worse; the verdict."""
     nll = (("the run", found.nll), ("full cache", found.nll_full), ("no cache", found.nll_empty))
     said = ", ".join(f"{name} {math.exp(value):.2f}" for name, value in nll)
     print_text(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {found.windows} windows\n"))
@@ -245,7 +245,7 @@ _ROWS = 12  # of a table at most
 
 
 def show_outcome(console: Console, outcome: Outcome) -> None:
-    """A line for what became of a golden; below it the metrics that moved."""
+    """Show the outcome of a golden in a line; below it, the metrics that moved."""
     where = f" ({outcome.device_class})" if outcome.device_class else ""
     spent = f"; {outcome.seconds:.1f} s" if outcome.seconds else ""
     line = Text.assemble(_OUTCOMES[outcome.verdict], f"{outcome.case}{where} ", (f"[{outcome.evidence}{spent}]", "dim"))
@@ -255,7 +255,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """The metrics that moved: golden, measured, first accepted, and why."""
+    """Make a table of the metrics that moved: golden, measured, first accepted, and why."""
     moved = [finding for finding in findings if finding.verdict == "moved"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("    metric", "golden", "measured", "first accepted"):
@@ -301,7 +301,7 @@ def changes_table(changes: Sequence[Finding], title: str) -> Table:
 
 
 def goldens_table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """The goldens there are: case, device class, since when, commit, why, and what it pins."""
+    """Make a table of the goldens: case, device class, since when, commit, why, and what it pins."""
     table = Table(box=None, pad_edge=False)
     for column in ("case", "device class", "accepted", "commit", "reason", "pins"):
         table.add_column(column, overflow="fold")

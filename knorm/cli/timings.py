@@ -21,7 +21,7 @@ _STYLES = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}
 
 
 def times_table(rows: Sequence[Row]) -> Table:
-    """A line per arm: times, memory, exact counters."""
+    """Make a table with a line for each arm: times, memory, exact counters."""
     table = Table(box=None, pad_edge=False)
     steps = rows[0].counters.steps
     cuda = rows[0].counters.step_launches is not None
@@ -53,7 +53,7 @@ def _per_layer(retained: Sequence[int]) -> str:
 
 
 def comparisons_table(pairs: Pairs) -> Table:
-    """A line per policy and metric: the slowdown, its two intervals, the smallest that could be seen, the verdict."""
+    """Make a table with a line for each policy and metric: slowdown, two intervals, what it could see, verdict."""
     table = Table(box=None, pad_edge=False)
     level = next((1 - 2 * c.alpha for _, compared in pairs for c in compared.values()), 0.98)
     columns = ("keep_ratio", "of", "slowdown", f"{level:.2%} interval", "bootstrap", "could see", "verdict")
@@ -71,7 +71,7 @@ def comparisons_table(pairs: Pairs) -> Table:
 def show_verdict(
     console: Console, verdict: str, pairs: Pairs, setting: Mapping[str, Any], unit: str = "blocks"
 ) -> None:
-    """The verdict of the run, what it means, and what INCONCLUSIVE needs."""
+    """Show the verdict of the run, what it means, and what INCONCLUSIVE needs."""
     margin, alpha, power = setting["margin"], setting["alpha"], setting["power"]
     slower = [f"{_NAMES[m]} at {n} by {c.ratio - 1:.1%}" for n, each in pairs for m, c in each.items()
               if c.verdict == "FAIL" and m != "throughput"]  # fmt: skip
@@ -98,7 +98,7 @@ def show_verdict(
 def show_counters(
     console: Console, policies: Sequence[Policy], found: Found, rises: Sequence[Sequence[str]], judged: bool
 ) -> None:
-    """What each commit does, in whole numbers, and what rose."""
+    """Show what each commit does, in whole numbers, and what rose."""
     print_text(console, Text("\nExact counters" + ("" if judged else ", shown only")))
     for policy, old, new, rise in zip(policies, found.old, found.new, rises, strict=True):
         launches = (

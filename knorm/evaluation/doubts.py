@@ -30,7 +30,7 @@ JUMP = 2.0  # a first step that multiplies perplexity by more
 
 @dataclass(frozen=True)
 class Suspicion:
-    """What does not make sense, and what was found or is to be run."""
+    """Say what does not make sense, and its cause or the command that would show it."""
 
     what: str
     then: str
@@ -41,7 +41,7 @@ class Suspicion:
 
 @dataclass(frozen=True)
 class Series:
-    """A column of a table: keep_ratio as written -> perplexity; and how many tokens each scored, where it says."""
+    """Hold a column of a table: keep_ratio as written -> perplexity; and how many tokens each scored, if it says so."""
 
     name: str
     ppl: dict[str, float]
@@ -49,14 +49,14 @@ class Series:
 
 
 def fall(ppl: dict[str, float]) -> tuple[str, str] | None:
-    """The ratio below 1 of highest perplexity and the smaller one of lowest, if perplexity falls between them."""
+    """Find the ratio below 1 of highest perplexity and the smaller one of lowest, if perplexity falls between them."""
     ratios = sorted((r for r in ppl if exact_ratio(r) < 1), key=exact_ratio, reverse=True)
     pairs = [(a, b) for i, a in enumerate(ratios) for b in ratios[i + 1 :] if ppl[b] < ppl[a] * (1 - TOLERANCE)]
     return max(pairs, key=lambda pair: ppl[pair[0]] / ppl[pair[1]], default=None)
 
 
 def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
-    """What to doubt in somebody else's table, and the checks to run."""
+    """Say what to doubt in a table that was measured elsewhere, and which checks to run."""
     found = []
     for series in table:
         of, ppl = (f"{series.name}: " if len(table) > 1 else ""), series.ppl

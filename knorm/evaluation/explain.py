@@ -65,7 +65,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token that got worse, and the evicted token that it would have attended to most.
+    """Show a token that got worse, and the evicted token that it would have attended to most.
 
     attention   that token's share of the full model's attention, mean over compressed layers and heads
     """
@@ -96,7 +96,7 @@ class Explanation:
 
     @property
     def loss(self) -> float:
-        """What compression costs, in nats per token."""
+        """Compute what compression costs, in nats per token."""
         return self.nll - self.nll_full
 
 

@@ -28,7 +28,7 @@ _SEED = 0
 
 
 class Pass(NamedTuple):
-    """One run over a batch of windows.
+    """Hold one run over a batch of windows.
 
     states    hidden states that predict the scored tokens, [batch, scored, width]
     seen      tokens that a query after the prompt sees, on average, float64 [layers, kv_heads]

@@ -22,7 +22,7 @@ _METRICS = r"(?:([a-z0-9][a-z0-9_-]*):|(?![a-z0-9][a-z0-9_-]*:))(.+)"  # a case,
 
 @dataclass(frozen=True)
 class Permission:
-    """What a person allows some metrics of one case.
+    """Hold what a person allows some metrics of one case.
 
     text      as it was typed
     case      whose metrics; None: those of the only golden that is accepted
@@ -73,7 +73,7 @@ def parse_permissions(allow_worse: Iterable[str] = (), allow_gate: Iterable[str]
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a candidate is refused.
+    """Say why a candidate is refused.
 
     text    in one line
     flags   what solves it, all of them

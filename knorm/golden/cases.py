@@ -39,7 +39,7 @@ NOISE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One case: what it pins in a sentence, what it is configured by, and on which kinds of device it is measured.
+    """Define one case: what it pins in a sentence, its configuration, and the kinds of device that measure it.
 
     optional   it needs what is not in the box: without that, or without a golden, it is not compared
     timed      it is measured by a clock: only where it is asked for by name, with the machine to itself
@@ -62,7 +62,7 @@ def _as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
 
 
 def find_case(name: str) -> Case:
-    """The case of that name. Raises ValueError where there is none."""
+    """Look up a case by its name. Raises ValueError for an unknown one."""
     if name not in CASES:
         raise ValueError(f"no case is named {name!r}; there are {', '.join(sorted(CASES))}")
     return CASES[name]
@@ -208,7 +208,7 @@ RANDOM_SHA256 = "4fbb090fc3a4fc5332a6a9fbe86e9b2c1904a203029c6fdcaaccff3b2a4a428
 
 
 def random_tokens(windows: int, window: int, vocabulary: int = 50304) -> Tensor:
-    """Token ids int64 [windows, window] from NumPy's PCG64: the same on every machine."""
+    """Draw token ids int64 [windows, window] from NumPy's PCG64: the same on every machine."""
     return torch.from_numpy(np.random.Generator(np.random.PCG64(70)).integers(0, vocabulary, (windows, window)))
 
 

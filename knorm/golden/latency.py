@@ -60,7 +60,7 @@ def measure_latency(model: Any, tokenizer: Any) -> Measured:
 
 
 def measure_counters(model: Any, tokenizer: Any) -> Measured:
-    """Tokens retained, bytes, operators and, on CUDA, kernel launches of the uncompressed cache and each policy."""
+    """Count tokens, bytes, operators and, on CUDA, kernel launches of the uncompressed cache and each policy."""
     (prompt,) = make_prompts(tokenizer, TEXTS[:1], CHARACTERS[:1], (COUNTED_TOKENS,), device=str(model.device)).values()
     metrics: list[Metric] = []
     with attending(model), torch.no_grad():

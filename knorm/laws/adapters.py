@@ -72,7 +72,7 @@ class _Source(NamedTuple):
 
 
 def adapt(target: Any, traits: Traits | Mapping[str, Any] | None = None, *, kind: str | None = None) -> Subject:
-    """A Subject of whatever the target is; a Subject itself comes back as it is.
+    """Make a Subject of whatever the target is; a Subject itself comes back as it is.
 
     target   of one of these kinds:
              function         (keys, values, keep_ratio[, layer]) -> keys, values[, mask]
@@ -195,7 +195,7 @@ def _ratio(kind: str, word: str, traits: Traits) -> str:
 
 
 def _source(target: Any) -> _Source | None:
-    """Of what can be imported again, and of instances of kvpress' own presses; otherwise None."""
+    """Find the code of what can be imported again, and of instances of kvpress' own presses; otherwise None."""
     if type(target).__module__.startswith("kvpress."):
         return _Source("press", lambda root, alias: f"from kvpress import *\n{alias} = {target!r}")
     module, path = str(getattr(target, "__module__", "")), str(getattr(target, "__qualname__", ""))

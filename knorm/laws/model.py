@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
 
 @lru_cache(maxsize=2)
 def small_model(device: str) -> PreTrainedModel:
-    """A Llama of two layers with grouped heads, in float64: what differs, differs by more than rounding."""
+    """Build a Llama of two layers with grouped heads, in float64: what differs, differs by more than rounding."""
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def retained(model: PreTrainedModel, prompt: Tensor, cache: TransformersCache) -
 
 @torch.no_grad()
 def masked_logits(model: PreTrainedModel, ids: Tensor, prompt: int, held: list[Tensor]) -> Tensor:
-    """The oracle: logits of the plain model in which later tokens do not see the prompt's evicted ones."""
+    """Compute the oracle: logits of the plain model in which later tokens do not see the prompt's evicted ones."""
     later = ids.shape[1] - prompt
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, **__: Any) -> Any:
@@ -103,5 +103,5 @@ def steps(prompt: int, length: int, chunk: int) -> list[int]:
 
 
 def gap(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference; infinite where a number is none."""
+    """Compute the largest absolute difference; infinite where a number is none."""
     return float((one - other).abs().nan_to_num(torch.inf).amax())

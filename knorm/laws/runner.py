@@ -24,7 +24,7 @@ from knorm.laws.traits import Traits
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
+    """Say how hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
 
     examples: int
     shrinks: int
@@ -99,7 +99,7 @@ class _Search:
                 raise
 
     def try_case(self, case: Any) -> bool:
-        """Whether a case refutes the law; keeps the smallest that does."""
+        """Tell whether a case refutes the law; keeps the smallest that does."""
         self.tried += self.worst is None
         self.subject.calls.clear()
         try:
@@ -168,7 +168,7 @@ def run_check(
 
 
 def _chosen(select: Iterable[str] | None) -> list[Check]:
-    """Checks by name or family, in the catalogue's order. Raises ValueError for a name that there is not."""
+    """Choose checks by name or family, in the catalogue's order. Raises ValueError for an unknown name."""
     if select is None:
         return list(CHECKS.values())
     families = {check.family for check in CHECKS.values()}

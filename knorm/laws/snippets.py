@@ -48,7 +48,7 @@ def _same(one: Call, other: Call) -> bool:
 
 
 def snippet(check: Check, subject: Subject, case: Cache | Text, calls: list[Call]) -> str:
-    """The calls that the check made on its smallest counterexample; for laws about models, the check itself."""
+    """Write the calls that the check made on its smallest counterexample; for laws about models, the check itself."""
     if isinstance(case, Text):
         return "\n".join(
             [

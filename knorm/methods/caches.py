@@ -15,7 +15,7 @@ from knorm.methods.method import Method, Session, Tokenizer
 
 
 class CacheMethod(Method):
-    """A cache, made anew for each run; what its constructor needs and the run knows is filled in."""
+    """Make a new cache for each run; what its constructor needs and the run knows is filled in."""
 
     kind = "cache"
 

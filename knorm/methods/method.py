@@ -25,7 +25,7 @@ Tokenizer = Any
 
 
 class MethodError(ValueError):
-    """A method failed, in its own code: the message names the method, the exception, and the line that raised it."""
+    """Say that a method failed, in its own code: the message names the method, the exception, and the line."""
 
 
 class Session:

@@ -25,7 +25,7 @@ _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", r
 
 @dataclass(frozen=True)
 class Call:
-    """A name of the target's package, called with what stands in its parentheses."""
+    """Hold a name of the target's package, and the arguments in its parentheses."""
 
     path: str
     positional: tuple[Any, ...] = ()
@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Target:
-    """A target as it was written.
+    """Hold a target as it was written.
 
     Attributes:
         spec: the whole text.

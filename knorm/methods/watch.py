@@ -17,7 +17,7 @@ Visible = Callable[[nn.Module, Tensor], Tensor | None]
 
 
 class Seen:
-    """How many tokens the queries of a run saw, by layer and key/value head.
+    """Count the tokens that the queries of a run saw, by layer and key/value head.
 
     Attributes:
         queries: number of queries, over all rows.

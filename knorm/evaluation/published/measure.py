@@ -35,7 +35,7 @@ ROUNDS = 7  # blocks of timing, after one for warm-up
 
 
 def load_seed_texts(protocol: Protocol, sources: Mapping[str, str]) -> dict[str, str]:
-    """The texts as the protocol cuts them: name -> text.
+    """Load the texts as the protocol cuts them: name -> text.
 
     sources   name -> "wikitext2" or "pg19" from the Hub, a .parquet with a column text, or a .txt: its lines for
               WikiText, one book for PG-19
@@ -69,7 +69,7 @@ def _text_rows(source: str, whole: bool) -> Iterable[str]:
 
 
 def seed_ids(tokenizer: PreTrainedTokenizerFast, text: str, most: int) -> Tensor:
-    """The first tokens of a text: int64 [1, at most `most`]. Raises ValueError for fewer than two."""
+    """Return the first tokens of a text: int64 [1, at most `most`]. Raises ValueError for fewer than two."""
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :most]
     if ids.shape[1] < 2:
         raise ValueError(f"the text has {ids.shape[1]} tokens, but needs at least two: {text[:40]!r}")
@@ -103,7 +103,7 @@ class _NormOrderedCache(KnormCache):
 
 @torch.no_grad()
 def norm_ordered_nll(model: PreTrainedModel, input_ids: Tensor, policy: Policy) -> Tensor:
-    """Token NLLs by the report's loop before its fix, whose slots stand in the order of norms.
+    """Compute token NLLs by the report's loop before its fix, whose slots stand in the order of norms.
 
     input_ids int64 [batch, T] -> float32 [batch, T-1], nats. Only prune_after, skip_layers and the ratio count.
     """
@@ -179,7 +179,7 @@ def _untouched(model: PreTrainedModel, ids: Mapping[str, Tensor], protocol: Prot
 def time_quantities(
     samples: Sequence[Sequence[Sample]], ratios: Sequence[str], new_tokens: Sequence[int]
 ) -> dict[str, float]:
-    """What measure_claims says of time, from latency.measure's blocks [block][arm].
+    """Compute what measure_claims says of time, from latency.measure's blocks [block][arm].
 
     ratios       of the arms, the uncompressed one first
     new_tokens   of each prompt

@@ -24,7 +24,7 @@ def evictable(traits: Traits, length: int, device: torch.device) -> Tensor:
 
 
 def out_of_rank(compressor: Subject, cache: Cache) -> str | None:
-    """What is wrong where a dropped key has a norm smaller than a retained one's, near-ties apart."""
+    """Say what is wrong where a dropped key has a norm smaller than a retained one's, near-ties apart."""
     kept = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
     free = evictable(compressor.traits, cache.length, kept.device)
     norms = cache.norms().sqrt()

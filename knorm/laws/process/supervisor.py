@@ -45,7 +45,7 @@ MAIN = "from knorm.laws.process.start import main; main()"
 
 
 class Lost(Exception):
-    """A worker died, hangs or sends what is no message; the message says how."""
+    """Say that a worker died, hangs or sends what is no message; the message says how."""
 
 
 class _Told(Exception):
@@ -80,7 +80,7 @@ class Relay:
 
 
 class Worker:
-    """A process that loads a target and checks it, and what is heard from there."""
+    """Run a process that loads a target and checks it, and hear what it sends."""
 
     def __init__(self, request: Request, relay: Relay | None = None) -> None:
         self._relay = relay or Relay()
@@ -113,7 +113,7 @@ class Worker:
                 self._selector.register(pipe.fileno(), selectors.EVENT_READ, name)
 
     def hear(self, limit: float) -> Message:
-        """The next message.
+        """Return the next message.
 
         Args:
             limit: Seconds in which the worker has to send it or to begin another call.
@@ -244,7 +244,7 @@ class Supervisor:
         self.relay = Relay()
 
     def results(self) -> Generator[Result, None, None]:
-        """A Result for each check, as they come.
+        """Yield a Result for each check, as they come.
 
         The check that runs when a worker is lost is refuted, and the next goes on in a fresh one; after three in a row
         the rest is untested.

@@ -103,7 +103,7 @@ def _packed(call: Call, takes_layer: bool) -> bytes:
 
 
 def last_call(board: Board, check: str, what: str, code: str) -> dict[str, Any]:
-    """The counterexample, what was given and the snippet of a call that did not come back; code: the subject's."""
+    """Describe a call that did not come back: the counterexample, what was given, a snippet; code: the subject's."""
     given = board.given.decode("utf-8", "replace")
     said = f"{check.replace('_', ' ')}: {what}" + (f" [{given}]" if given else "")
     found: dict[str, Any] = {"counterexample": said, "given": given or None, "snippet": None}
