@@ -73,10 +73,10 @@ def _check_box() -> None:
     for line in sums.read_text(encoding="ascii").splitlines():
         expected, name = line.split()
         file = ASSETS / name
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
-        if found != expected:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
+        if digest != expected:
             raise ValueError(
-                f"the embedded {name} is damaged: sha256 {found[:12]}, but should be {expected[:12]}. Reinstall knorm"
+                f"the embedded {name} is damaged: sha256 {digest[:12]}, but should be {expected[:12]}. Reinstall knorm"
             )
 
 
@@ -153,9 +153,9 @@ def load_model(
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
     wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
     wrong += [f"have {key}, of which it has none" for key in sorted(info["unexpected_keys"])]
-    wrong += [f"have {key} as {[*found]}, not {[*wanted]}" for key, found, wanted in sorted(info["mismatched_keys"])]
+    wrong += [f"have {key} as {[*stored]}, not {[*wanted]}" for key, stored, wanted in sorted(info["mismatched_keys"])]
     if wrong:
-        more = f" ({len(wrong)} such tensors)" if wrong[1:] else ""
+        more = f" ({len(wrong)} tensors in all)" if wrong[1:] else ""
         raise ValueError(f"the weights of model {name!r} do not fit its settings: they {wrong[0]}{more}")
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer("a", add_special_tokens=False).input_ids:
         raise ValueError(f"model {name!r} has no tokenizer: it should bring one that reads text")
@@ -258,10 +258,10 @@ def hub_files(source: str) -> list[str]:
         folder = _snapshot(pinned, [files], "dataset")
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise ValueError(f"text {source!r} cannot be fetched: {_first_line(error)}") from None
-    found = sorted(str(path) for path in folder.glob(files))
-    if not found:
+    paths = sorted(str(path) for path in folder.glob(files))
+    if not paths:
         raise ValueError(f"text {source!r}: the data set has no {files} at this commit")
-    return found
+    return paths
 
 
 def read_rows(files: list[str], kind: str, column: str) -> Iterable[str]:

@@ -29,7 +29,7 @@ SCORES: Mapping[Score, Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]]
 @lru_cache(maxsize=256)
 def _fraction(written: str) -> Fraction:
     if len(written) > 100 or abs(int(written.lower().partition("e")[2] or 0)) > 400:
-        raise ValueError("no such precision is needed, and an exponent of millions takes seconds to expand")
+        raise ValueError("that many digits are not needed, and an exponent of millions takes seconds to expand")
     if "_" in written or not written.isascii():
         raise ValueError("Python would read 0.5_0 and digits of other scripts, which in a table are mistakes")
     return Fraction(written)

@@ -217,7 +217,7 @@ OPENERS = (
 
 
 def unwritten(top):
-    """Functions and classes whose docstrings are phrases: the first line of a public name; elsewhere "Of", "Whether"."""
+    """What has a phrase for a docstring: a public name's first line, or any line that begins with "Of" or "Whether"."""
     for node in ast.walk(top):
         said = (
             ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else ""

@@ -48,7 +48,7 @@ def resolve(root: Path, ref: str) -> str:
         return git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     except ValueError:
         raise ValueError(
-            f"--against {ref}, but {root} has no such commit, branch or tag: git fetch it, or see git log"
+            f"--against {ref}, but {root} has no commit, branch or tag of that name: git fetch it, or see git log"
         ) from None
 
 
@@ -230,7 +230,7 @@ def against(
     A block of each policy is run first and discarded. Raises ValueError, with the name, for a commit that does not
     import, or whose process dies.
     """
-    found = Found()
+    outcome = Found()
     pairs: list[list[list[Sample]]] = [[] for _ in setup.policies]
     longest = max(range(len(setup.prompts)), key=lambda index: len(setup.prompts[index]["ids"][0]))
     for number in range(rounds):
@@ -239,13 +239,13 @@ def against(
             for place in (number % 2, 1 - number % 2):  # who is started first takes turns too
                 pair.append((place, Worker(trees[place], setup, names[place])))
                 stack.callback(pair[-1][1].end)
-            old, new = (worker for _, worker in sorted(pair, key=lambda each: each[0]))
+            old, new = (worker for _, worker in sorted(pair, key=lambda placed: placed[0]))
             for worker in (old, new):
                 worker.wait_until_ready()
             for policy in range(len(setup.policies)):
                 if number == 0:
-                    found.old.append(_counters(old.ask("count", policy, longest)))
-                    found.new.append(_counters(new.ask("count", policy, longest)))
+                    outcome.old.append(_counters(old.ask("count", policy, longest)))
+                    outcome.new.append(_counters(new.ask("count", policy, longest)))
                 arms = _Distant(old, policy), _Distant(new, policy)
                 run_block(arms, setup.new_tokens)
                 for block in range(blocks):
@@ -253,10 +253,12 @@ def against(
                     on_block()
     for samples in pairs:
         calm, interrupted = without_interruptions(samples)
-        found.interrupted += interrupted
-        each = [calm[start : start + blocks] for start in range(0, rounds * blocks, blocks)]
-        found.logs.append({m: [statistics.fmean(log_ratio(b, a, m) for a, b in one) for one in each] for m in METRICS})
-    return found
+        outcome.interrupted += interrupted
+        parts = [calm[start : start + blocks] for start in range(0, rounds * blocks, blocks)]
+        outcome.logs.append(
+            {m: [statistics.fmean(log_ratio(b, a, m) for a, b in part) for part in parts] for m in METRICS}
+        )
+    return outcome
 
 
 def _counters(fields: Mapping[str, Any]) -> Counters:

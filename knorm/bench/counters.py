@@ -53,9 +53,9 @@ def _count(work: Callable[[], Any], cuda: bool) -> tuple[int, int | None]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Profiler clears events")  # torch 2.11: said of every profile
-        with profile(activities=activities) as found:
+        with profile(activities=activities) as profiled:
             work()
-    raw: Any = found.profiler  # its own events(), which builds a tree of objects, takes a hundred times as long
+    raw: Any = profiled.profiler  # its own events(), which builds a tree of objects, takes a hundred times as long
     events = raw.kineto_results.events()
     launches = sum("LaunchKernel" in event.name() for event in events)  # the runtime's and the driver's
     return _outermost(event for event in events if event.name().startswith("aten::")), launches if cuda else None

@@ -151,7 +151,7 @@ class Sample:
 
         The mean counts the steps that compress; the median over steps would not see them.
         """
-        first = [statistics.median(each) for each in self.first]
+        first = [statistics.median(passes) for passes in self.first]
         if metric == "ttft":
             return first
         if metric == "tpot":
@@ -188,18 +188,18 @@ def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[lis
     Usual is the median over blocks of the same arm, prompt and step: which steps compress is the same in every block,
     so those that do keep their full length. What else runs on the machine stops any step, of any arm.
     """
-    count, found = 0, [list(block) for block in samples]
+    count, calm = 0, [list(block) for block in samples]
     for arm in range(len(samples[0])):
         for name in ("first", "steps"):
             for prompt in range(len(samples[0][0].first)):
                 times = torch.tensor([getattr(block[arm], name)[prompt] for block in samples], dtype=torch.float64)
                 most = INTERRUPTED * times.quantile(0.5, dim=0)
                 count += int((times > most).sum())
-                for block, row in zip(found, times.minimum(most).tolist(), strict=True):
+                for block, row in zip(calm, times.minimum(most).tolist(), strict=True):
                     values = list(getattr(block[arm], name))
                     values[prompt] = tuple(row)
                     block[arm] = replace(block[arm], **{name: tuple(values)})
-    return found, count
+    return calm, count
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def _no_collection() -> Iterator[None]:
 def log_ratio(sample: Sample, baseline: Sample, metric: str) -> float:
     """Logarithm of how much longer the arm took in this block, mean over prompts."""
     both = zip(sample.seconds(metric), baseline.seconds(metric), strict=True)
-    return statistics.fmean(math.log(mine / other) for mine, other in both)
+    return statistics.fmean(math.log(mine / theirs) for mine, theirs in both)
 
 
 def measure(
@@ -250,11 +250,11 @@ def measure(
             "fewer policies, or shorter prompts"
         )
     count = max(least, int(seconds / spent)) if blocks is None else blocks
-    found = []
+    samples = []
     for number in range(count):
-        found.append(run_block(arms, new_tokens, flip=bool(number % 2)))
+        samples.append(run_block(arms, new_tokens, flip=bool(number % 2)))
         on_block()
-    return found
+    return samples
 
 
 def attending(model: Any) -> Any:
@@ -313,9 +313,9 @@ def _others(index: int) -> str:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     which = visible[index].strip() if index < len(visible) else str(index)
     mine = torch.cuda.is_initialized()  # in a container our own process has another number: so they are counted
-    found = _ask(which, "--query-compute-apps=pid")
-    if found is not None and len(found) > mine:
-        others = len(found) - mine
+    processes = _ask(which, "--query-compute-apps=pid")
+    if processes is not None and len(processes) > mine:
+        others = len(processes) - mine
         return "another process" if others == 1 else f"{others} other processes"
     busy = None if mine else _ask(which, "--query-gpu=utilization.gpu")  # after our own work it would be ours
     if busy and busy[0].isdigit() and int(busy[0]) > 5:

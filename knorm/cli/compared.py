@@ -163,13 +163,13 @@ def _recalled(methods: Sequence[Method], ways: Ways) -> dict[str, Any]:
     from knorm.evaluation.facts import fact_windows, recall_of
     from knorm.methods.method import MethodError
 
-    facts, found = fact_windows(ways.tokenizer, ways.ids.shape[1]), {}  # type: ignore[arg-type]
+    facts, recalls = fact_windows(ways.tokenizer, ways.ids.shape[1]), {}  # type: ignore[arg-type]
     for method in methods:
         try:
-            found[method.label] = recall_of(ways.model, facts, method, tokenizer=ways.tokenizer, batch=ways.batch)
+            recalls[method.label] = recall_of(ways.model, facts, method, tokenizer=ways.tokenizer, batch=ways.batch)
         except MethodError:
             continue  # said already
-    return found
+    return recalls
 
 
 def row_fields(row: Evaluation) -> dict[str, Any]:

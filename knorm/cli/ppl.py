@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @text_options
-@policy_options(CURVE, "A row each; for a TARGET: 0.5, unless it has a budget of its own.")
+@policy_options(CURVE, "Ratios, a row for each; for a TARGET: 0.5, unless it has a budget of its own.")
 @click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
 @click.option(
     "--how",
@@ -50,15 +50,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="The way a TARGET is run; auto takes the cheapest, and checks it.",
 )
-@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
-@click.option("--facts", is_flag=True, help="Recall of names that the embedded story gives early and needs late.")
+@click.option(
+    "--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [follows from its parameters]"
+)
+@click.option(
+    "--facts",
+    is_flag=True,
+    help="Measure how well names are recalled that the embedded story gives early and needs late.",
+)
 @model_options
-@click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
+@click.option("--stream", is_flag=True, help="Run the loop too, and compare it with the one pass.")
 @click.option(
     "--reported",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Judge somebody else's table instead: .csv or .json with keep_ratio and ppl (or ppl_before, ppl_after).",
+    help="Judge a table that was measured elsewhere: .csv or .json with keep_ratio and ppl (or ppl_before, ppl_after).",
 )
 @file_option("--plot", "Draw the curve (.png, .svg, .pdf).")
 @with_options(*COMMON)

@@ -73,9 +73,9 @@ def show_verdict(
 ) -> None:
     """Show the verdict of the run, what it means, and what INCONCLUSIVE needs."""
     margin, alpha, power = setting["margin"], setting["alpha"], setting["power"]
-    slower = [f"{_NAMES[m]} at {n} by {c.ratio - 1:.1%}" for n, each in pairs for m, c in each.items()
+    slower = [f"{_NAMES[m]} at {n} by {c.ratio - 1:.1%}" for n, compared in pairs for m, c in compared.items()
               if c.verdict == "FAIL" and m != "throughput"]  # fmt: skip
-    unsure = [(c.more, c.blocks, f"{_NAMES[m]} at {n}") for n, each in pairs for m, c in each.items()
+    unsure = [(c.more, c.blocks, f"{_NAMES[m]} at {n}") for n, compared in pairs for m, c in compared.items()
               if c.verdict == "INCONCLUSIVE" and m != "throughput"]  # fmt: skip
     said = ""
     if verdict == "PASS":
@@ -96,11 +96,11 @@ def show_verdict(
 
 
 def show_counters(
-    console: Console, policies: Sequence[Policy], found: Found, rises: Sequence[Sequence[str]], judged: bool
+    console: Console, policies: Sequence[Policy], counted: Found, rises: Sequence[Sequence[str]], judged: bool
 ) -> None:
     """Show what each commit does, in whole numbers, and what rose."""
     print_text(console, Text("\nExact counters" + ("" if judged else ", shown only")))
-    for policy, old, new, rise in zip(policies, found.old, found.new, rises, strict=True):
+    for policy, old, new, rise in zip(policies, counted.old, counted.new, rises, strict=True):
         launches = (
             f", {new.prompt_launches:,} + {new.step_launches:,} launches" if new.step_launches is not None else ""
         )

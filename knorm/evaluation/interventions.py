@@ -124,9 +124,9 @@ def interventions(
     if policy.protect_first < SINKS <= _smallest_budget(policy, prompt_length) - policy.protect_recent:
         protected = replace(policy, protect_first=SINKS)
         yield change("sinks", f"first {SINKS} protected", f"protecting the first {SINKS}", protected)
-    other: Score = "random" if policy.score != "random" else "low_norm"
-    instead = f"{other} instead of {policy.score}"
-    yield change("choice", instead, instead, replace(policy, score=other))
+    score: Score = "random" if policy.score != "random" else "low_norm"
+    instead = f"{score} instead of {policy.score}"
+    yield change("choice", instead, instead, replace(policy, score=score))
     compressed = [layer for layer in range(layers) if layer not in policy.skip_layers]
     for layer in compressed if len(compressed) > 1 else ():
         spared = replace(policy, skip_layers=(*policy.skip_layers, layer))

@@ -144,12 +144,12 @@ class Ways:
 
     def control(self) -> Evaluation:
         """Run the full cache again, in batches of another size: what differs is noise."""
-        begin, other = time.perf_counter(), 2 if self.batch == 1 else 1
-        ids = self.ids if len(self.ids) > 1 or other == 1 else self.ids.repeat(2, 1)
-        states = torch.cat([self._plain(part).states for part in ids.split(other)])[: len(self.ids)]
+        begin, batch = time.perf_counter(), 2 if self.batch == 1 else 1
+        ids = self.ids if len(self.ids) > 1 or batch == 1 else self.ids.repeat(2, 1)
+        states = torch.cat([self._plain(part).states for part in ids.split(batch)])[: len(self.ids)]
         first = self.full()[0]
         passes = [first._replace(states=part) for part in states.split(self.batch)]
-        check = f"the full cache again, in batches of {other}"
+        check = f"the full cache again, in batches of {batch}"
         return self._evaluation("full cache, again", None, "one pass", check, passes, time.perf_counter() - begin)
 
     def evaluate(self, method: Method, how: How = "auto", *, on_batch: Callable[[], None] = lambda: None) -> Evaluation:

@@ -159,7 +159,7 @@ def approve(
         goldens.append((candidate, tensors, before[0] if before else None))
     if problems:
         raise Refused(problems)
-    return [_approved(*each, why) for each in goldens]
+    return [_approved(*parts, why) for parts in goldens]
 
 
 def _one_line(reason: str) -> str:
@@ -238,11 +238,11 @@ def _origin_problems(store: Store, candidate: Golden, now: Checkout) -> list[Pro
         problems.append(Problem(f"{text}{now.commit[:12]}): record it again at this commit", stale=(golden,)))
     elif origin.commit != now.commit:
         try:
-            other = git(store.folder, "diff", "--name-only", origin.commit, now.commit, "--", ":/", ":(exclude).")
+            changed = git(store.folder, "diff", "--name-only", origin.commit, now.commit, "--", ":/", ":(exclude).")
         except ValueError:
-            other = "unknown here"
-        if other:
+            changed = "unknown here"
+        if changed:
             text = f"{name}: the candidate was made at another commit, {origin.commit[:12]}, but this is "
-            text += f"{now.commit[:12]} ({other.splitlines()[0]}): record it again"
+            text += f"{now.commit[:12]} ({changed.splitlines()[0]}): record it again"
             problems.append(Problem(text, stale=(golden,)))
     return problems

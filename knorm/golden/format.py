@@ -132,9 +132,9 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names of the entries in which two mappings differ."""
-    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def environment_changes(then: Environment, now: Environment) -> list[str]:

@@ -88,8 +88,8 @@ class Store:
     @cached_property
     def files(self) -> dict[tuple[str, str], Path]:
         """(case, device class) -> its file."""
-        found = sorted(self.folder.glob("*/*.json"))
-        return {(f.parent.name, f.stem): f for f in found if f.parent.name != REPORTED and f.name[0] != "."}
+        paths = sorted(self.folder.glob("*/*.json"))
+        return {(f.parent.name, f.stem): f for f in paths if f.parent.name != REPORTED and f.name[0] != "."}
 
     @property
     def device_classes(self) -> set[str]:
@@ -174,8 +174,8 @@ class Store:
             return []
         name = re.escape(device_class)
         own = re.compile(rf"{name}-[0-9a-f]{{12}}\.safetensors|\.{name}[.-][\w.-]*\.\d+{re.escape(_TEMPORARY)}")
-        found = sorted(f for f in file.parent.iterdir() if own.fullmatch(f.name) and f.is_file() and not f.is_symlink())
-        return [f for f in found if f != self._tensors_file(golden)]
+        paths = sorted(f for f in file.parent.iterdir() if own.fullmatch(f.name) and f.is_file() and not f.is_symlink())
+        return [f for f in paths if f != self._tensors_file(golden)]
 
     # Candidates
 

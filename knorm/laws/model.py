@@ -72,15 +72,15 @@ def retained(model: PreTrainedModel, prompt: Tensor, cache: TransformersCache) -
     """
     plain = DynamicCache()
     feed(model, prompt, plain, [prompt.shape[1]])
-    found = []
+    places = []
     stored: Any = cache.layers
     for index, layer in enumerate(cast(Any, plain.layers)):
         same = (stored[index].keys[..., :, None, :] - layer.keys[..., None, :, :]).abs().amax(-1) < 1e-9
         if not same.any(-1).all():
             slot = (~same.any(-1)).nonzero()[0].tolist()
             raise Refuted(f"layer {index} holds a key (row, head, slot {slot}) that is none of the prompt's")
-        found.append(same.any(-2))
-    return found
+        places.append(same.any(-2))
+    return places
 
 
 @torch.no_grad()
@@ -102,6 +102,6 @@ def steps(prompt: int, length: int, chunk: int) -> list[int]:
     return [prompt, *[chunk] * -(-(length - prompt) // chunk)]
 
 
-def gap(one: Tensor, other: Tensor) -> float:
+def gap(first: Tensor, second: Tensor) -> float:
     """Compute the largest absolute difference; infinite where a number is none."""
-    return float((one - other).abs().nan_to_num(torch.inf).amax())
+    return float((first - second).abs().nan_to_num(torch.inf).amax())

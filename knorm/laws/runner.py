@@ -157,14 +157,14 @@ def run_check(
         if search.worst and not search.small:
             search.run(draw(long=effort.long), seed, effort.examples, effort.shrinks)
     worst, tried, answered = search.worst, search.tried, search.answered
-    found: dict[str, Any] = {"verdict": "holds" if answered else "untested"}
+    fields: dict[str, Any] = {"verdict": "holds" if answered else "untested"}
     if worst is not None:
         case, error, calls = worst
         said = str(error) if isinstance(error, Refuted) else f"{check.name}: {in_words(error)}"
         script = snippet(check, subject, case, calls)
-        found = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
+        fields = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
     seconds = time.perf_counter() - begin
-    return Result(check.name, check.law, check.family, examples=tried, seconds=seconds, **found)
+    return Result(check.name, check.law, check.family, examples=tried, seconds=seconds, **fields)
 
 
 def _chosen(select: Iterable[str] | None) -> list[Check]:

@@ -56,8 +56,8 @@ class Cache:
         """Which tokens are retained: bool [batch, kv_heads, length]."""
         positions = self.positions(kept)
         real = (positions >= 0) & (positions < self.length)
-        found = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=positions.device)
-        return found.scatter_(-1, positions.where(real, self.length), True)[..., : self.length]
+        seen = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=positions.device)
+        return seen.scatter_(-1, positions.where(real, self.length), True)[..., : self.length]
 
     def on(self, device: str) -> Cache:
         """Move the cache to a device."""
@@ -107,8 +107,8 @@ def _sizes(traits: Traits | None, long: bool, small: bool) -> tuple[tuple[int, t
     lengths += [enough + n for n in (0, 1, 2, 5, 9, 20)] * 3 if enough else []
     if small:
         lengths = [length for length in sorted(set(lengths)) if length <= max(3, enough + 2)]
-    each = ((n, tuple(r for r in ratios(n) if traits is None or traits.affords(n, r))) for n in lengths)
-    return tuple((length, affordable) for length, affordable in each if affordable)
+    pairs = ((n, tuple(r for r in ratios(n) if traits is None or traits.affords(n, r))) for n in lengths)
+    return tuple((length, affordable) for length, affordable in pairs if affordable)
 
 
 STYLES = ("any", "any", "constant blocks", "zeros")

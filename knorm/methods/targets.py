@@ -236,9 +236,9 @@ def _imported(where: str, file: Path | None) -> ModuleType:
 def _run(file: Path) -> ModuleType:
     """Import a file under a name of its own: it may be called as a module that is loaded already."""
     name = f"knorm_target_{file.stem}"
-    found: Any = spec_from_file_location(name, file)
-    module = sys.modules[name] = module_from_spec(found)
-    found.loader.exec_module(module)
+    spec: Any = spec_from_file_location(name, file)
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

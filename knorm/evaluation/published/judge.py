@@ -92,17 +92,17 @@ def claims_table(judged: Sequence[Judged], title: str | None = None) -> Table:
     for name in ("verdict", "claim", "what is claimed", "reported", "measured", "tolerance", "why"):
         number = name in ("reported", "measured", "tolerance")
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for each in sorted(judged, key=lambda each: not each.unexpected):
-        claim = each.claim
+    for judgement in sorted(judged, key=lambda judgement: not judgement.unexpected):
+        claim = judgement.claim
         table.add_row(
-            f"{each.verdict.upper()}, should be: {claim.expected}" if each.unexpected else each.verdict,
+            f"{judgement.verdict.upper()}, should be: {claim.expected}" if judgement.unexpected else judgement.verdict,
             claim.id,
             claim.statement,
-            _show(each.reported, claim.unit),
-            _show(each.measured, claim.unit),
+            _show(judgement.reported, claim.unit),
+            _show(judgement.measured, claim.unit),
             _tolerance(claim),
-            each.why,
-            style="bold red" if each.unexpected else "",
+            judgement.why,
+            style="bold red" if judgement.unexpected else "",
         )
     return table
 
@@ -116,8 +116,8 @@ def claims_text(judged: Sequence[Judged], width: int = 250) -> str:
 
 def require_expected(judged: Sequence[Judged]) -> None:
     """Raise UnexpectedVerdict, with the table, where a claim's verdict is not the expected one."""
-    wrong = [each.claim.id for each in judged if each.unexpected]
-    gated = sum(each.claim.expected is not None for each in judged)
+    wrong = [judgement.claim.id for judgement in judged if judgement.unexpected]
+    gated = sum(judgement.claim.expected is not None for judgement in judged)
     if not gated:
         raise UnexpectedVerdict("no claim says which verdict is expected: the gate would test nothing")
     if wrong:

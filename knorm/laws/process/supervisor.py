@@ -201,13 +201,13 @@ def end_marked(mark: str, before: Collection[int] = (), rounds: int = 100) -> No
     """
     wanted = f"{MARK}={mark}".encode()
     for _ in range(rounds):
-        found = {process: _environment_of(process) for process in running() if process not in before}
-        for process, environment in found.items():
+        environments = {process: _environment_of(process) for process in running() if process not in before}
+        for process, environment in environments.items():
             if wanted in environment:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGKILL)
         # one that is becoming another program has an empty environment for a moment
-        if not any(wanted in environment or environment == [b""] for environment in found.values()):
+        if not any(wanted in environment or environment == [b""] for environment in environments.values()):
             return
         time.sleep(0.01)
 
@@ -302,8 +302,8 @@ class Supervisor:
             from knorm.laws.process.worker import last_call
 
             seconds, survived = time.monotonic() - begin, False
-            found = last_call(self.worker.board, entry.check, str(lost), self.code)
-            result = replace(entry, verdict="refuted", seconds=seconds, **found)
+            fields = last_call(self.worker.board, entry.check, str(lost), self.code)
+            result = replace(entry, verdict="refuted", seconds=seconds, **fields)
         if not survived:
             self._end()
         return result, survived
