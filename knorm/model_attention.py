@@ -203,19 +203,30 @@ def _open(
 
 @contextmanager
 def attention_through(model: PreTrainedModel, attention: Attention | None) -> Iterator[None]:
-    """Let the model attend through `attention` (None: PyTorch's SDPA); its own setting comes back whatever happens.
+    """Let the model attend through a function; the model's own setting comes back whatever happens.
 
     Only calls from the thread that is inside (more exactly, from its `contextvars` context) attend so. Other threads
     may use the model meanwhile, by its own implementation or inside a context of theirs.
+
+    Args:
+        model: a model of transformers.
+        attention: as transformers' attention functions; None: PyTorch's SDPA.
+
+    Yields:
+        None.
     """
     with _open(model, attention):
         yield
 
 
 def own_attention(module: nn.Module) -> Attention:
-    """Return what a module would attend by, were it in no context: PyTorch's SDPA or the model's eager attention.
+    """Return what a module would attend by outside all contexts: PyTorch's SDPA or the model's eager attention.
 
-    It is transformers' own function, whatever other packages have put over it in the registry.
+    Args:
+        module: an attention module.
+
+    Returns:
+        Transformers' own function, whatever other packages have registered over it.
     """
     return _implementation(module, _own(module.config))  # type: ignore[arg-type]
 

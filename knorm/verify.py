@@ -77,14 +77,19 @@ def judge_each(claim: str, verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
 def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128, goldens: bool = True) -> Iterator[Verdict]:
     """Check the laws of core and cache; one pass, the loop and generate() against an oracle; curves; the goldens.
 
-    Works offline, on the embedded model and texts. Raises ValueError where they are damaged; whatever knorm raises on
-    them is a verdict.
+    Works offline, on the embedded model and texts; whatever knorm raises on them is a verdict.
 
     Args:
         windows: of each text, for its perplexity curve.
         length: tokens of each window.
         prune_after: tokens that the cache holds when it is compressed for the curves.
-        goldens: whether to compare with the goldens too.
+        goldens: True to compare with the goldens too.
+
+    Yields:
+        A verdict for each claim.
+
+    Raises:
+        ValueError: the embedded model or a text is damaged.
     """
     model, tokenizer = load_embedded()
     texts = {name: load_text(name) for name in EMBEDDED_TEXTS}

@@ -258,13 +258,40 @@ class PolicyOptions:
         ]
 
 
+_SAME = (  # whatever the command
+    click.option(
+        "--protect-first",
+        default=_DEFAULT.protect_first,
+        show_default=True,
+        help="Tokens at the start that are never evicted.",
+    ),
+    click.option(
+        "--protect-recent",
+        default=_DEFAULT.protect_recent,
+        show_default=True,
+        help="Newest tokens that are never evicted.",
+    ),
+    click.option(
+        "--score",
+        type=click.Choice(get_args(Score)),
+        default=_DEFAULT.score,
+        show_default=True,
+        help="Which tokens stay: those of low key norms, of high ones, or drawn at random.",
+    ),
+    click.option("--seed", default=_DEFAULT.seed, show_default=True, help="Seed of the random score."),
+)
+
+
 def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = True) -> Decorator:
     """Put the options of policies on a command, which reach it as `policy_options`, a PolicyOptions.
 
     Args:
         defaults: for what is not given.
         ratios: help of --keep-ratio.
-        several: whether --keep-ratio may name more than one.
+        several: True if --keep-ratio may name more than one.
+
+    Returns:
+        The decorator.
     """
     prompted = "prefill with --prompt-length, else streaming"
     prompt = click.option(
@@ -298,25 +325,6 @@ def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = Tru
             help=f"Compress once, after the prompt, or after every token.  [{defaults.protocol or prompted}]",
         ),
         *([] if defaults.protocol else [prompt]),
-        click.option(
-            "--protect-first",
-            default=_DEFAULT.protect_first,
-            show_default=True,
-            help="Tokens at the start that are never evicted.",
-        ),
-        click.option(
-            "--protect-recent",
-            default=_DEFAULT.protect_recent,
-            show_default=True,
-            help="Newest tokens that are never evicted.",
-        ),
-        click.option(
-            "--score",
-            type=click.Choice(get_args(Score)),
-            default=_DEFAULT.score,
-            show_default=True,
-            help="Which tokens stay: those of low key norms, of high ones, or drawn at random.",
-        ),
-        click.option("--seed", default=_DEFAULT.seed, show_default=True, help="Seed of the random score."),
+        *_SAME,
         defaults=defaults,
     )

@@ -82,7 +82,10 @@ def summed(tokens: PerToken) -> Damage:
     """Sum up a comparison.
 
     Args:
-        tokens: of one run and the full cache.
+        tokens: those of one run and the full cache.
+
+    Returns:
+        Means, quantiles and intervals over all of them.
 
     Example:
         >>> zero = torch.zeros(2, 3, dtype=torch.float64)

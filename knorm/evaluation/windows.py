@@ -38,8 +38,23 @@ class Windows:
 def cut_windows(tokenizer: PreTrainedTokenizerFast, text: str, length: int = 512, most: int | None = None) -> Windows:
     """Cut the first windows out of a text; its end is not used, unless the text is shorter than a window.
 
-    Each window starts with the tokenizer's own beginning-of-sequence token where it adds one. Raises ValueError for a
-    text shorter than two tokens, and for settings below two tokens or one window.
+    Each window starts with the tokenizer's own beginning-of-sequence token where it adds one.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        text: at least two tokens long.
+        length: tokens of a window.
+        most: windows at most; by default as many as there are.
+
+    Returns:
+        The windows.
+
+    Raises:
+        ValueError: a text below two tokens, or settings below two tokens or one window.
+
+    Example:
+        >>> cut_windows(knorm.load_embedded()[1], "The cat sat on the mat.", 4, 1).input_ids.shape
+        torch.Size([1, 4])
     """
     length, most = whole("length", length), None if most is None else whole("most", most)
     if length < 2 or (most is not None and most < 1):
