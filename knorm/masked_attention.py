@@ -89,7 +89,7 @@ def _compiled() -> Any:
 
 
 def attend_compiled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: float | None) -> Tensor:
-    """The same by FlexAttention: [batch, heads, T, head_dim] three times, evicted int64 [batch, heads, T].
+    """Attend as attend_seen, by FlexAttention: [batch, heads, T, head_dim] thrice, evicted int64 [batch, heads, T].
 
     Compiles at the first call for a shape and dtype, seconds each.
     """

@@ -41,7 +41,7 @@ class _Context(NamedTuple):
 
 @dataclass
 class Call:
-    """What one forward pass inside `attention(model)` knows of padding.
+    """Hold what one forward pass inside `attention(model)` knows of padding.
 
     leads   padding tokens at the left of each row; None: there are none
     total   tokens that the attention mask speaks of; None: there is no mask
@@ -285,15 +285,28 @@ def _attend_last(
 def attention(model: PreTrainedModel) -> Iterator[None]:
     """Give each layer of the model a mask of its own: for padded batches, and for skip_layers.
 
-        with knorm.attention(model):
-            model.generate(**batch, past_key_values=KnormCache(policy))
-
     The model's own attention, "sdpa" or "eager", runs under that mask, and is set again at the end. Inside, a
     KnormCache sees the padding: it goes first, is never attended to, and every row comes out as it would alone. Other
-    caches, and calls without one, work as before. Raises ValueError for other implementations, and inside for padding
-    that is not on the left, before anything is written to a cache.
+    caches, and calls without one, work as before. Only the thread that is inside attends so; other threads may use the
+    model, or other models, meanwhile.
 
-    Only the thread that is inside attends so; others may use the model, or other models, meanwhile.
+    Args:
+        model: one that attends by "sdpa" or "eager".
+
+    Yields:
+        None.
+
+    Raises:
+        ValueError: another implementation; inside, padding that is not on the left, before a cache is written to.
+
+    Example:
+        >>> model, _ = load_embedded()
+        >>> ids, mask = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        >>> cache = KnormCache(Policy(0.5))
+        >>> with attention(model):
+        ...     _ = model(input_ids=ids, attention_mask=mask, **{cache_keyword(model): cache})
+        >>> cache.positions(layer=0)[0, 0].tolist()[0]
+        -1
     """
     own = _own(model.config)
     if own not in ("sdpa", "eager"):
@@ -305,5 +318,16 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """What the model's forward calls its cache: "past_key_values", or "cache" in newer releases of transformers."""
+    """Name the keyword by which the model's forward takes its cache.
+
+    Args:
+        model: a model of transformers.
+
+    Returns:
+        "past_key_values", or "cache" in newer releases of transformers.
+
+    Example:
+        >>> cache_keyword(load_embedded()[0]) in ("cache", "past_key_values")
+        True
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -25,7 +25,7 @@ Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much slower an arm is: times over the baseline's, 1.05 is 5% slower.
+    """Say how much slower an arm is: times over the baseline's, 1.05 is 5% slower.
 
     ratio            geometric mean over blocks
     low, high        its bounds, each at one-sided alpha: the wider of t and bootstrap
@@ -51,7 +51,7 @@ class Comparison:
 
 
 def effective_blocks(logs: Sequence[float]) -> float:
-    """What n blocks are worth: n (1 - r) / (1 + r), at least 2, r their correlation with the next where it is positive.
+    """Return what n blocks are worth: n (1 - r) / (1 + r), at least 2; r: correlation with the next, if positive.
 
     The variance of the mean of a first-order autoregressive series (Bartlett 1946), which drifting clocks resemble.
     """
@@ -65,7 +65,7 @@ def effective_blocks(logs: Sequence[float]) -> float:
 def compare(
     logs: Sequence[float], *, margin: float, alpha: float = ALPHA, golden: Sequence[float] | None = None
 ) -> Comparison:
-    """The verdict on log-ratios, one a block: logarithm of the arm's time over the baseline's.
+    """Judge log-ratios, one a block: logarithm of the arm's time over the baseline's.
 
     margin   slowdown, as a share, that is no concern
     golden   log-ratios of an accepted run: then the verdict is on how much the ratio rose since (Welch)
@@ -73,7 +73,7 @@ def compare(
     PASS where the upper bound lies below the margin, FAIL where the lower one lies above 0 and the margin is not
     excluded, else INCONCLUSIVE. Raises ValueError for fewer than 8 blocks, or one that is not finite.
     """
-    samples = [np.asarray(each, dtype=np.float64) for each in (logs, golden) if each is not None]
+    samples = [np.asarray(part, dtype=np.float64) for part in (logs, golden) if part is not None]
     for values in samples:
         if len(values) < LEAST:
             raise ValueError(
@@ -108,11 +108,11 @@ def compare(
 def _bootstrap(samples: list[Any], mean: float, alpha: float, widen: float) -> tuple[float, float]:
     """Percentile bounds of the mean (of the difference of means); widened as correlated blocks ask for."""
 
-    def statistic(*each: Any, axis: int = -1) -> Any:
-        means = [values.mean(axis) for values in each]
+    def statistic(*parts: Any, axis: int = -1) -> Any:
+        means = [values.mean(axis) for values in parts]
         return means[0] - means[1] if means[1:] else means[0]
 
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         samples,
         statistic,
         confidence_level=1 - 2 * alpha,
@@ -122,17 +122,17 @@ def _bootstrap(samples: list[Any], mean: float, alpha: float, widen: float) -> t
         batch=1000,
         random_state=np.random.default_rng(0),
     ).confidence_interval
-    return mean - widen * (mean - float(found.low)), mean + widen * (float(found.high) - mean)
+    return mean - widen * (mean - float(result.low)), mean + widen * (float(result.high) - mean)
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
     """FAIL if any is, else INCONCLUSIVE if any is, else PASS."""
-    found = set(verdicts)
-    return "FAIL" if "FAIL" in found else "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
+    kinds = set(verdicts)
+    return "FAIL" if "FAIL" in kinds else "INCONCLUSIVE" if "INCONCLUSIVE" in kinds else "PASS"
 
 
 def check_share(name: str, value: float) -> float:
-    """A margin as a share. Raises ValueError outside (0, 10)."""
+    """Read a margin as a share. Raises ValueError outside (0, 10)."""
     if not 0 < value < 10:
         raise ValueError(f"{name} {100 * value:g}, but should be a slowdown in per cent above 0, e.g. {name} 5")
     return value

@@ -21,7 +21,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 class PerToken(NamedTuple):
-    """What is compared for each scored token; float64 [windows, scored] where nothing else is said.
+    """Hold what is compared for each scored token; float64 [windows, scored] unless a line says otherwise.
 
     nll        of the run, in nats
     nll_full   of the full cache

@@ -19,7 +19,7 @@ _LONGEST_WORD, _MOST_CHARACTERS = 2**20, 2**25  # of what is tokenised: beyond t
 
 @dataclass(frozen=True)
 class Windows:
-    """A text cut into windows of equal length, each evaluated as a sequence of its own.
+    """Hold a text cut into windows of equal length, each evaluated as a sequence of its own.
 
     input_ids   int64 [windows, tokens]
     byte_ends   int64 [windows, tokens]: where each token ends in the text's UTF-8; None for tokens of no text
@@ -36,7 +36,7 @@ class Windows:
 
 
 def cut_windows(tokenizer: PreTrainedTokenizerFast, text: str, length: int = 512, most: int | None = None) -> Windows:
-    """The first windows of a text; what is left over at its end is not used, unless the text is shorter than a window.
+    """Cut the first windows out of a text; its end is not used, unless the text is shorter than a window.
 
     Each window starts with the tokenizer's own beginning-of-sequence token where it adds one. Raises ValueError for a
     text shorter than two tokens, and for settings below two tokens or one window.

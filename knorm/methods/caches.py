@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -14,7 +15,7 @@ from knorm.methods.method import Method, Session, Tokenizer
 
 
 class CacheMethod(Method):
-    """A cache, made anew for each run; what its constructor needs and the run knows is filled in."""
+    """Make a new cache for each run; what its constructor needs and the run knows is filled in."""
 
     kind = "cache"
 
@@ -48,3 +49,33 @@ class CacheMethod(Method):
             kind = type(cache).__name__
             raise ValueError(f"{self.name} made a {kind}, but should make a cache of transformers (transformers.Cache)")
         return Session(model, cache)
+
+
+def stored_bytes(cache: Any) -> int:
+    """Count the bytes of all tensors that a cache reaches: those that it stores, whatever they are called.
+
+    Args:
+        cache: any object.
+
+    Returns:
+        The bytes, each tensor counted once.
+
+    Example:
+        >>> stored_bytes({"keys": torch.zeros(2, 3), "more": [torch.zeros(1)]})
+        28
+    """
+    todo, done, tensors = [cache], set(), 0
+    while todo:
+        value = todo.pop()
+        if id(value) in done:
+            continue
+        done.add(id(value))
+        if isinstance(value, Tensor):
+            tensors += value.nbytes
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
+            todo += vars(value).values()
+    return tensors

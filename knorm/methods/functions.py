@@ -47,7 +47,7 @@ class _Compressing(Method):
 
 
 class FunctionMethod(_Compressing):
-    """A function of (keys, values, keep_ratio), which may ask for `layer`, `queries` and `attention` by name."""
+    """Run a function of (keys, values, keep_ratio), which may ask for `layer`, `queries` and `attention` by name."""
 
     kind = "function"
 
@@ -60,7 +60,7 @@ class FunctionMethod(_Compressing):
 
 
 class ClassMethod(FunctionMethod):
-    """A class whose constructor takes the budget; one instance serves all layers, called as (keys, values)."""
+    """Run a class whose constructor takes the budget; one instance serves all layers, called as (keys, values)."""
 
     kind = "class"
 
@@ -159,7 +159,7 @@ def _shown(result: Any) -> str:
 
 
 class CacheFunctionMethod(_Compressing):
-    """A function of (cache, keep_ratio), which changes a transformers cache in place or returns another."""
+    """Run a function of (cache, keep_ratio), which changes a transformers cache in place or returns another."""
 
     kind = "cache function"
 
@@ -177,7 +177,7 @@ class CacheFunctionMethod(_Compressing):
 
 
 class LegacyMethod(CacheFunctionMethod):
-    """A function of a list of (keys, values), one for each layer, as caches were before transformers had classes."""
+    """Run a function of a list of (keys, values), one for each layer, as caches were before transformers had them."""
 
     kind = "legacy"
 

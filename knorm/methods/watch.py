@@ -27,7 +27,7 @@ def has_windows(model: PreTrainedModel) -> bool:
 
 
 class Seen:
-    """How many tokens the queries of a run saw, by layer and key/value head.
+    """Count the tokens that the queries of a run saw, by layer and key/value head.
 
     Attributes:
         queries: number of queries, over all rows.
