@@ -258,6 +258,30 @@ class PolicyOptions:
         ]
 
 
+_SELECTION = (  # which tokens stay
+    click.option(
+        "--protect-first",
+        default=_DEFAULT.protect_first,
+        show_default=True,
+        help="Tokens at the start that are never evicted.",
+    ),
+    click.option(
+        "--protect-recent",
+        default=_DEFAULT.protect_recent,
+        show_default=True,
+        help="Newest tokens that are never evicted.",
+    ),
+    click.option(
+        "--score",
+        type=click.Choice(get_args(Score)),
+        default=_DEFAULT.score,
+        show_default=True,
+        help="Which tokens stay: those of low key norms, of high ones, or drawn at random.",
+    ),
+    click.option("--seed", default=_DEFAULT.seed, show_default=True, help="Seed of the random score."),
+)
+
+
 def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = True) -> Decorator:
     """Put the options of policies on a command, which reach it as `policy_options`, a PolicyOptions.
 
@@ -298,25 +322,6 @@ def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = Tru
             help=f"Compress once, after the prompt, or after every token.  [{defaults.protocol or prompted}]",
         ),
         *([] if defaults.protocol else [prompt]),
-        click.option(
-            "--protect-first",
-            default=_DEFAULT.protect_first,
-            show_default=True,
-            help="Tokens at the start that are never evicted.",
-        ),
-        click.option(
-            "--protect-recent",
-            default=_DEFAULT.protect_recent,
-            show_default=True,
-            help="Newest tokens that are never evicted.",
-        ),
-        click.option(
-            "--score",
-            type=click.Choice(get_args(Score)),
-            default=_DEFAULT.score,
-            show_default=True,
-            help="Which tokens stay: those of low key norms, of high ones, or drawn at random.",
-        ),
-        click.option("--seed", default=_DEFAULT.seed, show_default=True, help="Seed of the random score."),
+        *_SELECTION,
         defaults=defaults,
     )
