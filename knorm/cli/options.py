@@ -258,7 +258,7 @@ class PolicyOptions:
         ]
 
 
-_SAME = (  # whatever the command
+_SELECTION = (  # which tokens stay
     click.option(
         "--protect-first",
         default=_DEFAULT.protect_first,
@@ -289,9 +289,6 @@ def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = Tru
         defaults: for what is not given.
         ratios: help of --keep-ratio.
         several: True if --keep-ratio may name more than one.
-
-    Returns:
-        The decorator.
     """
     prompted = "prefill with --prompt-length, else streaming"
     prompt = click.option(
@@ -325,6 +322,6 @@ def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = Tru
             help=f"Compress once, after the prompt, or after every token.  [{defaults.protocol or prompted}]",
         ),
         *([] if defaults.protocol else [prompt]),
-        *_SAME,
+        *_SELECTION,
         defaults=defaults,
     )

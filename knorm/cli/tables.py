@@ -170,8 +170,8 @@ def show_methods(
             print_wrapped(console, "  no token's prediction changed: was the cache ever read?", "bold yellow")
         if verbose:
             print_wrapped(console, f"  {_tails(row)}", "dim")
-    for name, reason in failed.items():
-        print_wrapped(console, f"FAILED  {name}: {reason}", "bold red")
+    for reason in failed.values():
+        print_wrapped(console, f"FAILED  {reason}", "bold red")
     if recalls:
         _show_recalls(console, recalls)
 

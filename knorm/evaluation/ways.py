@@ -134,7 +134,7 @@ class Ways:
         self.batch, self.tokenizer = whole("batch", batch, 1), tokenizer
         self.ids = windows.input_ids.to(model.device, torch.int64)
         self._full: list[Pass] = []
-        self._noise: tuple[Rounding, float] | None = None
+        self._noise: dict[str, tuple[Rounding, float]] = {}  # by the way of the run
 
     def full(self) -> list[Pass]:
         """Run the full cache by one plain pass a batch; once, whatever asks for it."""
@@ -199,13 +199,13 @@ class Ways:
         tokens = self._compared([two], [loop], ids)
         change = tokens.nll - tokens.nll_full
         where = "window 1" if len(ids) == 1 else f"windows 1 to {len(ids)}"
-        if self._covers(tokens):
+        if self._covers(tokens, "loop"):
             acted = self._acted(self._compared([loop], self.full()[:1], ids), loop, 0)
             said = f"checked on {where}: equal to the loop within {float(change.abs().max()):.1e}"
             if not acted:
                 said += f"; did not act in {ids.shape[1]} tokens"
             return [two], "two calls", said
-        bound = self._noise[0].largest if self._noise else ROUNDING
+        bound = self._noise["loop"][0].largest if "loop" in self._noise else ROUNDING
         beyond = (change.abs() > bound).any(0)
         first = int(beyond.nonzero()[0]) if bool(beyond.any()) else 0
         largest = float(change.abs().max())
@@ -215,34 +215,34 @@ class Ways:
         why = "acts again after the prompt" if again else "rounds otherwise in one call than in many"
         return [loop], "loop", f"{why}: {said}"
 
-    def _covers(self, tokens: PerToken) -> bool:
-        """Tell whether rounding alone may set two runs of one method so far apart.
+    def _covers(self, tokens: PerToken, how: str) -> bool:
+        """Tell whether rounding alone may set two runs so far apart, one of which was made in the way `how`.
 
-        What it does here is measured on the full cache, one pass against its own loop, where the usual bound of float32
+        What it does here is measured on the full cache, one pass against the same way, where the usual bound of float32
         is exceeded; and always in half precision.
         """
         change = tokens.nll - tokens.nll_full
-        if self.model.dtype in (torch.float32, torch.float64) and self._noise is None:
+        if self.model.dtype in (torch.float32, torch.float64) and how not in self._noise:
             largest = float(change.abs().max())
             if not ROUNDING < largest <= 100 * ROUNDING:  # nothing to measure: far from where it is in doubt
                 return largest <= ROUNDING
-        return self._measured()[0].covers(change)
+        return self._measured(how)[0].covers(change)
 
-    def _measured(self) -> tuple[Rounding, float]:
-        """Measure what rounding does to a token's NLL and KL: at most twice what the full cache's own loop shows."""
-        if self._noise is None:
+    def _measured(self, how: str) -> tuple[Rounding, float]:
+        """Measure what rounding does to a token's NLL and KL: at most twice what the full cache shows in that way."""
+        if how not in self._noise:
             ids = self.ids[: self.batch]
-            loop = self._run(CacheMethod("full cache", DynamicCache, None, {}), ids, "loop")
-            tokens = self._compared([loop], self.full()[:1], ids)
+            run = self._run(CacheMethod("full cache", DynamicCache, None, {}), ids, how)
+            tokens = self._compared([run], self.full()[:1], ids)
             noise = Rounding.measured(2 * (tokens.nll - tokens.nll_full))
-            self._noise = noise, max(ROUNDING, 2 * float(tokens.kl.max()))
-        return self._noise
+            self._noise[how] = noise, max(ROUNDING, 2 * float(tokens.kl.max()))
+        return self._noise[how]
 
     def _acted(self, tokens: PerToken, run: Pass, index: int) -> bool:
         """Tell whether a run differs from the full cache's, in a prediction or in what its queries see."""
         full = self.full()[index]
         fewer = bool((run.seen < full.seen - 1e-9).any())
-        return fewer or not self._covers(tokens)
+        return fewer or not self._covers(tokens, "loop")
 
     def _compared(self, runs: Sequence[Pass], full: Sequence[Pass], ids: Tensor) -> PerToken:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
@@ -266,8 +266,9 @@ class Ways:
             sum(getattr(run, column) * weight for run, weight in zip(passes, weights, strict=True)) / sum(weights)
             for column in ("seen", "stored")
         )
-        most = ROUNDING if self._noise is None else self._noise[1]
-        changed = not self._covers(tokens) or float(tokens.kl.max()) > most
+        way = "loop" if how == "loop" else "two calls"
+        covered = self._covers(tokens, way)
+        changed = not covered or float(tokens.kl.max()) > self._noise.get(way, (None, ROUNDING))[1]
         return Evaluation(
             method=name,
             budget=None if budget is None else str(budget),

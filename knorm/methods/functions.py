@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget, budget_argument
 from knorm.methods.kinds import EXTRAS, budget_parameter, signature_of
 from knorm.methods.method import Method, MethodError, Session, Tokenizer
-from knorm.methods.watch import fitted, watching
+from knorm.methods.watch import fitted, has_windows, watching
 from knorm.model_attention import attention_over, own_attention
 
 QUERIES = 64  # of the prompt's last tokens, which a function is given if it asks for queries
@@ -131,7 +131,7 @@ class _LayerSession(Session):
             self.hidden[layer] = result[2]
 
     def begin_decoding(self) -> None:
-        self._decode.enter_context(watching(self.model, self.seen, self._visible))
+        self._decode.enter_context(watching(self.model, self.seen, self._visible, masked=has_windows(self.model)))
 
     def _visible(self, module: nn.Module, key: Tensor) -> Tensor | None:
         mask = self.hidden.get(int(module.layer_idx))  # type: ignore[arg-type]

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from knorm.methods.budget import Budget
 from knorm.methods.restored import restored
-from knorm.methods.watch import Seen, watching
+from knorm.methods.watch import Seen, has_windows, watching
 from knorm.paths import PACKAGE
 from knorm.policy import Policy
 
@@ -66,7 +66,9 @@ class Session:
 
     def begin_decoding(self) -> None:
         """Open what holds while tokens are decoded."""
-        self._decode.enter_context(watching(self.model, self.seen))
+        # Other caches may want the masks that the model would make; a plain one needs none as large as its text.
+        masked = type(self.cache) is not DynamicCache or has_windows(self.model)
+        self._decode.enter_context(watching(self.model, self.seen, masked=masked))
 
     def next_position(self) -> int:
         """Return the position of the first token after the prompt."""
