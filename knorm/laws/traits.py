@@ -15,6 +15,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "scores": ("key_norm", "keys", "queries", None),
     "ties": ("earlier", None),
     "nonfinite": ("raise", None),
+    "empty": ("raise", None),
 }
 
 
@@ -65,6 +66,7 @@ class Traits:
     Example:
         >>> Traits(rounding="ceil", protect_first=4).count(100, 0.55)
         55
+        empty: "raise": a cache without tokens is refused; None: no promise.
     """
 
     rounding: str | None = None
@@ -82,6 +84,7 @@ class Traits:
     protect_recent: int = 0
     prune_after: int = 0
     skip_layers: tuple[int, ...] = ()
+    empty: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -138,7 +141,7 @@ class Traits:
         return not self.protected or length <= self.protected or lowest >= self.protected
 
 
-KNORM = Traits(rounding="ceil", scores="key_norm", ties="earlier", nonfinite="raise")
+KNORM = Traits(rounding="ceil", scores="key_norm", ties="earlier", nonfinite="raise", empty="raise")
 
 
 def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None) -> Traits:
