@@ -59,6 +59,7 @@ class Traits:
         protect_recent: newest tokens that are never evicted.
         prune_after: caches with fewer tokens are left as they are.
         skip_layers: layers that are left as they are, for a compressor that takes layer=.
+        empty: a cache without tokens is refused, "raise"; None for no promise.
 
     Raises:
         ValueError: a value that a trait does not have.
@@ -66,7 +67,6 @@ class Traits:
     Example:
         >>> Traits(rounding="ceil", protect_first=4).count(100, 0.55)
         55
-        empty: "raise": a cache without tokens is refused; None: no promise.
     """
 
     rounding: str | None = None
