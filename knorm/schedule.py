@@ -10,7 +10,6 @@ compress" is known from the keys. Everything else about the run (masks, lengths,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -24,8 +23,6 @@ from knorm.policy import Policy, whole
 from knorm.tensors import refuse_mapped, refuse_unreadable
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
-Int32Array = np.ndarray[Any, np.dtype[np.int32]]
-_MANY = 2**16  # tokens of all rows from which threads are worth starting
 
 
 @lru_cache(maxsize=64)
@@ -55,7 +52,7 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
-def _evict(order: Int32Array, times: Int64Array, sizes: Int64Array, first: Int64Array, evicted_at: Int64Array) -> None:
+def _evict(order: Int64Array, times: Int64Array, sizes: Int64Array, first: Int64Array, evicted_at: Int64Array) -> None:
     """Every eviction takes the highest scores then cached: extract-max, solved off-line by union-find.
 
     The highest score of all falls to the first eviction after its token entered, and so on downwards; an eviction that
@@ -80,25 +77,6 @@ def _evict(order: Int32Array, times: Int64Array, sizes: Int64Array, first: Int64
                 room[event] -= 1
                 if room[event] == 0:
                     following[event] = event + 1
-
-
-@lru_cache(maxsize=1)
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="knorm-schedule")
-
-
-def _evict_rows(
-    order: Int32Array, times: Int64Array, sizes: Int64Array, first: Int64Array, evicted_at: Int64Array
-) -> None:
-    """Run _evict on all rows; those of long texts go to as many threads as PyTorch uses, for no row needs another."""
-    count = min(len(order), torch.get_num_threads())
-    if count < 2 or order.size < _MANY:
-        _evict(order, times, sizes, first, evicted_at)
-        return
-    parts = [slice(rows[0], rows[-1] + 1) for rows in np.array_split(np.arange(len(order)), count)]
-    jobs = [_threads(count).submit(_evict, order[p], times, sizes, first, evicted_at[p]) for p in parts]
-    for job in jobs:
-        job.result()
 
 
 def evicted_at(scores: Tensor, policy: Policy, prompt_length: int = 1, *, padding: Tensor | None = None) -> Tensor:
@@ -169,8 +147,8 @@ def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding:
     evicted = never(scores.shape)
     times, sizes, first = _events(policy, length, prompt_length)
     if len(times):
-        order = scores.argsort(dim=-1, stable=True).reshape(-1, length).int().cpu().numpy()
-        _evict_rows(order, times, sizes, first, evicted.view(-1, length).numpy())
+        order = scores.argsort(dim=-1, stable=True).reshape(-1, length).cpu().numpy()
+        _evict(order, times, sizes, first, evicted.view(-1, length).numpy())
     return evicted.to(scores.device)
 
 

@@ -174,16 +174,3 @@ def test_never_evicted_is_the_schedule_of_the_full_cache():
     padding = torch.tensor([0, 3])
     assert torch.equal(never(scores.shape, padding=padding), evicted_at(scores, Policy(), padding=padding))
     assert never((2, 0)).shape == (2, 0)
-
-
-def test_rows_that_go_to_threads_are_those_of_one_thread(monkeypatch):
-    policy = Policy("0.7", prune_after=16, protect_recent=2, protocol="streaming")
-    scores = torch.randn(3, 5, 200, generator=torch.Generator().manual_seed(0))
-    alone = evicted_at(scores, policy)
-    before = torch.get_num_threads()
-    monkeypatch.setattr("knorm.schedule._MANY", 1)
-    try:
-        torch.set_num_threads(4)
-        assert torch.equal(evicted_at(scores, policy), alone)
-    finally:
-        torch.set_num_threads(before)

@@ -44,6 +44,7 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
     Raises:
         ValueError: a target that does not exist, or takes no budget of this kind.
     """
+    from knorm.methods.budget import TakesNoBudget
     from knorm.methods.policies import PolicyMethod
     from knorm.methods.targets import expanded
 
@@ -55,6 +56,8 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
     for pattern in asked.targets:
         for target in expanded(pattern):
             if target == "knorm":
+                if asked.tokens is not None:
+                    raise TakesNoBudget("knorm keeps a share of the cache: give --keep-ratio, not --keep-tokens")
                 options = replace(policy_options, keep_ratio=asked.ratios or ("0.5",))
                 made += [PolicyMethod("knorm", policy) for policy in options.policies()]
             elif budgets:

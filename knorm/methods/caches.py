@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from knorm.methods.budget import Budget, TakesNoBudget, budget_argument
+from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget, budget_argument
 from knorm.methods.kinds import budget_parameter, signature_of
 from knorm.methods.method import Method, Session, Tokenizer
+
+_KNOWN = ("config", "max_cache_len", "max_batch_size", "batch_size", "device", "dtype")  # to each run
 
 
 class CacheMethod(Method):
@@ -27,16 +29,24 @@ class CacheMethod(Method):
         self.word = budget_parameter(self.parameters)
         if budget is not None and (self.word is None or self.word in given):
             raise TakesNoBudget(f"{name} takes no budget: drop keep_ratio and keep_tokens")
+        lacking = [
+            parameter.name
+            for parameter in self.parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and parameter.name not in (*_KNOWN, *given)
+        ]
+        if self.word in lacking and budget is None:
+            raise NeedsBudget(f"{name} is made with a budget: give keep_ratio or keep_tokens")
+        if lacking := [parameter for parameter in lacking if parameter != self.word]:
+            raise TypeError(
+                f"{name} needs {', '.join(lacking)}, but a cache is made from {', '.join(_KNOWN)}, a budget, and what "
+                f"the target gives, as {name.partition('(')[0]}({lacking[0]}=...)"
+            )
 
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
-        known = {
-            "config": model.config.get_text_config(decoder=True),
-            "max_cache_len": length,
-            "max_batch_size": batch,
-            "batch_size": batch,
-            "device": model.device,
-            "dtype": model.dtype,
-        }
+        config = model.config.get_text_config(decoder=True)
+        known = dict(zip(_KNOWN, (config, length, batch, batch, model.device, model.dtype), strict=True))
         filled = {
             name: known[name]
             for name, parameter in self.parameters.items()

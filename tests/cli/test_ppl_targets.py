@@ -96,6 +96,8 @@ def test_facts_are_recalled_by_any_method(ppl, run_knorm):
         ("mine.py:nowhere", "has no 'nowhere'; it has"),
         ("mine.py:newest(1 +)", "invalid syntax"),
         ("mine.py:newest --keep-ratio 0.5 --keep-tokens 3", "--keep-ratio and --keep-tokens are two budgets"),
+        ("knorm --keep-tokens 3", "knorm keeps a share of the cache: give --keep-ratio"),
+        ("mine.py:newest --as cache", "mine.py:newest needs keys, values, but a cache is made from"),
         ("mine.py:newest --stream", "--reported and --stream are about knorm's own curve"),
         ("mine.py:newest --how schedule", "mine.py:newest has no schedule"),
         ("mine.py:newest --prompt-length 64", "is the whole window"),
