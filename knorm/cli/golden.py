@@ -15,25 +15,32 @@ from knorm.cli.outputs import write_json
 
 @click.group()
 def golden() -> None:
-    """Golden results: did anything move since a person accepted them?"""
+    """Golden results: did anything move since a person accepted them?
+
+    The cases are those of the project that one stands in, declared in its knorm.toml or in [tool.knorm] of its
+    pyproject.toml; elsewhere knorm's own.
+    """
 
 
 _golden_dir = click.option(
     "--golden-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the goldens.  [those of this checkout, else those installed with knorm]",
+    help="Folder of the goldens.  [the project's; without one those of this checkout, or installed with knorm]",
 )
 
 
-def _store(folder: Path | None, json: Path | None) -> Any:
-    """The goldens; a result must not be written among them."""
-    from knorm.golden.store import Store
+def _workspace(folder: Path | None, json: Path | None) -> Any:
+    """The cases and goldens that one works on; a result must not be written among them."""
+    from knorm.golden.project import find_project
 
-    store = Store(folder)
-    if json and store.folder.resolve() in json.resolve().parents:
+    find_project(Path.cwd())  # what is declared wrongly is said before anything heavy is loaded
+    from knorm.golden.workspace import find_workspace
+
+    workspace = find_workspace(folder)
+    if json and workspace.store.folder.resolve() in json.resolve().parents:
         raise ValueError(f"--json {json} lies among the goldens, which only `knorm golden accept` writes")
-    return store
+    return workspace
 
 
 _some_cases = click.argument("cases", nargs=-1, metavar="[CASE]...")
@@ -48,24 +55,24 @@ _golden_device = click.option(
 def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None:
     """Which cases there are, and which goldens, candidates and leftovers."""
     from knorm.cli.tables import goldens_table
-    from knorm.golden.cases import CASES
     from knorm.golden.files import Damaged
 
-    console, store = make_console(quiet), _store(golden_dir, json)
+    console, workspace = make_console(quiet), _workspace(golden_dir, json)
+    store = workspace.store
     rows: list[tuple[str, ...]] = []
     damaged = 0
-    for case in CASES.values():
-        devices = sorted(device for name, device in store.files if name == case.id)
+    for case, what in workspace.pins.items():
+        devices = sorted(device for name, device in store.files if name == case)
         for device in devices:
             try:
-                made = store.read(case.id, device)[0].provenance
-                rows.append((case.id, device, made.date[:10], made.commit[:12], made.reason, case.what))
+                made = store.read(case, device)[0].provenance
+                rows.append((case, device, made.date[:10], made.commit[:12], made.reason, what))
             except Damaged as error:
                 damaged += 1
-                rows.append((case.id, device, "DAMAGED", "-", str(error), case.what))
+                rows.append((case, device, "DAMAGED", "-", str(error), what))
         if not devices:
-            rows.append((case.id, "-", "-", "-", "no golden yet: knorm golden record", case.what))
-    orphans = store.orphans([*CASES])
+            rows.append((case, "-", "-", "-", f"no golden yet: knorm golden record {case}{store.option}", what))
+    orphans = store.orphans(workspace.names)
     rows += [(name, "-", "ORPHAN", "-", "belongs to no case", "-") for name in orphans]
     console.print(goldens_table(rows))
     for file in store.candidates():
@@ -92,13 +99,18 @@ def golden_verify(
     golden_dir: Path | None,
 ) -> None:
     """Measure each CASE, by default all, and compare it with its golden of exactly this device class."""
+    workspace = _workspace(golden_dir, json)
     from knorm.cli.tables import show_outcome
+    from knorm.golden.environment import device_class
     from knorm.golden.verify import verify_goldens
     from knorm.models import hush
 
+    console, store, outcomes = make_console(quiet), workspace.store, []
+    known = workspace.load(cases or None)
+    if not cases:
+        workspace.check(device_class(check_device(device)))
     hush()
-    console, store, outcomes = make_console(quiet), _store(golden_dir, json), []
-    for outcome in verify_goldens(store, list(cases) or None, check_device(device)):
+    for outcome in verify_goldens(store, list(cases) or None, check_device(device), catalogue=known):
         outcomes.append(outcome)
         show_outcome(console, outcome)
     failed = sum(outcome.failed for outcome in outcomes)
@@ -145,21 +157,20 @@ def golden_record(
     """Measure each CASE several times and write a candidate beside its golden, which stays as it is."""
     if bool(cases) == everything:  # before anything heavy is loaded
         raise ValueError("name the cases to record, or give --all")
+    workspace = _workspace(golden_dir, json)
     import torch
 
-    from knorm.golden.cases import CASES, find_case
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
 
     kind = torch.device(check_device(device)).type
-    chosen = (
-        [c for c in CASES.values() if kind in c.devices and not (c.optional or c.timed)]
-        if everything
-        else [*map(find_case, cases)]
-    )
+    chosen = [*workspace.load(cases or None).values()]
+    if everything:
+        chosen = [case for case in chosen if kind in case.devices and not (case.optional or case.timed)]
     hush()
-    console, store = make_console(quiet), _store(golden_dir, json)
+    console, store = make_console(quiet), workspace.store
+    store.prepare()
     now, written = checkout(store.folder), []
     if not now.clean:
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
@@ -208,19 +219,20 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
     return findings
 
 
-def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, Any, Any]]:
-    """Read candidates by case, or by file; refuses unknown ones, and two for one golden."""
-    from knorm.golden.cases import CASES, find_case
+def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tuple[Path, Any, Any]], Any]:
+    """Read candidates by case, or by file, and load their cases; refuses unknown ones, and two for one golden."""
+    from knorm.golden.cases import check_name
     from knorm.golden.format import differing
     from knorm.golden.store import read_candidate
 
+    store, known = workspace.store, workspace.names
     files: list[Path] = []
     for name in names:
         if name.endswith(".candidate"):
             files.append(Path(name))
             continue
-        case = find_case(name).id
-        waiting = [file for file in store.candidates() if file.parent.name == case]
+        check_name(name, known)
+        waiting = [file for file in store.candidates() if file.parent.name == name]
         if not waiting:
             raise ValueError(f"{name} has no candidate in {store.folder}: knorm golden record {name}{store.option}")
         files += waiting
@@ -229,11 +241,13 @@ def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, A
     for file, made, _ in candidates:
         if places.count((made.case, made.device_class)) > 1:
             raise ValueError(f"{file} is one of two candidates for {made.case}/{made.device_class}: give one of them")
-        if made.case not in CASES:
-            raise ValueError(f"{file} is of case {made.case!r}, which is unknown; known are {', '.join(sorted(CASES))}")
-        if changed := differing(made.configuration, CASES[made.case].configuration()):
+        if made.case not in known:
+            raise ValueError(f"{file} is of case {made.case!r}, which is unknown; known are {', '.join(sorted(known))}")
+    cases = workspace.load(made.case for _, made, _ in candidates)
+    for file, made, _ in candidates:
+        if changed := differing(made.configuration, cases[made.case].configuration()):
             raise ValueError(f"{file}: field 'configuration' ({changed[0]}) is not that of the case: record it again")
-    return candidates
+    return candidates, cases
 
 
 @golden.command("diff")
@@ -245,12 +259,13 @@ def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], gol
 
     The verdicts are those of `knorm golden verify`. Exit code 1 where a metric moved.
     """
-    console, store = make_console(quiet), _store(golden_dir, json)
+    console, workspace = make_console(quiet), _workspace(golden_dir, json)
+    store = workspace.store
     names = candidates or tuple(str(file) for file in store.candidates())
     if not names:
         raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
     changed = {}
-    for _, made, tensors in _chosen_candidates(store, names):
+    for _, made, tensors in _chosen_candidates(workspace, names)[0]:
         changed[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
     write_json(json, {"changes": {name: [asdict(change) for change in findings] for name, findings in changed.items()}})
     sys.exit(
@@ -296,11 +311,13 @@ def golden_accept(
     from knorm.golden.store import checkout
 
     permissions = parse_permissions(allow_worse, allow_gate)
-    console, store = make_console(quiet), _store(golden_dir, json)
-    chosen, now = _chosen_candidates(store, candidates), checkout(store.folder)
+    console, workspace = make_console(quiet), _workspace(golden_dir, json)
+    store = workspace.store
+    (chosen, cases), now = _chosen_candidates(workspace, candidates), checkout(store.folder)
     pairs = [(made, tensors) for _, made, tensors in chosen]
+    codes = {name: now.code_of(case.sources) for name, case in cases.items()}
     try:
-        approved = approve(store, pairs, reason, now=now, permissions=permissions)
+        approved = approve(store, pairs, reason, now=now, permissions=permissions, codes=codes)
     except Refused as refused:
         command = refused.command(candidates, reason, permissions, store.option)
         lead = "Then" if any(problem.stale for problem in refused.problems) else "If that is intended"

@@ -38,7 +38,7 @@ class Noise(Strict):
 class Gate(Strict):
     """Say how a metric is judged.
 
-    rule        one of `gates.RULES`: its class says where it speaks and what it lets pass
+    rule        one of `rules.RULES`: its class says where it speaks and what it lets pass
     threshold   what the rule takes for its bound, in the rule's own unit; None where it needs none
     noise       where the bounds come from
     """
@@ -60,14 +60,18 @@ class Metric(Strict):
     name: str
     unit: str
     direction: Literal["lower", "higher", "same"]
-    kind: Literal["count", "selection", "schedule", "nll", "ratio", "memory"]
+    kind: Literal["count", "selection", "schedule", "nll", "kl", "share", "ratio", "memory", "value"]
     value: int | float | str
     anchor: int | float | str
     gate: Gate
 
 
 class Environment(Strict):
-    """Hold what numbers may depend on besides the code; numerics: batches and attention. No host is named."""
+    """Hold what numbers may depend on besides the code. No host is named.
+
+    numerics   batches and attention, in words
+    packages   of others that the method under test comes from, and knorm where it is not under test: name -> version
+    """
 
     device: str
     driver: str | None
@@ -79,6 +83,7 @@ class Environment(Strict):
     transformers: str
     numpy: str
     python: str
+    packages: dict[str, str] = Field(default_factory=dict)
 
 
 class Provenance(Strict):

@@ -26,6 +26,7 @@ from knorm.golden.format import Golden, Tensors, digest
 from knorm.paths import PACKAGE, REPORTED, goldens
 
 _TEMPORARY, _LOCK, _CANDIDATE = ".tmp", ".lock", ".candidate"
+_IGNORED = f"*{_CANDIDATE}\n{_LOCK}\n.*{_TEMPORARY}\n"
 _LOCK_SECONDS = 10.0
 _READS, _PAUSE_SECONDS = 50, 0.01  # of a changing golden; a pause outlasts a tick of the file system's clock
 
@@ -37,6 +38,19 @@ class Checkout:
     commit: str
     clean: bool
     code: str
+
+    def code_of(self, sources: Sequence[Path]) -> str:
+        """Hash the code under test: knorm's own, and files and folders of a project."""
+        return hash_of_sources(self.code, sources) if sources else self.code
+
+
+def hash_of_sources(code: str, sources: Sequence[Path]) -> str:
+    """Hash Python files, and those in folders, with the hash of knorm's own code."""
+    lines = [code]
+    for source in sorted(sources):
+        files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
+        lines += [f"{file.relative_to(source.parent).as_posix()} {digest(file.read_bytes())}" for file in files]
+    return digest("\n".join(lines).encode())
 
 
 def hash_of_code(package: Path = PACKAGE) -> str:
@@ -75,15 +89,33 @@ def checkout(folder: Path) -> Checkout:
 
 
 class Store:
-    """Read and write a folder of goldens, which must exist; only `write_candidate` and `accept` write."""
+    """Read and write a folder of goldens; only `write_candidate` and `accept` write.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    Args:
+        folder: must exist; by default knorm's own.
+        ours: it is the project's, and need not be there before something is recorded.
+    """
+
+    def __init__(self, folder: Path | None = None, *, ours: bool = False) -> None:
         self.folder = folder or goldens()
-        self.option = f" --golden-dir {quote(str(folder))}" if folder else ""  # for commands that are to be pasted
+        given = folder is not None and not ours
+        self.option = f" --golden-dir {quote(str(folder))}" if given else ""  # for commands that are to be pasted
+        if ours and not os.path.lexists(self.folder):
+            return
         if not self.folder.is_dir():
             raise ValueError(
                 f"no goldens in {self.folder}: give --golden-dir the folder that holds <case>/<class>.json"
             )
+
+    def prepare(self) -> None:
+        """Make the folder, which git is told to ignore candidates in, if it is not there."""
+        if self.folder.is_dir():
+            return
+        try:
+            self.folder.mkdir(parents=True)
+            (self.folder / ".gitignore").write_text(_IGNORED, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot make {self.folder}: {error.strerror}") from None
 
     @cached_property
     def files(self) -> dict[tuple[str, str], Path]:
@@ -186,6 +218,7 @@ class Store:
     def write_candidate(self, golden: Golden, tensors: Tensors) -> Path:
         """Write a candidate beside the golden it would replace; the golden stays as it is."""
         file = self.folder / golden.case / f"{golden.device_class}{_CANDIDATE}"
+        self.prepare()
         with self._locked():
             _write(file, pack(tensors or {"none": np.zeros(1)}, {"golden": golden.text()}))
         return file

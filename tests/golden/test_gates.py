@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from knorm.cli import main
-from knorm.golden import cases, gates, verify
+from knorm.golden import cases, rules, verify
 from knorm.golden.cases import Case
 from knorm.golden.environment import device_class
 from knorm.golden.files import Damaged
 from knorm.golden.format import Gate, Measured, environment_changes
-from knorm.golden.gates import MEAN_ABSOLUTE, RULES, Pair, Results, gate_changes, judge
+from knorm.golden.gates import Results, gate_changes, judge
+from knorm.golden.rules import MEAN_ABSOLUTE, RULES, Pair
 from knorm.golden.shift import shift_of
 
 ENVIRONMENTS = {"same": HERE, "versions": HERE.model_copy(update={"device": "another"}), "elsewhere": ELSEWHERE}
@@ -60,6 +61,8 @@ EXPECTED = {
     "same_environment": {"same": ANY, "versions": SHOWN, "elsewhere": SHOWN},
     "same_versions": {"same": ANY, "versions": ANY, "elsewhere": SHOWN},
     "tokens": {"same": ANY, "versions": ANY, "elsewhere": ANY},
+    "within": {"same": ANY, "versions": ANY, "elsewhere": ANY},
+    "near": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "at_most": {"same": WORSE, "versions": WORSE, "elsewhere": WORSE},
     "timing": {"same": WORSE, "versions": ("holds", "shown", "holds"), "elsewhere": ("holds", "shown", "holds")},
 }
@@ -178,8 +181,8 @@ def test_of_a_new_golden_everything_is_new():
 
 @pytest.mark.parametrize("where", ENVIRONMENTS)
 def test_each_ratio_of_times_is_resampled_once(monkeypatch, where):
-    calls, real = [], gates.compare_times
-    monkeypatch.setattr(gates, "compare_times", lambda *a, **k: calls.append(k["alpha"]) or real(*a, **k))
+    calls, real = [], rules.compare_times
+    monkeypatch.setattr(rules, "compare_times", lambda *a, **k: calls.append(k["alpha"]) or real(*a, **k))
     judge(times(0.0, 6), replace(times(0.1, 6), environment=ENVIRONMENTS[where]))
     assert calls == [pytest.approx(0.01 / 6)] * 6
 
@@ -283,7 +286,7 @@ def test_a_shift_of_all_windows_moves_and_one_within_the_noise_does_not():
 def test_what_is_not_a_number_or_of_another_shape_moves(same):
     broken = NLL.copy()
     broken[2, 5] = np.nan
-    assert moved(broken, same) == "the NLL of window [2, 5] is not finite"
+    assert moved(broken, same) == "the value of window [2, 5] is not finite"
     assert "[7, 40] windows and tokens, but the golden has [8, 40]" in moved(NLL[:7], same)
 
 
