@@ -131,10 +131,12 @@ def _loaded(root: Path, model: str, device: str) -> tuple[Any, Any, str]:
 
 
 @lru_cache(maxsize=4)
-def _windows(root: Path, model: str, device: str, text: str, column: str, window: int, windows: int) -> Windows:
+def _windows(
+    root: Path, place: Path, model: str, device: str, text: str, column: str, window: int, windows: int
+) -> Windows:
     with contextlib.chdir(root):
         content = load_text(text, column)
-    return cut_windows(_loaded(root, model, device)[1], content, window, windows)
+    return cut_windows(_loaded(place, model, device)[1], content, window, windows)
 
 
 def _measure(project: Project, declared: Declared, name: str, methods: list[Method], device: str, how: How) -> Measured:
@@ -142,9 +144,10 @@ def _measure(project: Project, declared: Declared, name: str, methods: list[Meth
 
     The way that "auto" takes is checked on the smallest budget, which acts most; the others go the same way.
     """
-    model, tokenizer, weights = _loaded(project.root, name, device)
+    root = Path() if name in EMBEDDED_MODELS else project.root
+    model, tokenizer, weights = _loaded(root, name, device)
     text = declared.text, declared.column, declared.window, declared.windows
-    windows = _windows(project.root, name, device, *text)
+    windows = _windows(project.root, root, name, device, *text)
     ways = Ways(how.model(model), windows, declared.prompt, batch=how.batch, tokenizer=tokenizer)
     smallest = min(methods, key=_size)
     first = ways.evaluate(smallest, declared.how)
