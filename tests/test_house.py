@@ -21,8 +21,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
     "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
-    "golden": "format shift rules gates project files environment store approval metrics latency cases declared "
-    "workspace verify",
+    "golden": "format shift rules gates project files environment store approval metrics latency cases declared verify "
+    "values workspace",
     "laws": "traits results targets registry names strategies subjects oracle model presses adapters loading snippets "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "

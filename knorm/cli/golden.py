@@ -61,7 +61,8 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
     store = workspace.store
     rows: list[tuple[str, ...]] = []
     damaged = 0
-    for case, what in workspace.pins.items():
+    pins = workspace.pins | dict.fromkeys(store.of_tests, "values of a test")
+    for case, what in pins.items():
         devices = sorted(device for name, device in store.files if name == case)
         for device in devices:
             try:
@@ -141,6 +142,11 @@ def golden_verify(
     is_flag=True,
     help="Record all cases that this device measures, except optional and timed ones.",
 )
+@click.option(
+    "--from-tests",
+    is_flag=True,
+    help="Run the tests, and record what they give to golden.check; CASEs are pytest's arguments: -- tests -k name.",
+)
 @_golden_device
 @click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
 @_golden_dir
@@ -150,12 +156,15 @@ def golden_record(
     quiet: bool,
     cases: tuple[str, ...],
     everything: bool,
+    from_tests: bool,
     device: str,
     runs: int,
     golden_dir: Path | None,
 ) -> None:
     """Measure each CASE several times and write a candidate beside its golden, which stays as it is."""
-    if bool(cases) == everything:  # before anything heavy is loaded
+    if from_tests and everything:
+        raise ValueError("--all and --from-tests are two selections: give one of them")
+    if not from_tests and bool(cases) == everything:  # before anything heavy is loaded
         raise ValueError("name the cases to record, or give --all")
     workspace = _workspace(golden_dir, json)
     import torch
@@ -165,7 +174,16 @@ def golden_record(
     from knorm.models import hush
 
     kind = torch.device(check_device(device)).type
-    chosen = [*workspace.load(cases or None).values()]
+    if from_tests:
+        from knorm.golden.values import cases_of_tests
+
+        chosen = [*cases_of_tests(cases, max(runs, 3)).values()]
+        if taken := sorted({case.id for case in chosen} & {*workspace.names}):
+            raise ValueError(
+                f"golden.check({taken[0]!r}): a case of that name is declared; give the values another name"
+            )
+    else:
+        chosen = [*workspace.load(cases or None).values()]
     if everything:
         chosen = [case for case in chosen if kind in case.devices and not (case.optional or case.timed)]
     hush()
@@ -225,7 +243,8 @@ def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tup
     from knorm.golden.format import differing
     from knorm.golden.store import read_candidate
 
-    store, known = workspace.store, workspace.names
+    store = workspace.store
+    known = [*workspace.names, *store.of_tests]
     files: list[Path] = []
     for name in names:
         if name.endswith(".candidate"):
@@ -243,7 +262,7 @@ def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tup
             raise ValueError(f"{file} is one of two candidates for {made.case}/{made.device_class}: give one of them")
         if made.case not in known:
             raise ValueError(f"{file} is of case {made.case!r}, which is unknown; known are {', '.join(sorted(known))}")
-    cases = workspace.load(made.case for _, made, _ in candidates)
+    cases = workspace.load_of(made.case for _, made, _ in candidates)
     for file, made, _ in candidates:
         if changed := differing(made.configuration, cases[made.case].configuration()):
             raise ValueError(f"{file}: field 'configuration' ({changed[0]}) is not that of the case: record it again")

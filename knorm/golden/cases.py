@@ -22,7 +22,7 @@ from knorm.evaluation.published.schema import PYTHIA, bug_report
 from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.environment import How
-from knorm.golden.format import Measured, Metric, Noise, digest
+from knorm.golden.format import Environment, Measured, Metric, Noise, digest
 from knorm.golden.latency import COUNTED_SHAPE, POLICIES, TIMED_SHAPE, measure_counters, measure_latency
 from knorm.golden.metrics import count, fingerprint, memory_ratio, ppl_ratio, tokens
 from knorm.models import load_embedded, load_model, load_text, random_gpt_neox
@@ -49,6 +49,8 @@ class Case:
     one_thread   it is measured by one thread on a CPU: its tensors are small, and more threads only wait
     packages     of others that the method comes from: name -> version; part of the environment
     sources      files and folders of the code under test, besides knorm's own
+    environment  that it was measured in, where that is not this process'
+    recorded     what `knorm golden record` is given for it, where that is not its name
     """
 
     id: str
@@ -62,6 +64,8 @@ class Case:
     one_thread: bool = False
     packages: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[Path, ...] = ()
+    environment: Environment | None = None
+    recorded: str = ""
 
 
 CASES: dict[str, Case] = {}

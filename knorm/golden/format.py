@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from knorm.strict import Strict
 
 Tensors = Mapping[str, np.ndarray[Any, Any]]
+OF_TESTS = {"values": "of a test"}  # the configuration of goldens that no case declares
 
 
 class Noise(Strict):

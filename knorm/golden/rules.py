@@ -154,6 +154,31 @@ class Near(Within):
         return abs(float(before.value)) * (before.gate.threshold or 0.0)
 
 
+class Close(Rule):
+    """Require numbers that differ from the golden's by at most the threshold's share of their largest, everywhere."""
+
+    name = "close"
+    tensors = "numbers"
+    numbers = True
+
+    def judge(self, pair: Pair) -> Judgement:
+        """Compare the tensors, number by number."""
+        assert pair.old is not None
+        assert pair.new is not None
+        if pair.old.shape != pair.new.shape:
+            return Judgement("moved", f"shape {[*pair.new.shape]}, but the golden has {[*pair.old.shape]}")
+        if not pair.old.size:
+            return Judgement("holds")
+        old, new = pair.old.astype(np.float64), pair.new.astype(np.float64)
+        difference = np.abs(new - old)
+        at = np.unravel_index(difference.argmax(), difference.shape)
+        limit = (pair.before.gate.threshold or 0.0) * float(np.abs(old).max())
+        if difference[at] <= limit:
+            return Judgement("holds")
+        where = f" at {[int(index) for index in at]}" if at else ""
+        return Judgement("moved", f"is {new[at]:.7g}{where}, not {old[at]:.7g} within {limit:.2g}")
+
+
 class Tokens(Rule):
     """Require values of tokens [windows, tokens] in nats, NLL or KL, within the noise that was measured.
 
@@ -242,7 +267,7 @@ class Timing(Rule):
 
 RULES: dict[str, Rule] = {
     rule.name: rule
-    for rule in (Exact(), SameEnvironment(), SameVersions(), Tokens(), AtMost(), Within(), Near(), Timing())
+    for rule in (Exact(), SameEnvironment(), SameVersions(), Tokens(), AtMost(), Within(), Near(), Close(), Timing())
 }
 
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load
 
 from knorm.git import git
 from knorm.golden.files import Damaged, pack, parse
-from knorm.golden.format import Golden, Tensors, digest
+from knorm.golden.format import OF_TESTS, Golden, Tensors, digest
 from knorm.paths import PACKAGE, REPORTED, goldens
 
 _TEMPORARY, _LOCK, _CANDIDATE = ".tmp", ".lock", ".candidate"
@@ -188,10 +188,21 @@ class Store:
         return self.folder / golden.case / f"{golden.device_class}-{(golden.tensors or '')[:12]}.safetensors"
 
     def orphans(self, cases: Sequence[str]) -> list[str]:
-        """Find what belongs to no case: folders with goldens in them, and goldens beside the folders."""
+        """Find what belongs to no case and no test: folders with goldens in them, and goldens beside the folders."""
         folders = {file.parent.name for ending in ("json", "safetensors") for file in self.folder.glob(f"*/*.{ending}")}
         loose = [file.name for file in self.folder.glob("*.json")]
-        return sorted(folders - {REPORTED, *cases}) + sorted(loose)
+        return sorted(folders - {REPORTED, *cases, *self.of_tests}) + sorted(loose)
+
+    @property
+    def of_tests(self) -> list[str]:
+        """List the goldens and candidates whose values come from tests; what cannot be read is none of them."""
+        names = set()
+        for file in [*self.files.values(), *self.candidates()]:
+            with suppress(OSError, ValueError):
+                text = file.read_text(encoding="utf-8") if file.suffix == ".json" else read_candidate(file)[0].text()
+                if parse(text, file.name).configuration == OF_TESTS:
+                    names.add(file.parent.name)
+        return sorted(names)
 
     def leftovers(self) -> list[Path]:
         """Find what an interrupted write of a golden left behind; the next accept of that golden removes it."""

@@ -106,13 +106,15 @@ def _threads_of(case: Case, device: str) -> Iterator[None]:
 
 
 def _environment(case: Case, device: str, how: How | None) -> Environment:
+    if case.environment is not None:
+        return case.environment
     here = environment(device, how)
     return here.model_copy(update={"packages": {**case.packages}}) if case.packages else here
 
 
 def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
     begin = time.perf_counter()
-    recording = f"knorm golden record {case.id} --device {device}{store.option}"
+    recording = f"knorm golden record {case.recorded or case.id} --device {device}{store.option}"
     try:
         golden, tensors = store.read(case.id, mine)
     except FileNotFoundError:

@@ -10,6 +10,7 @@ from knorm.golden import cases
 from knorm.golden.cases import Case, check_name
 from knorm.golden.project import Misdeclared, Project, find_project
 from knorm.golden.store import Store
+from knorm.golden.values import case_of_values
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ class Workspace:
         from knorm.golden.declared import load_cases
 
         return load_cases(self.project, chosen)
+
+    def load_of(self, names: Iterable[str]) -> dict[str, Case]:
+        """Make the cases that candidates are of, tests' values among them; arguments as `load`."""
+        given = [*names]
+        ours = [name for name in given if name in self.names]
+        others = {name: case_of_values(name) for name in given if name not in ours and name in self.store.of_tests}
+        return {**self.load([name for name in given if name not in others]), **others}
 
     def check(self, device_class: str) -> None:
         """Raise Misdeclared for goldens without a case and cases without a golden, before anything is measured.

@@ -36,6 +36,9 @@ def example(rule, change):
     if rule == "tokens":
         nll = NLL + np.float32(0.5 * step)
         return metric(rule, float(nll.astype(np.float64).mean()), "nll", TOKENS, "lower"), {rule: nll}
+    if rule == "close":
+        numbers = NLL + np.float32(5.0 * step)
+        return metric(rule, float(numbers.mean()), "value", gate, "lower"), {rule: numbers}
     if rule == "timing":
         blocks = BLOCKS + 0.2 * step
         return metric(rule, float(np.exp(blocks.mean())), "ratio", gate, "lower"), {rule: blocks}
@@ -63,6 +66,7 @@ EXPECTED = {
     "tokens": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "within": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "near": {"same": ANY, "versions": ANY, "elsewhere": ANY},
+    "close": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "at_most": {"same": WORSE, "versions": WORSE, "elsewhere": WORSE},
     "timing": {"same": WORSE, "versions": ("holds", "shown", "holds"), "elsewhere": ("holds", "shown", "holds")},
 }
