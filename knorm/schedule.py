@@ -153,6 +153,33 @@ def never(shape: Sequence[int], device: torch.device | str = "cpu", *, padding: 
     return evicted
 
 
+def evicted_like(
+    evicted_at: Tensor, scores: Tensor, *, protect_first: int = 0, protect_recent: int = 0
+) -> tuple[Tensor, int]:
+    """Choose other tokens than a schedule does, as many at each query in each row; low scores stay.
+
+    evicted_at      int64 [..., T]
+    scores          floating [..., T], of the same shape
+    protect_first   tokens at the start that are not evicted, and protect_recent, the newest; a row whose queries see
+                    few tokens protects at most half of the fewest
+
+    Returns the schedule, and how many tokens were protected in the row that protects most.
+    """
+    length, most = evicted_at.shape[-1], 0
+    rows = evicted_at.reshape(-1, length).cpu().numpy()
+    order = scores.argsort(dim=-1, stable=True).reshape(-1, length).cpu().numpy()
+    found = never(rows.shape)
+    for row, lost in enumerate(rows):
+        times, sizes = np.unique(lost[lost < length], return_counts=True)
+        fewest = int((times - sizes.cumsum()).min()) if len(times) else length
+        oldest, newest = (min(count, fewest // 2) for count in (protect_first, protect_recent))
+        first = np.searchsorted(times, np.arange(length) + 1 + newest)
+        first[:oldest] = len(times)
+        _evict(order[row : row + 1], times, sizes.astype(np.int64), first, found[row : row + 1].numpy())
+        most = max(most, oldest, newest)
+    return found.view(evicted_at.shape).to(evicted_at.device), most
+
+
 def cache_lengths(evicted_at: Tensor) -> Tensor:
     """How many tokens each query sees, itself included: int64 [..., T] -> int64 [..., T]."""
     length = evicted_at.shape[-1]

@@ -18,8 +18,9 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify cli plugin "
     "__main__",
     "bench": "latency counters worker policies commits",
-    "methods": "kinds known budget restored watch targets method policies caches functions presses door",
-    "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",
+    "methods": "kinds known budget restored stored watch targets method policies caches functions presses door",
+    "evaluation": "windows damage witness distinct ways runner curve interventions explain recovered doubts facts "
+    "published",
     "evaluation.published": "schema measure judge",
     "golden": "format shift gates files environment store approval metrics latency cases verify",
     "laws": "traits results targets registry names strategies subjects oracle model presses adapters loading snippets "
@@ -27,7 +28,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "outputs figures options tables setting compared verify check ppl explain bench golden",
+    "cli": "outputs figures options tables setting compared explained verify check ppl explain bench golden",
 }
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 

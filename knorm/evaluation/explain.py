@@ -25,7 +25,7 @@ from knorm.evaluation.interventions import (
 from knorm.evaluation.runner import Changes, Runner
 from knorm.masked_attention import attend_seen
 from knorm.perplexity import Run, exact_run
-from knorm.policy import Policy, Score
+from knorm.policy import Policy
 from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
@@ -49,6 +49,7 @@ class Effect:
         largest: largest change of any token.
         sentence: what that proves.
         is_rounding: rounding explains all of it; for the order of slots: float64 has shown that it has no effect.
+        kl: mean KL(full || changed run) in nats per token, where it is what `recovered` is a share of; else None.
     """
 
     kind: Kind
@@ -61,6 +62,7 @@ class Effect:
     largest: float
     sentence: str
     is_rounding: bool = False
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ class TokenView:
 
 @dataclass(frozen=True)
 class Explanation:
-    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and where each token sees itself only."""
+    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and of no cache; None where that is not run."""
 
     nll: float
     nll_full: float
-    nll_empty: float
+    nll_empty: float | None
     windows: int
     tokens: int
     recent: float | None
@@ -100,7 +102,7 @@ class Explanation:
         return self.nll - self.nll_full
 
 
-def _sentence(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
+def sentence_of(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
     """Say what one intervention proves; `order` has judged in float64 what the run computes in `dtype`."""
     none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
@@ -129,7 +131,7 @@ def _sentence(change: Intervention, effect: Effect, policy: Policy, order: Order
     return f"{change.doing} {share}"
 
 
-def _effect(change: Intervention, nll: Tensor, own: Tensor, loss: float) -> Effect:
+def effect_of(change: Intervention, nll: Tensor, own: Tensor, loss: float) -> Effect:
     """Compare a changed run's NLLs with the explained run's, both [windows, scored]; the sentence is still to come."""
     difference = nll - own
     mean, (low, high) = float(difference.mean()), interval(difference.mean(1))
@@ -160,8 +162,13 @@ def _cause(found: Explanation) -> str:
     return said[0].upper() + said[1:]
 
 
-def _verdict(found: Explanation, score: Score) -> tuple[str, ...]:
-    """Say in plain words what the cause is, and what is acquitted."""
+def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
+    """Say in plain words what the cause is, and what is acquitted.
+
+    Args:
+        found: all but its verdict.
+        worse_than_chance: what is to be said where a random choice does better; empty: the choice is random.
+    """
     if found.loss > NO_LOSS:
         said = [_cause(found)]
     elif found.loss >= -NO_LOSS:
@@ -172,12 +179,13 @@ def _verdict(found: Explanation, score: Score) -> tuple[str, ...]:
             f"Compression gains {-found.loss:.3f} nats a token here; what takes most of that away again is "
             f"{undoing.name} ({undoing.change:+.3f})."
         ]
-    if next(e for e in found.effects if e.kind == "order").is_rounding:
+    if any(e.is_rounding for e in found.effects if e.kind == "order"):
         said.append("The order of the cache plays no part in it.")
-    chance = next((e for e in found.effects if e.kind == "choice" and score != "random"), None)
+    chance = next((e for e in found.effects if e.kind == "choice" and worse_than_chance), None)
     if found.loss > NO_LOSS and chance and chance.high is not None and chance.high < 0:
-        said.append("Norms choose worse than chance here.")
-    if not min(found.nll_full, found.nll_empty) <= found.nll <= max(found.nll_full, found.nll_empty):
+        said.append(worse_than_chance)
+    ends = [found.nll_full] + ([] if found.nll_empty is None else [found.nll_empty])
+    if found.nll_empty is not None and not min(ends) <= found.nll <= max(ends):
         side = "below the full cache's" if found.nll < found.nll_full else "above that of no cache at all"
         said.append(f"Perplexity lies {side}, which can be right: what is left may mislead.")
     if found.windows == 1:
@@ -252,21 +260,23 @@ def explain(
         nll, _ = measured(change.name, change.policy, change.prompt_length, options)
         if change.kind == "order" and order.holds:  # it comes first: attention is summed otherwise, and that is all
             rounding = Rounding.measured(nll - own)
-        effect = _effect(change, nll, own, float((own - full).mean()))
+        effect = effect_of(change, nll, own, float((own - full).mean()))
         acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
         effect = replace(effect, is_rounding=acquitted)
-        effects.append(replace(effect, sentence=_sentence(change, effect, policy, order, runner.model.dtype)))
+        effects.append(replace(effect, sentence=sentence_of(change, effect, policy, order, runner.model.dtype)))
     effects.sort(key=lambda effect: effect.change)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
         mean_recent(run, policy, prompt_length), tuple(effects),
-        tuple(_worst(runner, tokenizer, run, full, worst, policy, rounding)), (),
+        tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
-    return replace(found, verdict=_verdict(found, policy.score))
+    return replace(
+        found, verdict=verdict_of(found, "" if policy.score == "random" else "Norms choose worse than chance here.")
+    )
 
 
-def _worst(
+def worst_tokens(
     runner: Runner,
     tokenizer: PreTrainedTokenizerFast,
     run: Run,

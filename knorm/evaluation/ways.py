@@ -14,8 +14,10 @@ from transformers.cache_utils import DynamicCache
 
 from knorm.evaluation.damage import Damage, PerToken, compare, head_of, summed
 from knorm.evaluation.windows import Windows, check_prompt
+from knorm.evaluation.witness import Beside
 from knorm.methods.caches import CacheMethod
 from knorm.methods.method import Method, Session, Tokenizer
+from knorm.methods.stored import stored_bytes
 from knorm.model_attention import cache_keyword
 from knorm.perplexity import check_ids, exact_hidden, refuse_unready
 from knorm.policy import whole
@@ -193,7 +195,7 @@ class Ways:
         tokens = self._compared([two], [loop], ids)
         change = tokens.nll - tokens.nll_full
         where = "window 1" if len(ids) == 1 else f"windows 1 to {len(ids)}"
-        if self._covers(tokens):
+        if self.covers(change):
             acted = self._acted(self._compared([loop], self.full()[:1], ids), loop, 0)
             said = f"checked on {where}: equal to the loop within {float(change.abs().max()):.1e}"
             if not acted:
@@ -209,13 +211,12 @@ class Ways:
         why = "acts again after the prompt" if again else "rounds otherwise in one call than in many"
         return [loop], "loop", f"{why}: {said}"
 
-    def _covers(self, tokens: PerToken) -> bool:
-        """Tell whether rounding alone may set two runs of one method so far apart.
+    def covers(self, change: Tensor) -> bool:
+        """Tell whether rounding alone may change tokens' NLLs so, [windows, scored], between two runs of one method.
 
         What it does here is measured on the full cache, one pass against its own loop, where the usual bound of float32
         is exceeded; and always in half precision.
         """
-        change = tokens.nll - tokens.nll_full
         if self.model.dtype in (torch.float32, torch.float64) and self._noise is None:
             largest = float(change.abs().max())
             if not ROUNDING < largest <= 100 * ROUNDING:  # nothing to measure: far from where it is in doubt
@@ -236,7 +237,7 @@ class Ways:
         """Tell whether a run differs from the full cache's, in a prediction or in what its queries see."""
         full = self.full()[index]
         fewer = bool((run.seen < full.seen - 1e-9).any())
-        return fewer or not self._covers(tokens)
+        return fewer or not self.covers(tokens.nll - tokens.nll_full)
 
     def _compared(self, runs: Sequence[Pass], full: Sequence[Pass], ids: Tensor) -> PerToken:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
@@ -261,7 +262,7 @@ class Ways:
             for column in ("seen", "stored")
         )
         most = ROUNDING if self._noise is None else self._noise[1]
-        changed = not self._covers(tokens) or float(tokens.kl.max()) > most
+        changed = not self.covers(tokens.nll - tokens.nll_full) or float(tokens.kl.max()) > most
         return Evaluation(
             method=name,
             budget=None if budget is None else str(budget),
@@ -291,7 +292,23 @@ class Ways:
         size = 2 * width * self.model.dtype.itemsize
         return Pass(states[:, -self.scored - 1 : -1].clone(), seen, float(seen.sum()) * size)
 
-    def _run(self, method: Method, ids: Tensor, how: str) -> Pass:
+    def beside(self, method: Method, how: str, make: Callable[[int], Beside]) -> tuple[PerToken, list[Beside]]:
+        """Run a method on every batch with something beside it.
+
+        Args:
+            method: made by `knorm.method`.
+            how: "two calls" or "loop".
+            make: called with the rows of a batch; returns what stands beside its run.
+
+        Returns:
+            The comparison with the full cache, and what stood beside each batch.
+        """
+        batches = self.ids.split(self.batch)
+        made = [make(len(ids)) for ids in batches]
+        passes = [self._run(method, ids, how, other) for ids, other in zip(batches, made, strict=True)]
+        return self._compared(passes, self.full(), self.ids), made
+
+    def _run(self, method: Method, ids: Tensor, how: str, beside: Beside | None = None) -> Pass:
         if how == "schedule":
             return self._by_schedule(method, ids)
         prompt, length = self.prompt_length, ids.shape[1]
@@ -302,30 +319,32 @@ class Ways:
             method.session(self.model, length=length, batch=len(ids), tokenizer=self.tokenizer) as session,
         ):
             torch.manual_seed(_SEED)
-            return self._calls(session, ids, cuts)
+            return self._calls(session, ids, cuts, beside or Beside())
 
     @torch.no_grad()
-    def _calls(self, session: Session, ids: Tensor, cuts: list[tuple[int, int]]) -> Pass:
+    def _calls(self, session: Session, ids: Tensor, cuts: list[tuple[int, int]], beside: Beside) -> Pass:
         prompt, rows = self.prompt_length, len(ids)
         places = torch.arange(ids.shape[1], device=ids.device).expand(rows, -1)
         base, keyword = self.model.base_model, cache_keyword(self.model)
         given = session.prompt(ids[:, :prompt], places[:, :prompt])
-        states = base(**given, use_cache=True, return_dict=True, **{keyword: session.cache}).last_hidden_state
+        with beside.reading(session):
+            states = base(**given, use_cache=True, return_dict=True, **{keyword: session.cache}).last_hidden_state
         parts, shift = [states[:, -1:].clone()], session.end_prompt() - prompt
         sizes = [stored_bytes(session.cache) / rows]
-        for start, stop in cuts:
-            output = base(
-                input_ids=ids[:, start:stop],
-                position_ids=places[:, start:stop] + shift,
-                use_cache=True,
-                return_dict=True,
-                **{keyword: session.cache},
-            )
-            states = output.last_hidden_state
-            if states.shape[:2] != (rows, stop - start):
-                raise ValueError(f"a call of [{rows}, {stop - start}] tokens came back as {list(states.shape[:2])}")
-            parts.append(states)
-            sizes.append(stored_bytes(session.cache) / rows)
+        with beside.decoding(session):
+            for start, stop in cuts:
+                output = base(
+                    input_ids=ids[:, start:stop],
+                    position_ids=places[:, start:stop] + shift,
+                    use_cache=True,
+                    return_dict=True,
+                    **{keyword: session.cache},
+                )
+                states = output.last_hidden_state
+                if states.shape[:2] != (rows, stop - start):
+                    raise ValueError(f"a call of [{rows}, {stop - start}] tokens came back as {list(states.shape[:2])}")
+                parts.append(states)
+                sizes.append(stored_bytes(session.cache) / rows)
         step = (sizes[-1] - sizes[0]) / (cuts[-1][1] - prompt)  # in one call a cache grows by each of its tokens
         stored = sum(sizes[1:]) / len(cuts) if len(cuts) > 1 else (sizes[0] + step + sizes[-1]) / 2
         return Pass(torch.cat(parts, 1)[:, -self.scored :].clone(), session.seen.mean(), stored)
@@ -375,22 +394,3 @@ def evaluate(
     """
     ways = Ways(model, Windows(input_ids), prompt_length, batch=batch, tokenizer=tokenizer)
     return ways.evaluate(method, how)
-
-
-def stored_bytes(cache: Any) -> int:
-    """Count the bytes of all tensors that a cache reaches: those that it stores, whatever they are called."""
-    todo, done, tensors = [cache], set(), 0
-    while todo:
-        value = todo.pop()
-        if id(value) in done:
-            continue
-        done.add(id(value))
-        if isinstance(value, Tensor):
-            tensors += value.nbytes
-        elif isinstance(value, dict):
-            todo += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            todo += value
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and not callable(value):
-            todo += vars(value).values()
-    return tensors

@@ -13,11 +13,12 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 import knorm
 from knorm import KnormCache, Policy, exact_nll
 from knorm.evaluation.damage import head_of
-from knorm.evaluation.ways import Ways, stored_bytes
+from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import Windows
 from knorm.methods.budget import Budget
 from knorm.methods.door import method
 from knorm.methods.method import MethodError
+from knorm.methods.stored import stored_bytes
 
 PROMPT, LENGTH = 40, 64
 
