@@ -124,7 +124,11 @@ def _shares(ways: Ways, table: Table) -> str:
     kept = torch.stack([(lost[..., :prompt] > prompt).double().sum(-1).mean(0) for lost in table])
     low, high = float(kept.min()), float(kept.max())
     several = f"{low:.0f} to {high:.0f}" if round(high) > round(low) else f"{low:.0f}"
-    return f"after the prompt {several} of its {prompt} tokens are seen, by layer and head"
+    said = f"after the prompt {several} of its {prompt} tokens are seen, by layer and head"
+    if all(bool(((lost <= prompt) | (lost == lost.shape[-1])).all()) for lost in table):
+        return said
+    last = torch.stack([cache_lengths(lost)[..., -2].double().mean(0) for lost in table])
+    return f"{said}; the last query sees {float(last.min()):.0f} to {float(last.max()):.0f}"
 
 
 class _Evicted:
@@ -237,7 +241,8 @@ class _Evicted:
             yield change("layers", f"layer {layer} spared", f"sparing layer {layer}"), spared
         age = -torch.arange(table[0].shape[-1], dtype=torch.float64)
         kept = [evicted_like(lost, age.expand(lost.shape))[0] for lost in table]
-        yield change("amount", "as many tokens, the newest", "as many tokens, the newest,"), kept
+        if _differ(kept, table):
+            yield change("amount", "as many tokens, the newest", "as many tokens, the newest,"), kept
 
 
 def _differ(others: Sequence[Tensor], table: Table) -> bool:

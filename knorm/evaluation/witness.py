@@ -26,6 +26,9 @@ class Beside:
         return nullcontext()
 
 
+_NONE = -(2**63)  # a fingerprint that no vector is looked for by
+
+
 class Unrecoverable(ValueError):
     """What a method's queries see cannot be told token by token; the message says why."""
 
@@ -75,8 +78,10 @@ class Witness(Seen, Beside):
 
     @contextmanager
     def decoding(self, session: Session) -> Iterator[None]:
-        """Note where the tokens after the prompt stand."""
+        """Note where the tokens after the prompt stand; renumbered, the prompt's are told by their values alone."""
         self.shift = session.next_position() - session.tokens
+        if self.shift:
+            self._keys = {layer: torch.full_like(keys, _NONE) for layer, keys in self._keys.items()}
         yield
 
     def _read(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,13 +95,15 @@ class Witness(Seen, Beside):
         """Find the tokens that one call's queries see."""
         start = self.prompt_length + self.queries.get(layer, 0) // self.rows
         super().add(layer, query, key, value, mask)
+        if layer not in self._keys:
+            raise Unrecoverable("it reads the prompt by an attention of its own")
         shown = self._shown(query, key, mask)
         there = shown.any(2)
         keys, values = fingerprints(key), fingerprints(value)
         places = _places(keys, self._keys[layer])
-        fresh = _last(there & (places < 0), query.shape[2])
+        fresh = _last(there, query.shape[2])
         if bool((fresh.sum(-1) != query.shape[2]).any()):
-            raise Unrecoverable(f"a call of {query.shape[2]} tokens added fewer keys than that")
+            raise Unrecoverable(f"in a call of {query.shape[2]} tokens fewer are seen")
         for known, new in ((self._keys, keys), (self._values, values)):
             added = new[fresh].view(*new.shape[:2], query.shape[2])
             known[layer] = torch.cat([known[layer], added], -1)
