@@ -17,7 +17,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
     "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify cli plugin "
     "__main__",
-    "bench": "latency counters worker policies commits",
+    "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored stored watch targets method policies caches functions presses door",
     "evaluation": "windows damage witness distinct ways runner curve interventions explain recovered doubts facts "
     "published",
@@ -28,7 +28,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "outputs figures options tables setting compared explained verify check ppl explain bench golden",
+    "cli": "outputs figures options tables setting compared explained timing verify check ppl explain bench golden",
 }
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
@@ -89,7 +89,7 @@ METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
     "__init__",
-    *("outputs", "options", "setting", "compared", "verify", "check", "ppl", "explain", "bench", "golden"),
+    *("outputs", "options", "setting", "compared", "timing", "verify", "check", "ppl", "explain", "bench", "golden"),
 )
 
 

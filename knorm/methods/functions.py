@@ -131,7 +131,8 @@ class _LayerSession(Session):
             self.hidden[layer] = result[2]
 
     def begin_decoding(self) -> None:
-        self._decode.enter_context(watching(self.model, self.seen, self._visible))
+        if self.watched or self.hidden:
+            self._decode.enter_context(watching(self.model, self.seen, self._visible))
 
     def _visible(self, module: nn.Module, key: Tensor) -> Tensor | None:
         mask = self.hidden.get(int(module.layer_idx))  # type: ignore[arg-type]
