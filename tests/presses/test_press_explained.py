@@ -6,6 +6,8 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
+from knorm.bench.latency import Prompt
+from knorm.bench.methods import MethodArm
 from knorm.evaluation.recovered import explain_method
 from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import Windows
@@ -69,3 +71,18 @@ def test_a_press_that_reads_the_prompt_by_itself_says_so(ways):
     with pytest.raises(ValueError, match="cannot be recovered: it reads the prompt by an attention of its own"):
         explain_method(ways, method("kvpress:KVComposePress", keep_ratio=0.5))
     assert ways.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["AdaKVPress(KnormPress(0.5))", "DecodingPress(KnormPress(), compression_interval=2, target_size=40)"],
+)
+def test_a_press_is_an_arm_that_leaves_nothing_on_the_model_between_turns(ways, expression):
+    model = ways.model
+    arm = MethodArm(model, [Prompt(tokens(1, PROMPT), 9)], method(f"kvpress:{expression}"), None)
+    arm.prompt(0)
+    assert any(hasattr(m, "masked_key_indices") or m._forward_hooks for m in model.modules()), "while it is open"
+    arm.generation(0)
+    assert not any(getattr(m, "masked_key_indices", None) or m._forward_hooks for m in model.modules())
+    if expression.startswith("Decoding"):
+        assert max(arm.stored().retained) <= 42, "it acts while decoding"
