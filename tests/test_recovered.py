@@ -224,4 +224,4 @@ def test_the_embedded_model_is_explained_from_the_command_line(run_knorm, embedd
         assert code == 2
         assert words in err
     code, _, err = run_knorm("explain", "--keep-tokens", "4", *size)
-    assert (code, "is about a TARGET" in err) == (2, True)
+    assert (code, "are about a TARGET" in err) == (2, True)

@@ -77,18 +77,16 @@ def explain(
     if target not in (None, "knorm"):
         if plot or positions == "stored":
             raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
-        budget = str(policy_options.keep_ratio)
-        ratios = (budget,) if "keep_ratio" in given else None
-        asked = Asked((str(target),), ratios, None if keep_tokens is None else (keep_tokens,), kind, "auto", False)
+        tokens = None if keep_tokens is None else (keep_tokens,)
+        ratios = (str(policy_options.keep_ratio),) if "keep_ratio" in given else None
+        asked = Asked((str(target),), ratios, tokens, kind, "auto", False)
         fields = _explain_target(
             asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, json=json,
             quiet=quiet,
         )  # fmt: skip
-        write_json(json, fields)
-        sys.exit(HOLDS)
-    if asked_of := [flag for flag, name in (("--keep-tokens", "keep_tokens"), ("--as", "kind")) if name in given]:
-        raise ValueError(f"{asked_of[0]} is about a TARGET other than knorm: give one, or drop it")
-    console = make_console(quiet)
+        return write_json(json, fields)
+    if given & {"keep_tokens", "kind"}:
+        raise ValueError("--keep-tokens and --as are about a TARGET other than knorm: give one, or drop them")
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
 
     from knorm.cli.explained import show_explanation
@@ -105,7 +103,7 @@ def explain(
         stored = positions == "stored"
         found = explain(runner, setting.tokenizer, policy, newest=newest, worst=worst, stored=stored, on_step=step)
         curves = curves_around(runner, policy, CURVE.keep_ratio.split(","), on_step=step) if plot else {}
-    show_explanation(console, found, f"{setting.title}, keep_ratio {policy.keep_ratio}")
+    show_explanation(make_console(quiet), found, f"{setting.title}, keep_ratio {policy.keep_ratio}")
     if plot:
         plot_curves(curves, setting.title, plot)
     write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(found)})
