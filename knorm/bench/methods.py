@@ -19,8 +19,8 @@ from knorm.bench.counters import count
 from knorm.bench.latency import Arm, Prompt, Sample, Stored, check_fits, measure, no_collection
 from knorm.bench.policies import WARM_UP, Bench, compared_rows
 from knorm.cache import KnormCache
+from knorm.methods.caches import stored_bytes
 from knorm.methods.method import Method, Session, Tokenizer
-from knorm.methods.stored import stored_bytes
 from knorm.statistics import ALPHA
 
 

@@ -29,7 +29,7 @@ from knorm.cli.options import (
     with_options,
 )
 from knorm.cli.outputs import file_option, write_json
-from knorm.cli.timing import PromptOptions, TimingOptions, prompt_options, timing_options
+from knorm.cli.prompts import PromptOptions, TimingOptions, prompt_options, timing_options
 from knorm.policy import Policy
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Targets:
 
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
-@policy_options(TIMED, "A policy each; of a TARGET: 0.5, unless it has its own.")
+@policy_options(TIMED, "Ratios, a policy for each; of a TARGET 0.5, unless it has its own.")
 @click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
 @click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
 @prompt_options
@@ -198,36 +198,39 @@ def _timed(asked: _Asked, targets: Targets | None) -> str:
         options: dict[str, Any] = {"margin": asked.margin, "blocks": timing.blocks, "seconds": timing.seconds}
         options["on_block"] = lambda: bar.advance(task)
         if targets:
-            found = bench_methods(model, prompts, methods, tokenizer, **options)
+            measured = bench_methods(model, prompts, methods, tokenizer, **options)
         else:
-            found = bench(model, prompts, policies, **options)
-    return _show(asked, found, setting, claims)
+            measured = bench(model, prompts, policies, **options)
+    return _show(asked, measured, setting, claims)
 
 
-def _show(asked: _Asked, found: Bench, setting: dict[str, Any], claims: Callable[[Bench], list[Judged]] | None) -> str:
+def _show(
+    asked: _Asked, measured: Bench, setting: dict[str, Any], claims: Callable[[Bench], list[Judged]] | None
+) -> str:
     """Print and write what was timed; the verdict."""
     from knorm.bench.policies import advice, as_fields
     from knorm.cli.figures import plot_slowdowns
-    from knorm.cli.tables import comparisons_table, print_wrapped, show_verdict, times_table
+    from knorm.cli.tables import print_wrapped
+    from knorm.cli.timings import comparisons_table, show_verdict, times_table
 
     console, timing = make_console(asked.quiet), asked.timing
-    blocks = len(found.samples)
+    blocks = len(measured.samples)
     threads = f", {timing.threads} threads" if timing.threads > 1 else ""
     title = f"{asked.model.model}, {asked.model.dtype} on {asked.model.device}{threads}: " + "; ".join(
         f"{p['text']} ({p['tokens']} tokens) + {p['new_tokens']} new" for p in setting["prompts"]
     )
     console.print(title, soft_wrap=True, markup=False)
-    console.print(times_table(found.rows), "")
-    pairs = [(row.name, row.comparisons) for row in found.rows[1:]]
-    seen = f"{blocks} blocks after {found.warm_up} generation for warm-up, {found.seconds:.0f} s"
-    seen += f", {found.interrupted} steps interrupted"
+    console.print(times_table(measured.rows), "")
+    pairs = [(row.name, row.comparisons) for row in measured.rows[1:]]
+    seen = f"{blocks} blocks after {measured.warm_up} generation for warm-up, {measured.seconds:.0f} s"
+    seen += f", {measured.interrupted} steps interrupted"
     console.print(f"Slowdown against the uncompressed cache: {seen}", soft_wrap=True)
     console.print(comparisons_table(pairs))
-    show_verdict(console, found.verdict, pairs, setting)
-    lines = advice(found)
+    show_verdict(console, measured.verdict, pairs, setting)
+    lines = advice(measured)
     for line in lines:
         print_wrapped(console, line)
-    judged = claims(found) if claims else []
+    judged = claims(measured) if claims else []
     if claims:
         from knorm.evaluation.published.judge import claims_text
 
@@ -236,16 +239,16 @@ def _show(asked: _Asked, found: Bench, setting: dict[str, Any], claims: Callable
     if asked.plot:
         plot_slowdowns(pairs, f"Slowdown against the uncompressed cache: {seen}", asked.margin, asked.plot)
     counted = {
-        "blocks": blocks, "warm_up": found.warm_up, "seconds": found.seconds, "interrupted": found.interrupted
+        "blocks": blocks, "warm_up": measured.warm_up, "seconds": measured.seconds, "interrupted": measured.interrupted
     }  # fmt: skip
-    rows = [as_fields(row) for row in found.rows]
+    rows = [as_fields(row) for row in measured.rows]
     reported = [
         {"claim": j.claim.id, "verdict": j.verdict, "reported": j.reported, "measured": j.measured, "why": j.why}
         for j in judged
     ]
-    fields = {**counted, "verdict": found.verdict, "advice": lines, "rows": rows, "reported": reported}
+    fields = {**counted, "verdict": measured.verdict, "advice": lines, "rows": rows, "reported": reported}
     write_json(asked.json, {**setting, **fields})
-    return found.verdict
+    return measured.verdict
 
 
 def _claims(policies: list[Policy], prompts: Mapping[str, Prompt]) -> Callable[[Bench], list[Judged]]:
@@ -288,13 +291,13 @@ def _against(asked: _Asked, reference: str) -> str:
     with worktree(root, commit) as old, _folder(asked.model.model) as folder, progress_bar(asked.quiet) as bar:
         setup = _setup(folder, asked, prompts, policies)
         task = bar.add_task("blocks", total=rounds * blocks * len(policies))
-        found = against(
+        outcome = against(
             (old, root), names, setup, rounds=rounds, blocks=blocks, on_block=lambda: bar.advance(task)
         )  # fmt: skip
     title = f"Slowdown of {names[1]} against {reference} ({commit[:12]}): {rounds} rounds of "
-    title += f"{blocks} block{'s' if blocks > 1 else ''}, {found.interrupted} steps interrupted"
+    title += f"{blocks} block{'s' if blocks > 1 else ''}, {outcome.interrupted} steps interrupted"
     console.print(title, soft_wrap=True, markup=False)
-    verdict, rows = _judge(found, policies, setting, console, asked.plot, judged=not timing.allow_counters)
+    verdict, rows = _judge(outcome, policies, setting, console, asked.plot, judged=not timing.allow_counters)
     counted = {"against": commit, "changed_files": changed, "rounds": rounds, "blocks": blocks}
     write_json(asked.json, {**setting, **counted, "verdict": verdict, "rows": rows})
     return verdict
@@ -331,7 +334,7 @@ def _judge(
     from knorm.bench.counters import risen
     from knorm.bench.policies import GATED
     from knorm.cli.figures import plot_slowdowns
-    from knorm.cli.tables import comparisons_table, show_counters, show_verdict
+    from knorm.cli.timings import comparisons_table, show_counters, show_verdict
     from knorm.statistics import ALPHA, compare, overall
 
     margin, each = setting["margin"], ALPHA / (len(GATED) * len(policies))

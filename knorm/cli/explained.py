@@ -13,7 +13,7 @@ from knorm.cli.tables import print_text, print_wrapped
 
 if TYPE_CHECKING:
     from knorm.evaluation.explain import Explanation
-    from knorm.evaluation.recovered import MethodExplanation
+    from knorm.evaluation.explain_methods import MethodExplanation
 
 
 def show_explanation(console: Console, found: Explanation, title: str) -> None:

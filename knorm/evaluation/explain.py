@@ -6,8 +6,10 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token that got worse, and the evicted token that it would have attended to most.
+    """Show a token that got worse, and the evicted token that it would have attended to most.
 
     attention   that token's share of the full model's attention, mean over compressed layers and heads
     """
@@ -98,7 +100,7 @@ class Explanation:
 
     @property
     def loss(self) -> float:
-        """What compression costs, in nats per token."""
+        """Compute what compression costs, in nats per token."""
         return self.nll - self.nll_full
 
 
@@ -207,6 +209,38 @@ def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: in
     return "the prompt is the whole text"
 
 
+def rank_effects(
+    changes: Iterable[tuple[Intervention, Callable[..., Tensor]]],
+    own: Tensor,
+    loss: float,
+    policy: Policy,
+    dtype: torch.dtype,
+) -> tuple[tuple[Effect, ...], Rounding]:
+    """Evaluate each single change to a run, and rank what they do.
+
+    Args:
+        changes: each with a function from its options (those of `exact_run`) to NLLs, float64 [windows, scored]. A
+            shuffle of slots comes first: attention is summed otherwise there, which measures what rounding does.
+        own: NLLs of the run itself, float64 [windows, scored].
+        loss: what the run's mean NLL lost against the full cache, in nats.
+        policy: of the run; only words come from it.
+        dtype: of the model.
+
+    Returns:
+        The effects, the best first, and the change of a token's NLL that is rounding.
+    """
+    order, rounding, effects = OrderProbe(), Rounding(), []
+    for change, evaluate in changes:
+        options: Changes = {**change.options, "attend": order} if change.kind == "order" else change.options
+        nll = evaluate(**options)
+        if change.kind == "order" and order.holds:
+            rounding = Rounding.measured(nll - own)
+        acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
+        effect = replace(effect_of(change, nll, own, loss), is_rounding=acquitted)
+        effects.append(replace(effect, sentence=sentence_of(change, effect, policy, order, dtype)))
+    return tuple(sorted(effects, key=lambda effect: effect.change)), rounding
+
+
 def explain(
     runner: Runner,
     tokenizer: PreTrainedTokenizerFast,
@@ -238,12 +272,15 @@ def explain(
         explain(Runner(model, cut_windows(tokenizer, text, 512, 8)), tokenizer, policy).verdict
     """
     length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
-    layers, order, rounding = runner.model.config.num_hidden_layers, OrderProbe(), Rounding()
+    layers = runner.model.config.num_hidden_layers
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
         run = runner.run(policy, prompt_length=prompt_length, **changes)
         return run.nll.double().cpu(), run
+
+    def nlls(change: Intervention, **options: Unpack[Changes]) -> Tensor:
+        return measured(change.name, change.policy, change.prompt_length, options)[0]
 
     places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
     own, run = measured("the run", policy, prompt_length, places)
@@ -252,23 +289,15 @@ def explain(
         raise ValueError(f"nothing to explain: no token was evicted; {reason}")
     full, _ = measured("full cache", Policy(), prompt_length, {})
     empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
-    effects = []
-    for change in interventions(
+    changes = interventions(
         policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
-    ):
-        options: Changes = {**change.options, "attend": order} if change.kind == "order" else change.options
-        nll, _ = measured(change.name, change.policy, change.prompt_length, options)
-        if change.kind == "order" and order.holds:  # it comes first: attention is summed otherwise, and that is all
-            rounding = Rounding.measured(nll - own)
-        effect = effect_of(change, nll, own, float((own - full).mean()))
-        acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
-        effect = replace(effect, is_rounding=acquitted)
-        effects.append(replace(effect, sentence=sentence_of(change, effect, policy, order, runner.model.dtype)))
-    effects.sort(key=lambda effect: effect.change)
+    )
+    evaluated = ((change, partial(nlls, change)) for change in changes)
+    ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt_length), tuple(effects),
+        mean_recent(run, policy, prompt_length), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
     return replace(

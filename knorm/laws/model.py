@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
 
 @lru_cache(maxsize=2)
 def small_model(device: str) -> PreTrainedModel:
-    """A Llama of two layers with grouped heads, in float64: what differs, differs by more than rounding."""
+    """Build a Llama of two layers with grouped heads, in float64: what differs, differs by more than rounding."""
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -72,20 +72,20 @@ def retained(model: PreTrainedModel, prompt: Tensor, cache: TransformersCache) -
     """
     plain = DynamicCache()
     feed(model, prompt, plain, [prompt.shape[1]])
-    found = []
+    places = []
     stored: Any = cache.layers
     for index, layer in enumerate(cast(Any, plain.layers)):
         same = (stored[index].keys[..., :, None, :] - layer.keys[..., None, :, :]).abs().amax(-1) < 1e-9
         if not same.any(-1).all():
             slot = (~same.any(-1)).nonzero()[0].tolist()
             raise Refuted(f"layer {index} holds a key (row, head, slot {slot}) that is none of the prompt's")
-        found.append(same.any(-2))
-    return found
+        places.append(same.any(-2))
+    return places
 
 
 @torch.no_grad()
 def masked_logits(model: PreTrainedModel, ids: Tensor, prompt: int, held: list[Tensor]) -> Tensor:
-    """The oracle: logits of the plain model in which later tokens do not see the prompt's evicted ones."""
+    """Compute the oracle: logits of the plain model in which later tokens do not see the prompt's evicted ones."""
     later = ids.shape[1] - prompt
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, **__: Any) -> Any:
@@ -102,6 +102,6 @@ def steps(prompt: int, length: int, chunk: int) -> list[int]:
     return [prompt, *[chunk] * -(-(length - prompt) // chunk)]
 
 
-def gap(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference; infinite where a number is none."""
-    return float((one - other).abs().nan_to_num(torch.inf).amax())
+def gap(first: Tensor, second: Tensor) -> float:
+    """Compute the largest absolute difference; infinite where a number is none."""
+    return float((first - second).abs().nan_to_num(torch.inf).amax())

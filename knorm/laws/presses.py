@@ -74,7 +74,7 @@ def _compress(press: Any, module: Any, keys: Tensor, values: Tensor) -> tuple[Te
 
 
 def through_attention(press: Any) -> Compress:
-    """A press of kvpress as a compressor, (keys, values, keep_ratio) -> keys, values[, mask].
+    """Turn a press of kvpress into a compressor, (keys, values, keep_ratio) -> keys, values[, mask].
 
     press   its class or an instance, of which a copy is made for each ratio; compression_ratio is 1 - keep_ratio in
             decimal

@@ -19,10 +19,16 @@ from knorm.laws.traits import Traits
 
 
 class Kept(NamedTuple):
-    """What a compressor returned.
+    """Hold what a compressor returned.
 
-    keys, values   [batch, kv_heads, kept, head_dim]
-    mask           bool [batch, kv_heads, kept], False where a shorter head is filled up; None where all is real
+    Attributes:
+        keys: [batch, kv_heads, kept, head_dim].
+        values: the same.
+        mask: bool [batch, kv_heads, kept], False where a shorter head is filled up; None where all is real.
+
+    Example:
+        >>> Kept(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)).mask is None
+        True
     """
 
     keys: Tensor
@@ -31,7 +37,7 @@ class Kept(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One recorded call: the arguments as they were given."""
+    """Record one call: the arguments as they were given."""
 
     keys: Tensor
     values: Tensor
@@ -41,7 +47,7 @@ class Call(NamedTuple):
 
 
 class Raised(Malformed):
-    """The compressor raised where it should have answered."""
+    """Say that the compressor raised where it should have answered."""
 
 
 Compress = Callable[..., Any]
@@ -51,16 +57,22 @@ Evaluate = Callable[[PreTrainedModel, Tensor, int, float], Tensor]
 
 @dataclass
 class Subject:
-    """A target behind one signature for each surface.
+    """Put a target behind one signature for each surface.
 
-    name         what reports call it
-    traits       what it promises
-    compress     (keys, values, keep_ratio[, layer]) -> keys, values[, mask]; None where it only is an evaluator
-    make_cache   keep_ratio -> a transformers cache that compresses itself; None for a compressor of tensors
-    evaluate     (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator
-    code         lines of Python that import the target and define compress(keys, values, keep_ratio)
-    calls        the calls of the check that runs, for the snippet that reproduces it
-    announce     told of each call before it is made: what was tried when a process died
+    Attributes:
+        name: what reports call it.
+        traits: what it promises.
+        compress: (keys, values, keep_ratio[, layer]) -> keys, values[, mask]; None for an evaluator.
+        make_cache: keep_ratio -> a transformers cache that compresses itself; None for a compressor of tensors.
+        evaluate: (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator.
+        code: lines of Python that import the target and define compress(keys, values, keep_ratio).
+        calls: the calls of the check that runs, for the snippet that reproduces it.
+        announce: is called with the arguments in words before each call, to say what was tried when a process died.
+
+    Example:
+        >>> subject = Subject("first tokens", Traits(), compress=lambda k, v, ratio: (k[:, :, :1], v[:, :, :1]))
+        >>> subject(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0.3).keys.shape
+        torch.Size([1, 1, 1, 4])
     """
 
     name: str
@@ -77,7 +89,21 @@ class Subject:
         return self.raw(keys.clone(), values.clone(), keep_ratio, layer)
 
     def raw(self, keys: Tensor, values: Tensor, keep_ratio: float, layer: int | None = None) -> Kept:
-        """Compress the tensors given. Raises Raised for whatever it raises, Malformed for what is no cache."""
+        """Compress the given tensors themselves, not copies.
+
+        Args:
+            keys: floating [batch, kv_heads, length, head_dim].
+            values: the same.
+            keep_ratio: the share to retain.
+            layer: index of the layer, for a compressor that takes one.
+
+        Returns:
+            What the compressor retained.
+
+        Raises:
+            Raised: the compressor raised an exception.
+            Malformed: it returned what is no compressed cache.
+        """
         assert self.compress is not None
         strides = keys.stride(), values.stride()
         self.calls.append(Call(keys.detach().clone(), values.detach().clone(), keep_ratio, layer, strides))
@@ -93,12 +119,19 @@ class Subject:
         return _kept(result, keys, values, given)
 
     def cache(self, keep_ratio: float) -> TransformersCache:
-        """A transformers cache: the target's own, or one around its compressor."""
+        """Make a transformers cache: the target's own, or one around its compressor.
+
+        Args:
+            keep_ratio: the share to retain.
+
+        Returns:
+            An empty cache.
+        """
         return self.make_cache(keep_ratio) if self.make_cache else CompressingCache(self, keep_ratio)
 
 
 def in_words(error: BaseException) -> str:
-    """An error's type and text, even where making the text fails; what is too long is cut."""
+    """Return an error's type and text, even where making the text fails; a text that is too long is cut."""
     try:
         return shortened(f"{type(error).__name__}: {error}", 4000)
     except Exception:
@@ -106,7 +139,7 @@ def in_words(error: BaseException) -> str:
 
 
 def takes_layer(compress: Compress) -> bool:
-    """Whether a compressor takes layer=."""
+    """Tell whether a compressor takes layer=."""
     try:
         return "layer" in inspect.signature(compress).parameters
     except (TypeError, ValueError):
@@ -143,7 +176,7 @@ def _kept(result: Any, keys: Tensor, values: Tensor, given: str) -> Kept:
 
 
 class CompressingLayer(DynamicLayer):
-    """One layer of a transformers cache around a compressor of tensors.
+    """Wrap a compressor of tensors as one layer of a transformers cache.
 
     Compresses after the first call, and after later ones where it then holds `streaming_from` tokens. Positions
     continue from the tokens seen.
@@ -184,7 +217,7 @@ class CompressingLayer(DynamicLayer):
 
 
 class CompressingCache(TransformersCache):
-    """A transformers cache around a compressor of tensors, as CompressingLayer says."""
+    """Wrap a compressor of tensors as a transformers cache, as CompressingLayer says."""
 
     def __init__(self, compress: Compress, keep_ratio: float, *, streaming_from: int | None = None) -> None:
         super().__init__(layers=[])

@@ -8,7 +8,7 @@ from tiny import tiny, tokens
 
 from knorm.bench.latency import Prompt
 from knorm.bench.methods import MethodArm
-from knorm.evaluation.recovered import explain_method
+from knorm.evaluation.explain_methods import explain_method
 from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import Windows
 from knorm.methods.door import method

@@ -38,13 +38,13 @@ def check_slot_order(subject: Subject, text: Text) -> None:
     """Shuffling the slots, keys and values together, changes no output."""
     model, ids = small_model(str(text.input_ids.device)), text.input_ids
     cache, shuffled = subject.cache(text.keep_ratio), subject.cache(text.keep_ratio)
-    for each in (cache, shuffled):
-        feed(model, ids[:, : text.prompt], each, [text.prompt])
+    for state in (cache, shuffled):
+        feed(model, ids[:, : text.prompt], state, [text.prompt])
     for layer in cast(Any, shuffled.layers):
         layer.keys, layer.values = layer.keys.flip(2), layer.values.flip(2)
     later = ids[:, text.prompt : text.prompt + 1]
     positions = torch.full_like(later, text.prompt)
-    difference = gap(*(feed(model, later, each, [1], position_ids=positions) for each in (cache, shuffled)))
+    difference = gap(*(feed(model, later, state, [1], position_ids=positions) for state in (cache, shuffled)))
     if difference > 1e-8:
         raise Refuted(
             f"slot order: with its slots reversed the cache's next logits differ by {difference:.3g}, but should not: "

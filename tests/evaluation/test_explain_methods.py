@@ -9,10 +9,10 @@ from transformers import DynamicCache
 
 from knorm import KnormCache, Policy, exact_nll
 from knorm.core import squared_norms
-from knorm.evaluation.recovered import explain_method
+from knorm.evaluation.explain_methods import explain_method
+from knorm.evaluation.recovery import Exact, Recovery, Unrecoverable, fingerprints
 from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import Windows
-from knorm.evaluation.witness import Exact, Unrecoverable, Witness, fingerprints
 from knorm.methods.door import method
 from knorm.perplexity import exact_run
 from knorm.schedule import cache_lengths, evicted_at, evicted_like, recent_cached
@@ -41,11 +41,11 @@ def schedule_of(ways, chosen, how):
     made = []
 
     def make(rows):
-        made.append(Witness(rows, PROMPT, LENGTH))
+        made.append(Recovery(rows, PROMPT, LENGTH))
         return made[-1]
 
     ways.beside(chosen, how, make)
-    return [torch.cat(layer) for layer in zip(*(witness.schedule() for witness in made), strict=True)], made
+    return [torch.cat(layer) for layer in zip(*(recovery.schedule() for recovery in made), strict=True)], made
 
 
 def keep_low_norms(keys, values, keep_ratio):
@@ -66,12 +66,12 @@ def test_the_schedule_of_a_cache_that_is_only_watched_is_the_one_that_its_policy
     skipped = (1,) if how == "loop" else ()  # in two calls transformers' one mask fits no layers of other lengths
     policy = Policy("0.6", 24 if protocol == "streaming" else 0, skipped, protocol=protocol)
     model = tiny(kind)
-    found, witnesses = schedule_of(ways_of(model, batch=batch), method(lambda: KnormCache(policy), kind="cache"), how)
+    found, recoveries = schedule_of(ways_of(model, batch=batch), method(lambda: KnormCache(policy), kind="cache"), how)
     expected = exact_run(model, IDS, policy, prompt_length=PROMPT).evicted_at
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
-    assert not witnesses[0].changed
-    assert witnesses[0].evicts
+    assert not recoveries[0].changed
+    assert recoveries[0].evicts
 
 
 def test_a_function_that_evicts_in_another_order_is_recovered_too(llama):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Unpack
 
 import torch
@@ -15,15 +16,24 @@ from torch import Tensor
 
 from knorm.evaluation.curve import NEWEST, mean_recent
 from knorm.evaluation.damage import PerToken
-from knorm.evaluation.explain import Effect, Explanation, effect_of, explain, sentence_of, verdict_of, worst_tokens
+from knorm.evaluation.explain import (
+    Effect,
+    Explanation,
+    effect_of,
+    explain,
+    rank_effects,
+    sentence_of,
+    verdict_of,
+    worst_tokens,
+)
 from knorm.evaluation.interventions import SINKS, Intervention, Kind, sees_itself
+from knorm.evaluation.recovery import Beside, Exact, Recovery, Unrecoverable
 from knorm.evaluation.runner import Changes, Runner
 from knorm.evaluation.ways import Evaluation, Ways
-from knorm.evaluation.witness import Beside, Exact, Unrecoverable, Witness
 from knorm.methods.method import Method
 from knorm.perplexity import Run, exact_run, refuse_model
 from knorm.policy import Policy
-from knorm.rounding import OrderProbe, Rounding
+from knorm.rounding import OrderProbe
 from knorm.schedule import cache_lengths, evicted_like, never
 
 Table = list[Tensor]  # for each layer: evicted_at, int64 [windows, kv_heads, T]
@@ -90,32 +100,32 @@ def explain_method(
         raise ValueError(f"nothing to explain: {row.label}: no token's prediction changed{check}")
     on_step("what its queries saw")
     try:
-        witnesses = _witnessed(ways, method, row)
-        evicts = any(witness.evicts for witness in witnesses)
-        table = [torch.cat(layer) for layer in zip(*(w.schedule() for w in witnesses), strict=True)] if evicts else []
+        recoveries = _recovered(ways, method, row)
+        evicts = any(recovery.evicts for recovery in recoveries)
+        table = [torch.cat(layer) for layer in zip(*(w.schedule() for w in recoveries), strict=True)] if evicts else []
         if evicts:
-            found = _Evicted(ways, row, table, witnesses[0].shift).explained(newest, worst, on_step)
+            found = _Evicted(ways, row, table, recoveries[0].shift).explained(newest, worst, on_step)
         else:
             found = _explained_changes(ways, method, row, on_step)
     except Unrecoverable as error:
         raise ValueError(f"{row.label}: which tokens its queries see cannot be recovered: {error}") from None
-    changed = sorted(set().union(*(witness.changed for witness in witnesses)))
+    changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
     said = _shares(ways, table) if evicts else f"every query sees every token; changed: {' and '.join(changed)}"
     acts: Literal["evicts", "changes"] = "evicts" if evicts else "changes"
     return MethodExplanation(row.method, row.budget, row.how, row.check, acts, said, found)
 
 
-def _witnessed(ways: Ways, method: Method, row: Evaluation) -> list[Witness]:
-    witnesses: list[Witness] = []
+def _recovered(ways: Ways, method: Method, row: Evaluation) -> list[Recovery]:
+    recoveries: list[Recovery] = []
 
     def make(rows: int) -> Beside:
-        witnesses.append(Witness(rows, ways.prompt_length, ways.ids.shape[1]))
-        return witnesses[-1]
+        recoveries.append(Recovery(rows, ways.prompt_length, ways.ids.shape[1]))
+        return recoveries[-1]
 
     tokens, _ = ways.beside(method, row.how, make)
-    if not ways.covers(tokens.nll - row.per_token.nll):
+    if not ways.covers(tokens.nll - row.per_token.nll, row.how):
         raise Unrecoverable("its predictions differ from one run to the next")
-    return witnesses
+    return recoveries
 
 
 def _shares(ways: Ways, table: Table) -> str:
@@ -162,21 +172,17 @@ class _Evicted:
         ways, method_nll = self.ways, self.row.per_token.nll
         on_step("its schedule")
         run = self.run(self.table)
-        own, order, rounding = run.nll.double().cpu(), OrderProbe(), Rounding()
-        loss = float((method_nll - self.full).mean())
-        effects = []
-        if not ways.covers(method_nll - own):
-            effects.append(self._content(method_nll, own, loss))
-        for change, table in self._changes(newest):
-            on_step(change.name)
-            options: Changes = {**change.options, "attend": order} if change.kind == "order" else change.options
-            nll = self.run(table, **options).nll.double().cpu()
-            if change.kind == "order" and order.holds:
-                rounding = Rounding.measured(nll - own)
-            acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
-            effect = replace(effect_of(change, nll, own, loss), is_rounding=acquitted)
-            effects.append(replace(effect, sentence=sentence_of(change, effect, Policy(), order, ways.model.dtype)))
-        effects.sort(key=lambda effect: effect.change)
+        own, loss = run.nll.double().cpu(), float((method_nll - self.full).mean())
+
+        def nlls(name: str, table: Table, **options: Unpack[Changes]) -> Tensor:
+            on_step(name)
+            return self.run(table, **options).nll.double().cpu()
+
+        changes = ((change, partial(nlls, change.name, table)) for change, table in self._changes(newest))
+        effects, rounding = rank_effects(changes, own, loss, Policy(), ways.model.dtype)
+        if not ways.covers(method_nll - own, self.row.how):
+            content = self._content(method_nll, own, loss)
+            effects = tuple(sorted((*effects, content), key=lambda effect: effect.change))
         on_step("no cache")
         empty = self.run(None).nll.double().mean()
         on_step("tokens")
@@ -185,7 +191,7 @@ class _Evicted:
         views = worst_tokens(runner, tokenizer, run, self.full, worst, Policy(), rounding)
         found = Explanation(
             float(method_nll.mean()), float(self.full.mean()), float(empty), len(own), own.numel(),
-            mean_recent(run, Policy(), ways.prompt_length), tuple(effects), tuple(views), (),
+            mean_recent(run, Policy(), ways.prompt_length), effects, tuple(views), (),
         )  # fmt: skip
         return replace(found, verdict=verdict_of(found, "It chooses worse than chance here."))
 
@@ -258,7 +264,7 @@ def _explained_changes(ways: Ways, method: Method, row: Evaluation, on_step: Ste
         return ways.beside(method, row.how, lambda rows: Exact(**part))[0]
 
     exact = measured("all exact")
-    if not ways.covers(exact.nll - exact.nll_full):
+    if not ways.covers(exact.nll - exact.nll_full, row.how):
         raise Unrecoverable("with exact keys and values its predictions are still not the full cache's")
     parts: list[tuple[Kind, str, str, dict[str, Any]]] = [
         ("keys", "keys exact", "storing all keys exactly", {"values": False}),
@@ -273,7 +279,7 @@ def _explained_changes(ways: Ways, method: Method, row: Evaluation, on_step: Ste
         left = float(tokens.kl.mean())
         change = Intervention(kind, name, doing, Policy(), ways.prompt_length)
         effect = effect_of(change, tokens.nll, own.nll, 0.0)
-        none = ways.covers(tokens.nll - own.nll)
+        none = ways.covers(tokens.nll - own.nll, row.how)
         share = 1 - left / kl
         said = f"takes back {share:.0%} of the KL" if share >= 0 else f"adds {-share:.0%} to the KL"
         sentence = f"{doing} {'has no effect beyond rounding' if none else said}"

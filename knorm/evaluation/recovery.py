@@ -42,7 +42,7 @@ def fingerprints(vectors: Tensor) -> Tensor:
     return (bits * factors.to(vectors.device)).sum(-1)
 
 
-class Witness(Seen, Beside):
+class Recovery(Seen, Beside):
     """Recover a run's schedule: which of its tokens each query after the prompt saw, in each layer and key/value head.
 
     A slot that attention is given is the token whose key, as the model first computed it, it equals bit for bit; where
