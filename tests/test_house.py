@@ -91,7 +91,7 @@ METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
     "__init__",
-    *("outputs", "options", "setting", "compared", "timing", "verify", "check", "ppl", "explain", "bench", "golden"),
+    *("outputs", "options", "setting", "compared", "prompts", "verify", "check", "ppl", "explain", "bench", "golden"),
 )
 
 
