@@ -25,7 +25,7 @@ from knorm.statistics import ALPHA
 
 
 class MethodArm(Arm):
-    """Greedy generation with a method open as its users have it; None: with transformers' own cache."""
+    """Generate greedily with a method open as its users have it; None: with transformers' own cache."""
 
     def __init__(self, model: Any, prompts: Sequence[Prompt], method: Method | None, tokenizer: Tokenizer) -> None:
         super().__init__(model, prompts, None)
@@ -33,7 +33,7 @@ class MethodArm(Arm):
         self._open, self._session, self._next = ExitStack(), Session(model, DynamicCache()), 0
 
     def prompt(self, index: int) -> float:
-        """Open the method; seconds from the prompt to its first new token, the end of the prefill phase included."""
+        """Open the method, read the prompt; seconds to the first new token, the end of the prefill phase included."""
         self.close()
         self.token, tokens = self.prompts[index].ids, self.prompts[index].ids.shape[1]
         self._session = session = self._opened(tokens + self.prompts[index].new_tokens)
@@ -48,7 +48,7 @@ class MethodArm(Arm):
         return self._clocked(1, first)[0]
 
     def steps(self, count: int) -> list[float]:
-        """Seconds of each of `count` decode steps."""
+        """Decode `count` steps; seconds of each."""
 
         def step(options: dict[str, Any]) -> None:
             places = torch.full((len(self.token), 1), self._next, device=self.model.device)
@@ -58,7 +58,7 @@ class MethodArm(Arm):
         return self._clocked(count, step)
 
     def generation(self, index: int) -> tuple[float, list[float]]:
-        """Seconds to the first token, and of each decode step; the method is closed at the end."""
+        """Generate once; seconds to the first token, and of each decode step. The method is closed at the end."""
         try:
             return self.prompt(index), self.steps(self.prompts[index].new_tokens - 1)
         finally:
@@ -69,7 +69,7 @@ class MethodArm(Arm):
         self._open.close()
 
     def stored(self, peak: int | None = None) -> Stored:
-        """What the cache holds after the last generation; tokens per layer where its layers tell."""
+        """Count what the cache holds after the last generation; tokens per layer where its layers tell."""
         layers = [layer for layer in getattr(self.cache, "layers", []) if torch.is_tensor(getattr(layer, "keys", None))]
         tokens = tuple(int(layer.keys.shape[2]) if layer.keys.ndim == 4 else layer.get_seq_length() for layer in layers)
         return Stored(tokens, stored_bytes(self.cache), peak)

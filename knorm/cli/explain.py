@@ -79,9 +79,7 @@ def explain(
     if target not in (None, "knorm"):
         if plot or positions == "stored":
             raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
-        tokens = None if keep_tokens is None else (keep_tokens,)
-        ratios = (str(policy_options.keep_ratio),) if "keep_ratio" in given else None
-        asked = Asked((str(target),), ratios, tokens, kind, "auto", False)
+        asked = _asked(str(target), policy_options, keep_tokens, kind, given)
         fields = _explain_target(
             asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, json=json,
             quiet=quiet,
@@ -102,16 +100,23 @@ def explain(
         def step(name: str) -> None:
             progress.update(task, advance=1, description=name)
 
-        stored = positions == "stored"
-        explanation = explain(
-            runner, setting.tokenizer, policy, newest=newest, worst=worst, stored=stored, on_step=step
-        )
+        options: dict[str, Any] = {"newest": newest, "worst": worst, "stored": positions == "stored"}
+        explanation = explain(runner, setting.tokenizer, policy, **options, on_step=step)
         curves = curves_around(runner, policy, CURVE.keep_ratio.split(","), on_step=step) if plot else {}
     show_explanation(make_console(quiet), explanation, f"{setting.title}, keep_ratio {policy.keep_ratio}")
     if plot:
         plot_curves(curves, setting.title, plot)
     write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(explanation)})
     sys.exit(HOLDS)
+
+
+def _asked(
+    target: str, policy_options: PolicyOptions, keep_tokens: int | None, kind: str | None, given: frozenset[str]
+) -> Asked:
+    """Return what the command line says about one method."""
+    tokens = None if keep_tokens is None else (keep_tokens,)
+    ratios = (str(policy_options.keep_ratio),) if "keep_ratio" in given else None
+    return Asked((target,), ratios, tokens, kind, "auto", False)
 
 
 def _explain_target(

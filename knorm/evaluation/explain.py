@@ -197,16 +197,17 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
 
 def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: int) -> str:
     """Say why nothing was evicted."""
+    unexplained = "nothing to explain: no token was evicted; "
     if policy.keep_ratio == 1:
-        return "keep_ratio is 1"
+        return unexplained + "keep_ratio is 1"
     if len(policy.skip_layers) == layers:
-        return "every layer is skipped"
+        return unexplained + "every layer is skipped"
     longest = length - 1 if policy.protocol == "streaming" else prompt_length  # nobody sees what the last token leaves
     if longest < policy.prune_after:
-        return f"prune_after {policy.prune_after} was never reached"
+        return unexplained + f"prune_after {policy.prune_after} was never reached"
     if policy.budget(longest) == longest:
-        return f"keep_ratio {policy.keep_ratio} of {longest} tokens rounds up to all of them"
-    return "the prompt is the whole text"
+        return unexplained + f"keep_ratio {policy.keep_ratio} of {longest} tokens rounds up to all of them"
+    return unexplained + "the prompt is the whole text"
 
 
 def rank_effects(
@@ -285,14 +286,13 @@ def explain(
     places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
     own, run = measured("the run", policy, prompt_length, places)
     if all(bool((lost == length).all()) for lost in run.evicted_at):
-        reason = _nothing_evicted(policy, layers, length, prompt_length)
-        raise ValueError(f"nothing to explain: no token was evicted; {reason}")
+        raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
     full, _ = measured("full cache", Policy(), prompt_length, {})
     empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
     changes = interventions(
         policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
     )
-    evaluated = ((change, partial(nlls, change)) for change in changes)
+    evaluated = [(change, partial(nlls, change)) for change in changes]
     ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
@@ -300,9 +300,8 @@ def explain(
         mean_recent(run, policy, prompt_length), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
-    return replace(
-        found, verdict=verdict_of(found, "" if policy.score == "random" else "Norms choose worse than chance here.")
-    )
+    worse = "" if policy.score == "random" else "Norms choose worse than chance here."
+    return replace(found, verdict=verdict_of(found, worse))
 
 
 def worst_tokens(

@@ -15,7 +15,7 @@ from knorm.model_attention import attention_beside
 
 
 class Beside:
-    """What stands beside a method's run: in the prompt's call, and in those after it. By default nothing does."""
+    """Stand beside a method's run: in the prompt's call, and in those after it. By default nothing happens there."""
 
     def reading(self, session: Session) -> AbstractContextManager[None]:
         """Open what holds while the prompt is read; the prefill phase ends after it."""
@@ -30,7 +30,7 @@ _NONE = -(2**63)  # a fingerprint that no vector is looked for by
 
 
 class Unrecoverable(ValueError):
-    """What a method's queries see cannot be told token by token; the message says why."""
+    """Say why what a method's queries see cannot be told token by token."""
 
 
 def fingerprints(vectors: Tensor) -> Tensor:

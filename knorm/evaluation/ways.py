@@ -176,9 +176,7 @@ class Ways:
             raise ValueError(f"{method.name} has no schedule: give how='two calls', 'loop' or 'auto'")
         begin, batches, check = time.perf_counter(), [*self.ids.split(self.batch)], ""
         passes: list[Pass] = []
-        chosen: str = how
-        if how == "auto":
-            chosen = "schedule" if method.policy is not None else "two calls"
+        chosen: str = how if how != "auto" else "two calls" if method.policy is None else "schedule"
         if chosen == "two calls" and how == "auto":
             passes, chosen, check = self._checked(method, batches[0])
             on_batch()
@@ -191,8 +189,6 @@ class Ways:
         """Run the first batch in two calls and by the loop; the passes, the way that is right, and what was found."""
         try:
             two = self._run(method, ids, "two calls")
-        except torch.OutOfMemoryError:
-            raise
         except ValueError as error:
             loop = self._run(method, ids, "loop")
             return [loop], "loop", f"loop: in two calls {error}"
