@@ -8,6 +8,7 @@ when its turn comes. Equal up to rounding in float32 and float64, wherever no tw
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -216,7 +217,9 @@ def _score(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Ten
     loss = _compiled_loss() if compiles(hidden, targets.numel()) else _loss
     size = max(1, _LOGITS // model.config.vocab_size)
     pieces = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
-    nll, correct = zip(*(loss(head(states), wanted) for states, wanted in pieces), strict=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")  # the compiler's: nothing a user could do
+        nll, correct = zip(*(loss(head(states), wanted) for states, wanted in pieces), strict=True)
     return torch.cat(nll).view(targets.shape), torch.cat(correct).view(targets.shape)
 
 

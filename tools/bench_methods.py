@@ -170,12 +170,8 @@ COMPARED = (
 
 def compare() -> None:
     print("## Knorm's own method beside ten others\n\n" + where("compare"))
-    print(
-        "4 windows of 512 tokens of the narrative, a prompt of 256, compressed once. Bytes are of one window's cache,"
-    )
-    print(
-        "for each token fed. KL is the mean of KL(full cache || compressed), in nats per token, with its 95% interval.\n"
-    )
+    print("4 windows of 512 tokens of the narrative, a prompt of 256, compressed once. Bytes are of a window's cache")
+    print("per token fed; KL is in nats per token, with its 95% interval.\n")
     for name in ("embedded-llama", "smollm2"):
         ways = prepared(name, 4, 256)
         print(f"**{name}**\n\n| method | PPL | KL | same top | bytes per token | s |\n" + "| --- " * 6 + "|")
