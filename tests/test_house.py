@@ -15,8 +15,8 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify cli plugin "
-    "__main__",
+    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify "
+    "scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
@@ -30,7 +30,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "cli": "outputs figures options prompts tables timings setting compared explained verify check ppl explain "
-    "bench golden",
+    "bench golden init",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
@@ -92,7 +92,20 @@ METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
     "__init__",
-    *("outputs", "options", "setting", "compared", "prompts", "verify", "check", "ppl", "explain", "bench", "golden"),
+    *(
+        "outputs",
+        "options",
+        "setting",
+        "compared",
+        "prompts",
+        "verify",
+        "check",
+        "ppl",
+        "explain",
+        "bench",
+        "golden",
+        "init",
+    ),
 )
 
 
