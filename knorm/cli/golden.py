@@ -122,11 +122,10 @@ def golden_verify(
             said.append(f"{number} {verdict.upper()}")
     style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
     console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
-    if moved := " ".join(outcome.case for outcome in outcomes if outcome.verdict == "moved"):
+    if moved := " ".join(outcome.case for outcome in outcomes if outcome.verdict in ("moved", "missing", "damaged")):
         on = "" if device == "cpu" else f" --device {device}"
         console.print(
-            f"If the change is intended: knorm golden record {moved}{on}{store.option}, look at it, then "
-            f'knorm golden accept {moved} --reason "..."{store.option}',
+            f"If the change is intended, commit it, then: knorm golden record {moved}{on}{store.option}",
             soft_wrap=True,
             markup=False,
         )
@@ -149,6 +148,7 @@ def golden_verify(
 )
 @_golden_device
 @click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
+@click.option("--unmoved", is_flag=True, help="Write candidates also where nothing moved, as for another environment.")
 @_golden_dir
 @with_options(*COMMON)
 def golden_record(
@@ -159,9 +159,13 @@ def golden_record(
     from_tests: bool,
     device: str,
     runs: int,
+    unmoved: bool,
     golden_dir: Path | None,
 ) -> None:
-    """Measure each CASE several times and write a candidate beside its golden, which stays as it is."""
+    """Measure each CASE and say what moved; where anything did, measure it again and write a candidate.
+
+    The candidate lies beside its golden, which stays as it is.
+    """
     if from_tests and everything:
         raise ValueError("--all and --from-tests are two selections: give one of them")
     if not from_tests and bool(cases) == everything:  # before anything heavy is loaded
@@ -169,56 +173,70 @@ def golden_record(
     workspace = _workspace(golden_dir, json)
     import torch
 
+    from knorm.golden.environment import device_class
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
 
     kind = torch.device(check_device(device)).type
-    if from_tests:
-        from knorm.golden.values import cases_of_tests
-
-        chosen = [*cases_of_tests(cases, max(runs, 3)).values()]
-        if taken := sorted({case.id for case in chosen} & {*workspace.names}):
-            raise ValueError(
-                f"golden.check({taken[0]!r}): a case of that name is declared; give the values another name"
-            )
-    else:
-        chosen = [*workspace.load(cases or None).values()]
+    chosen = _cases_of_tests(workspace, cases, runs) if from_tests else [*workspace.load(cases or None).values()]
     if everything:
         chosen = [case for case in chosen if kind in case.devices and not (case.optional or case.timed)]
     hush()
     console, store = make_console(quiet), workspace.store
     store.prepare()
-    now, written = checkout(store.folder), []
+    now, mine = checkout(store.folder), device_class(device)
+    written: dict[str, str] = {}
     if not now.clean:
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
     for case in chosen:
-        made, measured = record(case, device, now, runs)
-        file = store.write_candidate(made, measured.tensors)
-        written.append(str(file))
-        _show_changes(console, store, made, measured.tensors)
+        old = _accepted(console, store, case.id, mine)
+        recorded = record(case, device, now, runs, unless=None if unmoved else old)
+        if recorded is None:
+            dropped = store.drop_candidate(case.id, mine)
+            more = "; the earlier candidate is removed" if dropped else ""
+            console.print(f"{case.id} ({mine}): nothing moved, no candidate{more}", soft_wrap=True, markup=False)
+            continue
+        file = store.write_candidate(recorded[0], recorded[1].tensors)
+        written[case.id] = str(file)
+        _show_changes(console, old, recorded[0], recorded[1].tensors)
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
-    if now.clean:
-        names = " ".join(case.id for case in chosen)
-        said = f'To accept: knorm golden accept {names} --reason "..."{store.option}'
+    if now.clean and written:
+        said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)
-    write_json(json, {"device": device, "candidates": written})
+    write_json(json, {"device": device, "candidates": [*written.values()]})
 
 
-def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any]:
-    """Print what a candidate would change; the changes."""
-    from knorm.cli.tables import changes_table
+def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> list[Any]:
+    """Run the tests, and make a case of each name that they check; none is that of a declared case."""
+    from knorm.golden.values import cases_of_tests
+
+    chosen = [*cases_of_tests(arguments, max(runs, 3)).values()]
+    if taken := sorted({case.id for case in chosen} & {*workspace.names}):
+        raise ValueError(f"golden.check({taken[0]!r}): a case is named so: give the values another name")
+    return chosen
+
+
+def _accepted(console: Any, store: Any, case: str, device_class: str) -> Any:
+    """Read a golden with its tensors; None where there is none, or none that can be trusted, which is said."""
     from knorm.golden.files import Damaged
-    from knorm.golden.format import differing
+
+    try:
+        return store.read(case, device_class)
+    except FileNotFoundError:
+        return None
+    except Damaged as damaged:
+        console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
+        return None
+
+
+def _show_changes(console: Any, old: Any, made: Any, tensors: Any) -> list[Any]:
+    """Print what a candidate would change in a golden, if there is one; the changes."""
+    from knorm.cli.tables import changes_table
+    from knorm.golden.format import differences
     from knorm.golden.gates import gate_changes
     from knorm.golden.verify import changes
 
-    old = None
-    if (made.case, made.device_class) in store.files:
-        try:
-            old = store.read(made.case, made.device_class)
-        except Damaged as damaged:
-            console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
     findings = changes(old, (made, tensors))
     title = f"{made.case} ({made.device_class})"
     if old and any(change.verdict != "holds" or change.golden != change.measured for change in findings):
@@ -229,9 +247,8 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
         )
         console.print(said, markup=False)
     if old:
-        was, now = old[0].configuration, made.configuration
-        for name in differing(was, now):
-            console.print(f"configuration: {name} was {was.get(name)}, is {now.get(name)}", markup=False)
+        for change in differences(old[0].configuration, made.configuration):
+            console.print(f"configuration: {change}", soft_wrap=True, markup=False)
         for metric, change in gate_changes(old[0], made).items():
             console.print(f"GATE  {metric} is {change}", soft_wrap=True, markup=False)
     return findings
@@ -240,7 +257,7 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
 def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tuple[Path, Any, Any]], Any]:
     """Read candidates by case, or by file, and load their cases; refuses unknown ones, and two for one golden."""
     from knorm.golden.cases import check_name
-    from knorm.golden.format import differing
+    from knorm.golden.format import differences
     from knorm.golden.store import read_candidate
 
     store = workspace.store
@@ -264,8 +281,9 @@ def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tup
             raise ValueError(f"{file} is of case {made.case!r}, which is unknown; known are {', '.join(sorted(known))}")
     cases = workspace.load_of(made.case for _, made, _ in candidates)
     for file, made, _ in candidates:
-        if changed := differing(made.configuration, cases[made.case].configuration()):
-            raise ValueError(f"{file}: field 'configuration' ({changed[0]}) is not that of the case: record it again")
+        if changed := differences(made.configuration, cases[made.case].configuration()):
+            again = f"knorm golden record {cases[made.case].recorded or made.case}{store.option}"
+            raise ValueError(f"{file}: the case is configured otherwise now ({changed[0]}): {again}")
     return candidates, cases
 
 
@@ -285,7 +303,8 @@ def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], gol
         raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
     changed = {}
     for _, made, tensors in _chosen_candidates(workspace, names)[0]:
-        changed[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
+        old = _accepted(console, store, made.case, made.device_class)
+        changed[f"{made.case}/{made.device_class}"] = _show_changes(console, old, made, tensors)
     write_json(json, {"changes": {name: [asdict(change) for change in findings] for name, findings in changed.items()}})
     sys.exit(
         REFUTED if any(change.verdict == "moved" for findings in changed.values() for change in findings) else HOLDS

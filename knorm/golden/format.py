@@ -143,6 +143,31 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Say where two configurations differ, and only there.
+
+    >>> differences({"a": 1, "policies": [{"keep_ratio": "0.5"}]}, {"a": 1, "policies": [{"keep_ratio": "0.4"}]})
+    ["policies.0.keep_ratio was '0.5', is '0.4'"]
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = [
+            differences(old[name], new[name], f"{place}.{name}")
+            if name in old and name in new
+            else [f"{f'{place}.{name}'.lstrip('.')} {_there(old, new, name)}"]
+            for name in {**old, **new}
+        ]
+        return [line for each in lines for line in each]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line for at, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{place}.{at}")
+        ]
+    return [] if old == new else [f"{place.lstrip('.')} was {old!r}, is {new!r}"]
+
+
+def _there(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:
+    return f"is new: {new[name]!r}" if name in new else f"is gone, was {old[name]!r}"
+
+
 def environment_changes(then: Environment, now: Environment) -> list[str]:
     """List the fields in which two environments differ. Where there are none, numbers have to agree as in one run.
 

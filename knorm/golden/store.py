@@ -234,6 +234,15 @@ class Store:
             _write(file, pack(tensors or {"none": np.zeros(1)}, {"golden": golden.text()}))
         return file
 
+    def drop_candidate(self, case: str, device_class: str) -> Path | None:
+        """Remove a candidate that an earlier recording left; return its path, None where there was none."""
+        file = self.folder / case / f"{device_class}{_CANDIDATE}"
+        if not file.is_file():
+            return None
+        with self._locked():
+            file.unlink(missing_ok=True)
+        return file
+
     def accept(self, golden: Golden, tensors: Tensors, candidate: Path | None = None) -> Path:
         """Write what was approved in place of the golden, and remove the candidate it came from if that lies here."""
         with self._locked():

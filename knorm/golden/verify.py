@@ -14,8 +14,8 @@ from knorm import __version__
 from knorm.golden.cases import CASES, Case, find_case
 from knorm.golden.environment import How, device_class, environment
 from knorm.golden.files import make
-from knorm.golden.format import Environment, Golden, Measured, Provenance, Tensors, differing, environment_changes
-from knorm.golden.gates import Finding, Results, judge
+from knorm.golden.format import Environment, Golden, Measured, Provenance, Tensors, differences, environment_changes
+from knorm.golden.gates import Finding, Results, gate_changes, judge
 from knorm.golden.store import Checkout, Store
 
 RUNS = 3  # that agree, at least, before anything is recorded
@@ -129,12 +129,9 @@ def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> 
     except ValueError as damaged:
         return Outcome(case.id, mine, "damaged", str(damaged))
     configuration = case.configuration()
-    if changed := differing(golden.configuration, configuration):
-        name = changed[0]
-        evidence = (
-            f"its configuration changed: {name} was {golden.configuration.get(name)}, is {configuration.get(name)}"
-        )
-        return Outcome(case.id, mine, "moved", f"{evidence}: record it again")
+    if changed := differences(golden.configuration, configuration):
+        more = f" ({len(changed)} differences)" if changed[1:] else ""
+        return Outcome(case.id, mine, "moved", f"its configuration changed: {changed[0]}{more}: record it again")
     here = _environment(case, device, how)
     try:
         measured = case.measure(device, how)
@@ -160,20 +157,42 @@ def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> 
     return Outcome(case.id, mine, "holds", said, findings, seconds)
 
 
-def record(case: Case, device: str, now: Checkout, runs: int = RUNS, how: How | None = None) -> tuple[Golden, Measured]:
+def record(
+    case: Case,
+    device: str,
+    now: Checkout,
+    runs: int = RUNS,
+    how: How | None = None,
+    *,
+    unless: tuple[Golden, Tensors] | None = None,
+) -> tuple[Golden, Measured] | None:
     """Measure a case `runs` times, which have to agree, and make a candidate of it. Writes nothing.
 
-    Raises ValueError for fewer than three runs, and where runs disagree.
+    Args:
+        case: to measure.
+        device: to measure on.
+        now: the checkout that it is measured in.
+        runs: at least three.
+        how: another way to run it than its own.
+        unless: the golden and its tensors; where one run shows that nothing moved from it, no other run is made.
+
+    Returns:
+        The candidate and what was measured; None where nothing moved.
+
+    Raises:
+        ValueError: fewer than three runs, or runs that disagree.
     """
     if runs < RUNS:
         raise ValueError(f"--runs {runs}, but should be at least {RUNS}: one run cannot show that runs agree")
     if torch.device(device).type not in case.devices:
         raise ValueError(f"{case.id} is measured on {' and '.join(case.devices)} only, not on {device}")
     with _threads_of(case, device):
-        return _record(case, device, now, runs, how or case.how)
+        return _record(case, device, now, runs, how or case.how, unless)
 
 
-def _record(case: Case, device: str, now: Checkout, runs: int, how: How) -> tuple[Golden, Measured]:
+def _record(
+    case: Case, device: str, now: Checkout, runs: int, how: How, unless: tuple[Golden, Tensors] | None
+) -> tuple[Golden, Measured] | None:
     here, mine, configuration = _environment(case, device, how), device_class(device), case.configuration()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     provenance = Provenance(
@@ -182,6 +201,8 @@ def _record(case: Case, device: str, now: Checkout, runs: int, how: How) -> tupl
     )  # fmt: skip
     first = case.measure(device, how)
     golden = make(case.id, mine, configuration, first, here, provenance)
+    if unless and not _differs(unless, (golden, first.tensors)):
+        return None
     for _ in range(runs - 1):
         again = case.measure(device, how)
         findings = judge(Results.of(golden, first.tensors), Results(again.metrics, again.tensors, here))
@@ -191,6 +212,13 @@ def _record(case: Case, device: str, now: Checkout, runs: int, how: How) -> tupl
             said = f"{unsure[0].metric} {unsure[0].evidence}"
             raise ValueError(f"{case.id}: too noisy to record, nothing was: {said}. Leave the machine to it")
     return golden, first
+
+
+def _differs(old: tuple[Golden, Tensors], new: tuple[Golden, Tensors]) -> bool:
+    """Tell whether there is anything to accept: another configuration, other gates, or a metric that does not hold."""
+    if old[0].configuration != new[0].configuration or gate_changes(old[0], new[0]):
+        return True
+    return any(finding.verdict not in ("holds", "shown") for finding in changes(old, new))
 
 
 def changes(old: tuple[Golden, Tensors] | None, new: tuple[Golden, Tensors]) -> list[Finding]:

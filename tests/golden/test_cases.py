@@ -235,7 +235,7 @@ def test_the_life_of_a_golden(run_golden, monkeypatch):
     assert "MOVED         tiny" in out
     assert "nll/0.5" in out
     assert "first accepted" in out
-    assert "If the change is intended: knorm golden record tiny --golden-dir golden, look at it" in out
+    assert out.endswith("If the change is intended, commit it, then: knorm golden record tiny --golden-dir golden\n")
     assert files() == before
 
     assert run_golden("record", "tiny", "-q") == (0, "", "")

@@ -251,6 +251,28 @@ def test_a_golden_without_a_case_and_a_case_without_a_golden_are_refused_before_
     assert accepted("list")[0] == 1
 
 
+def test_only_what_moved_becomes_a_candidate(accepted, monkeypatch):
+    runs, real = [], Ways.evaluate
+    monkeypatch.setattr(Ways, "evaluate", lambda self, *rest: runs.append(rest[0].label) or real(self, *rest))
+    code, out, _ = accepted("record", "--all")
+    assert code == 0
+    assert out.splitlines() == [f"{name} ({CPU}): nothing moved, no candidate" for name in ("half", "tokens")]
+    assert len(runs) == 3, "one run shows it"
+    assert not [*Path("golden").rglob("*.candidate")]
+    Path("mine.py").write_text(NEWEST.replace("* keep_ratio)", "* keep_ratio) - (keep_ratio >= 0.5)"))
+    code, out, _ = accepted("record", "--all", "--json", "out.json")
+    assert code == 0
+    assert [Path(name).parent.name for name in json.loads(Path("out.json").read_text())["candidates"]] == ["half"]
+    assert f"tokens ({CPU}): nothing moved, no candidate" in out
+    assert out.splitlines()[-1] == 'To accept: knorm golden accept half --reason "..."'
+    Path("mine.py").write_text(NEWEST)
+    code, out, _ = accepted("record", "half")
+    assert out == f"half ({CPU}): nothing moved, no candidate; the earlier candidate is removed\n"
+    assert not [*Path("golden").rglob("*.candidate")]
+    assert accepted("record", "half", "--unmoved")[0] == 0
+    assert [*Path("golden").rglob("*.candidate")]
+
+
 # Life of a project's goldens
 
 
@@ -275,8 +297,7 @@ def test_the_life_of_a_projects_golden(project, monkeypatch):
     assert "seen/0.5" in out
     assert "nll/0.5" in out
     assert "nll/full" not in out, "the full cache did not move"
-    assert 'knorm golden accept half --reason "..."' in out.splitlines()[-1]
-    assert "--golden-dir" not in out
+    assert out.splitlines()[-1] == "If the change is intended, commit it, then: knorm golden record half"
     assert project("record", "half", "-q")[0] == 0
     code, _, err = project("accept", "half", "--reason", "one less")
     assert code == 2
@@ -337,7 +358,13 @@ def test_another_declaration_is_another_configuration(accepted):
     code, out, _ = accepted("verify")
     assert code == 1
     assert "its configuration changed: windows was 2, is 3" in out
-    assert "its configuration changed: keep_tokens was [4], is [5]" in out
+    assert "its configuration changed: keep_tokens.0 was 4, is 5 (2 differences): record it again" in out
+    code, out, _ = accepted("record", "tokens")
+    assert [line for line in out.splitlines() if line.startswith("configuration: ")] == [
+        "configuration: keep_tokens.0 was 4, is 5",
+        "configuration: windows was 2, is 3",
+    ], "only what differs is shown"
+    assert accepted("accept", "tokens", "--reason", "more")[0] == 2, "the metrics of 4 tokens are gone"
 
 
 def test_other_weights_have_moved(accepted, monkeypatch):
