@@ -23,14 +23,14 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format shift rules gates project files environment store approval metrics latency cases declared verify "
-    "values workspace",
+    "values workspace history",
     "laws": "traits results targets registry names strategies subjects oracle model presses adapters loading snippets "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "outputs figures options prompts tables timings setting compared explained verify check ppl explain "
-    "bench golden init",
+    "cli": "schemas outputs figures options prompts tables timings setting compared explained verify check ppl "
+    "explain bench golden_log golden init",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
@@ -104,6 +104,7 @@ COMMANDS = (
         "explain",
         "bench",
         "golden",
+        "golden_log",
         "init",
     ),
 )

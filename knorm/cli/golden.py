@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from knorm.cli.golden_log import golden_log
 from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
 from knorm.cli.outputs import write_json
 
@@ -22,6 +23,7 @@ def golden() -> None:
     """
 
 
+golden.add_command(golden_log)
 _golden_dir = click.option(
     "--golden-dir",
     type=click.Path(path_type=Path),
