@@ -203,6 +203,8 @@ def golden_record(
         written[case.id] = str(file)
         _show_changes(console, old, recorded[0], recorded[1].tensors)
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
+        if case.beside is not None:
+            console.print(case.beside(device), soft_wrap=True, markup=False)
     if now.clean and written:
         said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)

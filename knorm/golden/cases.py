@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from knorm.core import compress
-from knorm.evaluation.published.measure import load_seed_texts, seed_ids
+from knorm.evaluation.published.measure import seed_ids
 from knorm.evaluation.published.schema import PYTHIA, bug_report
 from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
@@ -25,7 +24,8 @@ from knorm.golden.environment import How
 from knorm.golden.format import Environment, Measured, Metric, Noise, digest
 from knorm.golden.latency import COUNTED_SHAPE, POLICIES, TIMED_SHAPE, measure_counters, measure_latency
 from knorm.golden.metrics import count, fingerprint, memory_ratio, ppl_ratio, tokens
-from knorm.models import load_embedded, load_model, load_text, random_gpt_neox
+from knorm.golden.pythia import judged_claims, load_texts, load_weights
+from knorm.models import load_embedded, load_text, random_gpt_neox
 from knorm.paths import ASSETS
 from knorm.policy import Policy
 from knorm.schedule import cache_lengths
@@ -51,6 +51,7 @@ class Case:
     sources      files and folders of the code under test, besides knorm's own
     environment  that it was measured in, where that is not this process'
     recorded     what `knorm golden record` is given for it, where that is not its name
+    beside       measures on a device what `record` shows beside it, as text
     """
 
     id: str
@@ -66,6 +67,7 @@ class Case:
     sources: tuple[Path, ...] = ()
     environment: Environment | None = None
     recorded: str = ""
+    beside: Callable[[str], str] | None = None
 
 
 CASES: dict[str, Case] = {}
@@ -285,14 +287,9 @@ def _pythia_configuration() -> dict[str, Any]:
 
 
 def _pythia(device: str, how: How) -> Measured:
-    """The report's protocol on both texts; what weights and texts they were is a metric.
-
-    From KNORM_PYTHIA70M (a folder), KNORM_WIKITEXT and KNORM_PG19 (files), else from the Hub or its cache.
-    """
-    protocol = bug_report().protocol
-    given = {"wikitext": ("KNORM_WIKITEXT", "wikitext2"), "pg19": ("KNORM_PG19", "pg19")}
-    texts = load_seed_texts(protocol, {n: os.environ.get(variable) or hub for n, (variable, hub) in given.items()})
-    model, tokenizer = load_model(os.environ.get("KNORM_PYTHIA70M") or PYTHIA, device=device)
+    """The report's protocol on both texts; what weights and texts they were is a metric."""
+    protocol, texts = bug_report().protocol, load_texts()
+    model, tokenizer = load_weights(device)
     metrics: list[Metric] = [fingerprint("weights", digest_of(model))]
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, text in texts.items():
@@ -305,8 +302,9 @@ def _pythia(device: str, how: How) -> Measured:
 
 
 CASES["pythia-70m"] = Case(
-    "pythia-70m", "the report's protocol on Pythia-70M's own weights", _pythia_configuration, _pythia, ("cuda",), True
-)
+    "pythia-70m", "the report's protocol on Pythia-70M's own weights", _pythia_configuration, _pythia, optional=True,
+    beside=judged_claims,
+)  # fmt: skip
 
 
 # Selections: positions retained of fixed tensors
