@@ -12,6 +12,7 @@ import torch
 from commands import in_a_new_process, new_environment
 from hypothesis import given
 from hypothesis import strategies as st
+from knorm.laws.presses import through_attention
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -20,7 +21,6 @@ from knorm.laws import KNORM, Traits, check_compressor
 from knorm.laws.adapters import KINDS, adapt
 from knorm.laws.loading import load_target
 from knorm.laws.model import small_model
-from knorm.laws.presses import through_attention
 from knorm.laws.strategies import DTYPES, tagged_values
 
 KEYS = torch.tensor([[[3.0], [1.0], [4.0], [1.5], [5.0], [9.0]]]).unsqueeze(0).transpose(1, 2).reshape(1, 1, 6, 1)

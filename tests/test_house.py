@@ -22,9 +22,10 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format shift gates files environment store approval metrics latency cases verify",
-    "laws": "traits results targets registry names strategies subjects oracle model presses adapters loading snippets "
+    "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
+    "readings known adapters loading snippets "
     "catalogue runner own own_model own_cache process",
-    "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
+    "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "cli": "outputs figures options tables setting compared verify check ppl explain bench golden",

@@ -84,7 +84,7 @@ def test_a_condition_beyond_values_names_its_traits_too():
 
 def test_few_laws_need_a_condition_beyond_values():
     odd = [each.name for each in CHECKS.values() if each.applies]
-    assert odd == ["short_caches", "skipped_layers", "protected_tokens", "protection_refused"]
+    assert odd == ["short_caches", "skipped_layers", "protected_tokens", "protection_refused", "sees_protected"]
 
 
 @pytest.mark.parametrize(

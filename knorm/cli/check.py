@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
+from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, check_device, make_console, with_options
 from knorm.cli.outputs import write_json
 from knorm.laws.targets import KINDS
 
@@ -76,6 +76,8 @@ def check(
     settings = {name: given[name] for name in ("profile", "seed", "device")}
     written = {"traits": asdict(supervisor.traits), **settings, "results": [*map(asdict, results)]}
     write_json(json, {"target": given["target"], **written})
+    if any(result.fault for result in results):
+        sys.exit(BROKEN)
     # what was not tried was not found to hold
     sys.exit(REFUTED if any(result.failed or result.verdict == "untested" for result in results) else HOLDS)
 

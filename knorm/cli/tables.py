@@ -100,7 +100,9 @@ def _evidence(result: Result) -> str:
     if result.verdict == "does not apply":
         return f"{result.check}: {result.reason}"
     refuted = result.verdict in ("refuted", "expected failure")
-    tried = f"example {result.examples}" if refuted else f"{result.examples} examples"
+    tried = f"example {result.examples}" if refuted else f"{result.examples} tried, {result.answered} answered"
+    if not refuted and result.evicted:
+        tried += f", {result.evicted} evicted"
     why = result.reason or ("no drawn case was answered" if result.verdict == "untested" else "")
     parts = [why, tried if result.examples else "", f"{result.seconds:.1f} s"]
     return f"{result.check}: {'; '.join(part for part in parts if part)}"

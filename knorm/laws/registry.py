@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from knorm.laws.traits import Traits
 
-Surface = Literal["compressor", "model", "cache", "nll", "evaluator"]
+Surface = Literal["compressor", "model", "cache", "witness", "nll", "evaluator"]
+Reads = Literal["drawn", "rows", "real"]
 
 
 class Refuted(AssertionError):
@@ -21,6 +22,10 @@ class Malformed(Refuted):
 
 class Vacuous(Exception):
     """A case on which a law has nothing to say: it does not count as tried."""
+
+
+class Refusal(Exception):
+    """The target declined a case in a sentence of its own: it was not answered, and nothing is refuted."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,14 @@ class Check:
     function   check_<name>(subject, case), raises Refuted
     family     the module it stands in
     surface    what it is run on: "compressor", tensors; "model", any compressor or cache inside a model; "cache", a
-               transformers cache of the target's own; "nll", the token NLLs of any of them, or of an evaluator;
-               "evaluator", an evaluator's only
+               transformers cache of the target's own; "witness", what attention sees of a cache or of a press;
+               "nll", the token NLLs of any of them, or of an evaluator; "evaluator", an evaluator's only
     needs      trait -> the values with which the check applies; empty: it applies to every compressor
     applies    a further condition, for the few that values do not state
     exact      draws only keys whose norms are exact in every dtype
     first      of a subject's traits: cases that are tried before any is drawn
+    reads      what the witness reads: "drawn" keys, several "rows", or "real" keys that positions turn
+    evicts     it speaks of eviction: a case in which nothing was evicted is none
     """
 
     name: str
@@ -58,6 +65,8 @@ class Check:
     applies: Condition | None
     exact: bool
     first: Callable[[Traits], Iterable[Any]]
+    reads: Reads = "drawn"
+    evicts: bool = False
 
     @property
     def law(self) -> str:
@@ -104,6 +113,8 @@ def check(
     applies: Condition | None = None,
     exact: bool = False,
     first: Callable[[Traits], Iterable[Any]] = lambda traits: (),
+    reads: Reads = "drawn",
+    evicts: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Enter a check_<law>(subject, case) into the catalogue.
 
@@ -113,6 +124,8 @@ def check(
         applies: A further condition, for the few that values do not state.
         exact: Draw only keys whose norms are exact in every dtype.
         first: Cases of a subject's traits that are tried before any is drawn.
+        reads: What the witness reads, as Check says.
+        evicts: The law speaks of eviction.
 
     Returns:
         The decorator of the function, which it leaves as it is.
@@ -133,7 +146,7 @@ def check(
         if name in CHECKS:
             raise ValueError(f"check {name!r} is in the catalogue already")
         family = function.__module__.rpartition(".")[2]
-        CHECKS[name] = Check(name, function, family, surface, several, applies, exact, first)
+        CHECKS[name] = Check(name, function, family, surface, several, applies, exact, first, reads, evicts)
         return function
 
     return enter

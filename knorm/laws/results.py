@@ -30,13 +30,16 @@ class Result:
 
     check, law, family   which
     verdict              "refuted" or "unexpectedly holds": the target failed. "holds", "expected failure": it did not.
-                         "untested": no drawn case could be answered at all. "does not apply": its traits do not ask it
+                         "untested": too few cases were answered, or evicted anything.
+                         "does not apply": its traits do not ask it
     examples             cases tried
+    answered, evicted    of these, on which the law had something to say, and in which something was evicted
+    fault                knorm itself broke off: nothing is said of the target
     seconds              until the verdict, making the counterexample smaller included
     counterexample       the sentence with the evidence, of the smallest case found
     given                that case: shapes, dtype, ratio
     snippet              Python that shows it
-    reason               why it does not apply, or why a failure was expected
+    reason               why it does not apply or is untested, or why a failure was expected
     needs                the traits that keep it from applying: with other values of these it would
     """
 
@@ -51,6 +54,9 @@ class Result:
     snippet: str | None = None
     reason: str | None = None
     needs: tuple[str, ...] = ()
+    answered: int = 0
+    evicted: int = 0
+    fault: bool = False
 
     def __post_init__(self) -> None:
         for name in ("counterexample", "given", "reason"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,15 @@ from hypothesis.errors import UnsatisfiedAssumption
 
 import knorm.laws.catalogue  # noqa: F401  enters every check
 from knorm.laws.adapters import adapt
-from knorm.laws.registry import CHECKS, Check, Malformed, Refuted, Vacuous, find
+from knorm.laws.blame import is_ours
+from knorm.laws.readings import LEAST, readings
+from knorm.laws.registry import CHECKS, Check, Malformed, Refusal, Refuted, Vacuous, find
 from knorm.laws.results import PROFILES, Profile, Result, judged
 from knorm.laws.snippets import snippet
 from knorm.laws.strategies import Cache, Text, caches, texts
 from knorm.laws.subjects import Call, Subject, in_words
 from knorm.laws.traits import Traits
+from knorm.laws.witness import Reading, Witnessed
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,26 @@ EFFORT: dict[Profile, dict[bool, Effort]] = {  # by profile, and by whether a mo
 def applies(check: Check, subject: Subject) -> bool:
     """Whether a subject has the surface that a check is run on, and promises what it needs."""
     surfaces = {
-        "compressor": subject.compress is not None,
-        "model": subject.compress is not None or subject.make_cache is not None,
-        "cache": subject.make_cache is not None,
-        "nll": True,
+        # a cache is judged by what attention sees; by what it stores only where it promises what that depends on
+        "compressor": subject.compress is not None and (not subject.has_cache or subject.traits.scores is not None),
+        "model": subject.compress is not None or subject.has_cache,
+        "cache": subject.has_cache,
+        "witness": subject.has_cache or subject.method is not None,
+        "nll": subject.method is None and _has_nll(subject),
         "evaluator": subject.evaluate is not None,
     }
     return surfaces[check.surface] and not check.missing(subject.traits)
 
 
-def _size(case: Cache | Text) -> int:
+def _has_nll(subject: Subject) -> bool:
+    """Whether the laws on perplexity can be asked: they hold bit for bit."""
+    return subject.evaluate is not None or not subject.traits.lossy
+
+
+Case = Cache | Text | Reading
+
+
+def _size(case: Case) -> int:
     return case.keys.numel() if isinstance(case, Cache) else case.input_ids.numel()
 
 
@@ -59,12 +73,15 @@ class _Search:
     worst      the smallest case found, what it raised, and the calls that led there
     tried      cases drawn until the first one that refutes
     answered   cases on which the law had something to say
+    evicted    of those, the ones in which something was evicted
+    reasons    why the others were not answered, and how often
     """
 
     def __init__(self, check: Check, subject: Subject, device: str) -> None:
         self.check, self.subject, self.device = check, subject, device
-        self.tried = self.answered = 0
-        self.worst: tuple[Cache | Text, Exception, list[Call]] | None = None
+        self.tried = self.answered = self.evicted = 0
+        self.reasons: Counter[str] = Counter()
+        self.worst: tuple[Case, Exception, list[Call]] | None = None
 
     @property
     def small(self) -> bool:
@@ -102,20 +119,47 @@ class _Search:
         """Whether a case refutes the law; keeps the smallest that does."""
         self.tried += self.worst is None
         self.subject.calls.clear()
+        self.subject.evicted = False
         try:
-            self.check.function(self.subject, case.on(self.device))
+            self.check.function(self.subject, case if isinstance(case, Reading) else case.on(self.device))
         except UnsatisfiedAssumption:
             raise
         except Vacuous:
+            self.reasons["it has nothing to say of them"] += 1
+            return False
+        except Refusal as refusal:
+            self.reasons[f"refused: {refusal}"] += 1
             return False
         except Exception as error:
-            if isinstance(error, Malformed) and self.subject.compress is not None:
-                return False  # whether a compressor answers at all, and with a cache, is for other laws
+            if isinstance(error, Malformed) and (self.subject.compress is not None or isinstance(case, Reading)):
+                self.reasons[str(error)] += 1
+                return False  # whether a target answers at all, and with a cache, is for other laws
+            if not isinstance(error, Refuted) and is_ours(error):
+                raise
             if self.worst is None or _size(case) <= _size(self.worst[0]):
                 self.worst = (case, error, self.subject.calls.copy())
             return True
+        evicted = self.subject.evicted
+        if isinstance(case, Reading):
+            run = self.subject.runs.get(case)
+            evicted = isinstance(run, Witnessed) and run.evicted
         self.answered += 1
+        self.evicted += evicted
+        if not evicted:
+            self.reasons["nothing was evicted"] += 1
         return False
+
+    @property
+    def counted(self) -> int:
+        """Cases that count for the verdict: in which something was evicted, where the law speaks of that."""
+        wanted = self.check.evicts and self.subject.is_to_evict
+        return self.evicted if wanted else self.answered
+
+    @property
+    def reason(self) -> str:
+        """Why too few cases counted, by the commonest reason."""
+        (reason, count), *_ = [*self.reasons.most_common(1), ("too few cases were drawn", self.tried)]
+        return f"{self.counted} of {self.tried} cases counted; in {count}: {reason}"
 
 
 def run_check(
@@ -123,32 +167,52 @@ def run_check(
 ) -> Result:
     """Try to refute one law on drawn cases, then make what refutes it smaller.
 
-    The same seed draws the same cases. Whatever the subject raises refutes a law; nothing of it comes out of here.
+    The same seed draws the same cases. Whatever the subject raises refutes a law, or is a refusal; what comes out of
+    here is knorm's own fault.
     """
     begin = time.perf_counter()
     search = _Search(check, subject, device)
-    effort = EFFORT[profile][check.surface != "compressor"]
-    if check.surface != "compressor":
-        search.run(texts(subject.traits), seed, effort.examples, effort.shrinks)
+    if check.surface == "witness":
+        for case in readings(subject, check.reads, seed, profile):
+            if search.try_case(case):
+                break
     else:
-        draw = partial(caches, subject.traits, exact=check.exact)
-        for case in check.first(subject.traits):
-            search.try_case(case)
-        if not search.worst:
-            search.run(draw(long=effort.long), seed, effort.examples)
-        if search.worst:  # a small one, if there is any; else the one that was found is made smaller
-            search.run(draw(small=True), seed, effort.examples, effort.shrinks)
-        if search.worst and not search.small:
-            search.run(draw(long=effort.long), seed, effort.examples, effort.shrinks)
-    worst, tried, answered = search.worst, search.tried, search.answered
-    found: dict[str, Any] = {"verdict": "holds" if answered else "untested"}
+        _draw_cases(search, profile, seed)
+    worst = search.worst
+    found: dict[str, Any] = {"verdict": "holds"}
+    if search.counted < LEAST:
+        found = {"verdict": "untested", "reason": search.reason}
     if worst is not None:
         case, error, calls = worst
         said = str(error) if isinstance(error, Refuted) else f"{check.name}: {in_words(error)}"
         script = snippet(check, subject, case, calls)
         found = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
-    seconds = time.perf_counter() - begin
-    return Result(check.name, check.law, check.family, examples=tried, seconds=seconds, **found)
+    counts = {"examples": search.tried, "answered": search.answered, "evicted": search.evicted}
+    return Result(check.name, check.law, check.family, seconds=time.perf_counter() - begin, **counts, **found)
+
+
+MOST_ROUNDS = 8  # of drawing, until enough cases are answered
+
+
+def _draw_cases(search: _Search, profile: Profile, seed: int) -> None:
+    """Draw cases until enough are answered or one refutes; then draw smaller ones."""
+    check, subject = search.check, search.subject
+    effort = EFFORT[profile][check.surface != "compressor"]
+    if check.surface != "compressor":
+        for turn in range(MOST_ROUNDS):
+            if not search.worst and (not turn or search.counted < LEAST):
+                search.run(texts(subject.traits), seed + turn, effort.examples, effort.shrinks)
+        return
+    draw = partial(caches, subject.traits, exact=check.exact)
+    for case in check.first(subject.traits):
+        search.try_case(case)
+    for turn in range(MOST_ROUNDS):
+        if not search.worst and (not turn or search.counted < LEAST):
+            search.run(draw(long=effort.long), seed + turn, effort.examples)
+    if search.worst:  # a small one, if there is any; else the one that was found is made smaller
+        search.run(draw(small=True), seed, effort.examples, effort.shrinks)
+    if search.worst and not search.small:
+        search.run(draw(long=effort.long), seed, effort.examples, effort.shrinks)
 
 
 def _chosen(select: Iterable[str] | None) -> list[Check]:
@@ -186,7 +250,11 @@ def iter_results(
 
 def unasked(check: Check, subject: Subject) -> Result:
     """The result of a check that does not apply: which traits, or which surface, it needs."""
-    surface = {"cache": "a transformers cache", "evaluator": "an evaluator of token NLLs"}
+    surface = {
+        "cache": "a transformers cache",
+        "witness": "a transformers cache or a press",
+        "evaluator": "an evaluator of token NLLs",
+    }
     needs = check.missing(subject.traits)
     reason = f"needs {check.in_words(needs) if needs else surface.get(check.surface, 'a compressor')}"
     return Result(check.name, check.law, check.family, "does not apply", reason=reason, needs=needs)

@@ -19,9 +19,10 @@ from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
 from knorm.methods.kinds import is_press
 from knorm.methods.known import WEIGHTS
 from knorm.methods.method import Method, Session, Tokenizer
+from knorm.model_attention import implementation_of
 
 _DECODING = {"DecodingPress", "PrefillDecodingPress"}  # open while tokens are decoded; DMSPress where it says so
-_EAGER = {"ObservedAttentionPress"}  # reads attention weights, which only eager attention has
+_EAGER = {"ObservedAttentionPress"}
 _RENUMBERS = {"KeyRerotationPress", "RestoreKVPress"}  # the next token's position is the cache's length
 
 
@@ -51,17 +52,23 @@ class PressMethod(Method):
         elif _compresses_nothing(press):
             raise NeedsBudget(f"{name} removes nothing, at compression_ratio 0: give keep_ratio or keep_tokens")
 
+    def parts(self) -> list[Any]:
+        """List the press and those that it wraps."""
+        return [*nested(self.press)]
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether it reads attention weights, which only eager attention has."""
+        return any(_bases(press) & _EAGER for press in self.parts())
+
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
-        if (
-            any(_bases(press) & _EAGER for press in _nested(self.press))
-            and model.config._attn_implementation != "eager"
-        ):
+        if self.reads_weights and implementation_of(model.config) != "eager":
             model.set_attn_implementation("eager")
         return _PressSession(self, copy.deepcopy(self.press), model, tokenizer)
 
     def _blamed(self, error: Exception) -> str | None:
         blamed = super()._blamed(error)
-        weights = next((WEIGHTS[type(x).__name__] for x in _nested(self.press) if type(x).__name__ in WEIGHTS), None)
+        weights = next((WEIGHTS[type(x).__name__] for x in nested(self.press) if type(x).__name__ in WEIGHTS), None)
         if blamed is None or weights is None:
             return blamed
         return f"{self.name} reads {weights}; it raised {type(error).__name__}"
@@ -79,13 +86,13 @@ def _compresses_nothing(press: Any) -> bool:
         return False
 
 
-def _nested(press: Any) -> Iterator[Any]:
+def nested(press: Any) -> Iterator[Any]:
     """Generate a press and those that it wraps."""
     yield press
     for value in vars(press).values():
         for inner in value if isinstance(value, (list, tuple)) else [value]:
             if is_press(type(inner)):
-                yield from _nested(inner)
+                yield from nested(inner)
 
 
 def _base(press: Any) -> type:

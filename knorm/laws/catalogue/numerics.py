@@ -101,7 +101,7 @@ def check_layout(compressor: Subject, cache: Cache) -> None:
             )
 
 
-@check()
+@check(needs={"empty": "raise"})
 def check_empty(compressor: Subject, cache: Cache) -> None:
     """A cache without tokens is refused with an error."""
     for ratio in (cache.keep_ratio, 1.0):
