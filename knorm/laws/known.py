@@ -29,8 +29,9 @@ KVPRESS: Mapping[str, Known] = {  # kvpress 0.5.5, the docstrings of the classes
         "non-causal, chunked attention.",
     ),
     "FinchPress": Known(
-        {"positions": "renumbered"},
-        "Whether to rerotate keys after compression using RoPE for proper positional encoding.",
+        {"positions": "renumbered", "batch_independent": False},
+        "Only batch size 1 is supported. [...] Whether to rerotate keys after compression using RoPE for proper positional "
+        "encoding.",
     ),
     "KeyRerotationPress": Known(
         {"positions": "renumbered"},
@@ -47,7 +48,11 @@ KVPRESS: Mapping[str, Known] = {  # kvpress 0.5.5, the docstrings of the classes
         "cosine-similar surviving neighbor",
     ),
     "RandomPress": Known({"deterministic": False}, "Randomly selects which key-value pairs to prune."),
-    "ThinKPress": Known({"lossy": 1.0}, "Here, we zero out the pruned dimensions"),
+    "ThinKPress": Known(
+        {"lossy": 1.0, "evicts": False},
+        "ThinK compresses the dimensions of the keys, and not the sequence length. [...] Here, we zero out the pruned "
+        "dimensions",
+    ),
 }
 TRANSFORMERS: Mapping[str, Known] = {  # transformers 5.24
     "QuantizedCache": Known({"lossy": 0.0625}, "A quantizer cache similar to what is described in the KIVI paper"),

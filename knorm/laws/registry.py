@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from knorm.laws.traits import Traits
 
-Surface = Literal["compressor", "model", "cache", "witness", "nll", "evaluator"]
+Surface = Literal["compressor", "cache", "witness", "nll", "evaluator"]
 Reads = Literal["drawn", "rows", "real"]
 
 
@@ -46,7 +46,7 @@ class Check:
 
     function   check_<name>(subject, case), raises Refuted
     family     the module it stands in
-    surface    what it is run on: "compressor", tensors; "model", any compressor or cache inside a model; "cache", a
+    surface    what it is run on: "compressor", tensors; "cache", a
                transformers cache of the target's own; "witness", what attention sees of a cache or of a press;
                "nll", the token NLLs of any of them, or of an evaluator; "evaluator", an evaluator's only
     needs      trait -> the values with which the check applies; empty: it applies to every compressor

@@ -22,8 +22,14 @@ def _turned(states: Tensor, places: Tensor) -> Tensor:
 
 def _places(run: Witnessed, layer: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each call: its positions, which tokens its queries see, and the slot of each token, [rows, heads, T]."""
+    looks = [look for look in run.looks if look.layer == layer]
     calls = []
-    for look in (look for look in run.looks if look.layer == layer):
+    if looks[0].call:  # a method read the prompt in a way of its own: each query saw all before it
+        rows, heads, groups = looks[0].seen.shape[:3]
+        prompt = torch.arange(int(looks[0].positions[0]))
+        seen = (torch.arange(run.length) <= prompt[:, None]).expand(rows, heads, groups, -1, -1)
+        calls.append((prompt, seen, torch.arange(run.length).expand(rows, heads, -1)))
+    for look in looks:
         slots = torch.zeros(*look.tokens.shape[:2], run.length + 1, dtype=torch.int64)
         index = look.tokens.where(look.tokens >= 0, run.length)
         slots.scatter_(2, index, torch.arange(index.shape[2]).expand_as(index))

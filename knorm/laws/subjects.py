@@ -114,8 +114,8 @@ class Subject:
 
     @property
     def is_to_evict(self) -> bool:
-        """Whether it evicts at all: a cache without a budget may keep everything."""
-        return self.budgeted or self.method is not None
+        """Whether it is to evict: a cache without a budget may keep everything."""
+        return self.traits.evicts and (self.budgeted or self.method is not None)
 
     def again(self) -> Subject:
         """Return the same subject, which has read nothing yet."""

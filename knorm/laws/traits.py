@@ -54,6 +54,7 @@ class Traits:
     acts               after the "prefill", or "streaming": what it retains stays as small while tokens are decoded;
                        None: no promise
     positions          "kept", or "renumbered": keys are turned to their places in the cache, and the next token follows
+    evicts             tokens become fewer; False: they become smaller
     lossy              keys and values are rounded: how far, relative to the largest number of each
 
     Raises ValueError for a value that a trait does not have.
@@ -78,6 +79,7 @@ class Traits:
     acts: str | None = None
     positions: str = "kept"
     lossy: float = 0.0
+    evicts: bool = True
     empty: str | None = None
 
     def __post_init__(self) -> None:

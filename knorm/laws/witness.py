@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from knorm.evaluation.ways import stored_bytes
 from knorm.laws.blame import is_ours, is_refusal
 from knorm.laws.probe import (
     FOREIGN,
@@ -154,14 +153,14 @@ class Witnessed:
         looks: a Look for each call and layer.
         logits: float [rows, length, vocabulary]; of the prompt, the last token's.
         length: tokens that were fed, which a method may have added to.
-        bytes_stored: of the cache after the prompt.
+        bytes_held: memory that the cache keeps alive after the prompt.
     """
 
     reading: Reading
     looks: list[Look] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     length: int = 0
-    bytes_stored: int = 0
+    bytes_held: int = 0
 
     @property
     def evicted(self) -> bool:
@@ -321,7 +320,7 @@ def _read(model: PreTrainedModel, method: Opened, reading: Reading, draws: Draws
     run.length = draws.tokens or reading.prompt
     draws.end()
     shift, start = method.end_prompt() - run.length, reading.prompt
-    run.bytes_stored = stored_bytes(method.cache)
+    run.bytes_held = held_bytes(method.cache)
     for call, size in enumerate(reading.calls, start=1):
         stop = start + size
         recorder.call = call
@@ -332,6 +331,25 @@ def _read(model: PreTrainedModel, method: Opened, reading: Reading, draws: Draws
         draws.end()
         run.logits.append(out.logits)
         start, run.length = stop, run.length + size
+
+
+def held_bytes(cache: Any) -> int:
+    """Add up the memory that a cache keeps alive: of each storage, the whole, and once."""
+    todo, done, storages = [cache], set(), {}
+    while todo:
+        thing = todo.pop()
+        if id(thing) in done:
+            continue
+        done.add(id(thing))
+        if isinstance(thing, Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, dict):
+            todo += thing.values()
+        elif isinstance(thing, (list, tuple)):
+            todo += thing
+        elif hasattr(thing, "__dict__") and not isinstance(thing, (type, nn.Module)) and not callable(thing):
+            todo += vars(thing).values()
+    return sum(storages.values())
 
 
 class Unanswered(Malformed):

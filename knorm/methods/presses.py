@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +44,8 @@ class PressMethod(Method):
 
     def __init__(self, name: str, press: Any, budget: Budget | None, options: dict[str, Any] | None = None) -> None:
         super().__init__(name, budget, press)
-        self.home = Path(inspect.getsourcefile(_base(press)) or "").parents[1]
+        if source := sys.modules.get(_base(press).__module__):
+            self.home = Path(source.__file__ or "").parents[1]
         if isinstance(press, type):
             press = _made(press, budget, options or {})
         self.press = press

@@ -87,7 +87,7 @@ def flattened_with_view(keys, values, keep_ratio):
     return keep_lowest(keys, values, norms, keep_ratio)
 
 
-@mutant("empty", "should be refused")
+@mutant("empty", "should be refused", empty="raise")
 def nothing_to_do(keys, values, keep_ratio):
     """A cache without tokens comes back as it is."""
     if keys.shape[2] < 2:
