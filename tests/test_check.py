@@ -99,15 +99,15 @@ def compress(keys, values, keep_ratio):
 
 
 def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
-    select = ("--select", "count,order,nonfinite,masked_attention,crop")
+    select = ("--select", "count,order,nonfinite,sees_once,crop")
     code, out, err = run_knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
     written = strict_json("out.json")
     assert code == 0
     assert "hello from the target\n" in err
     assert "good bye" in err
-    assert "holds    Retained positions ascend. [time_order: 60 examples; 0." in out
-    assert out.splitlines()[-2] == "1 law does not apply"
-    assert out.splitlines()[-1].startswith("7 hold, 0 refuted, 0 untested, 1 do not apply, in ")
+    assert "holds    Retained positions ascend. [time_order: 60 tried, 60 answered, " in out
+    assert out.splitlines()[-2].startswith("2 laws do not apply")
+    assert out.splitlines()[-1].startswith("7 hold, 0 refuted, 0 untested, 2 do not apply, in ")
     assert written["environment"]["knorm"] == knorm.__version__
     assert written["traits"] == {**asdict(KNORM), "skip_layers": []}
     assert [written[name] for name in ("target", "profile", "seed", "device")] == [
@@ -115,7 +115,7 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     ]  # fmt: skip
     assert all([*result] == [field.name for field in fields(Result)] for result in written["results"])
     assert [result["check"] for result in written["results"]] == [
-        name for name, check in CHECKS.items() if name in ("nonfinite", "masked_attention", "crop")
+        name for name, check in CHECKS.items() if name in ("nonfinite", "sees_once", "crop")
         or check.family in ("count", "order")
     ]  # fmt: skip
 
@@ -303,7 +303,7 @@ def test_untested_laws_are_no_success(run_knorm, inline):
     code = "def compress(keys, values, keep_ratio):\n    return None"
     ended, out, _ = run_knorm("check", target(code), "--select", "dtype")
     assert ended == 1
-    assert out.startswith("untested Dtype and device are kept. [dtype: no drawn case was answered; ")
+    assert out.startswith("untested Dtype and device are kept. [dtype: 0 of ")
     assert out.splitlines()[-1].startswith("0 hold, 0 refuted, 1 untested, 0 do not apply, in ")
 
 
@@ -343,7 +343,7 @@ def test_what_knorm_stumbles_over_is_no_success_and_no_crash(run_knorm, inline, 
     monkeypatch.setattr("knorm.laws.process.worker.run_check", stumble)
     for verbose in ((), ("-v",)):
         ended, out, err = run_knorm(*verbose, "check", target(GOOD), "--select", "time_order")
-        assert ended == 1
+        assert ended == 3
         assert "[time_order: knorm could not run it: ZeroDivisionError: oops; 0.0 s]" in out
         assert ("Traceback" in err) is bool(verbose)
 

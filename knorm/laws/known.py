@@ -30,8 +30,8 @@ KVPRESS: Mapping[str, Known] = {  # kvpress 0.5.5, the docstrings of the classes
     ),
     "FinchPress": Known(
         {"positions": "renumbered", "batch_independent": False},
-        "Only batch size 1 is supported. [...] Whether to rerotate keys after compression using RoPE for proper positional "
-        "encoding.",
+        "Only batch size 1 is supported. [...] Whether to rerotate keys after compression using RoPE for proper "
+        "positional encoding.",
     ),
     "KeyRerotationPress": Known(
         {"positions": "renumbered"},
