@@ -215,7 +215,8 @@ def projected(draws: Draws) -> Iterator[None]:
 def _separate(states: Any, layer: int) -> Any:
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         rows, count = output.shape[:2]
-        return states(layer, rows, count).transpose(1, 2).reshape(output.shape).to(output)  # type: ignore[no-any-return]
+        replaced: Tensor = states(layer, rows, count).transpose(1, 2).reshape(output.shape).to(output)
+        return replaced
 
     return hook
 

@@ -55,7 +55,7 @@ def readings(subject: Subject, reads: Reads, seed: int, profile: Profile) -> lis
 def _lengths(subject: Subject, reads: Reads) -> tuple[int, ...]:
     traits = subject.traits
     least = max(traits.prune_after, 2 * traits.protected)
-    lengths = LONG if subject.method is not None else SHORT
+    lengths: tuple[int, ...] = LONG if subject.method is not None else SHORT
     if least:
         lengths = (*lengths, *(least + extra for extra in (0, 1, 2, 5, 9, 20)))
     # a third more than must be answered: some are refused, and in some nothing is to be evicted

@@ -175,8 +175,8 @@ def run_check(
         for turn in range(MOST_TURNS):
             if turn and (search.worst or search.counted >= LEAST or not search.counted):
                 break
-            for case in readings(subject, check.reads, seed + turn, profile):
-                if search.try_case(case):
+            for reading in readings(subject, check.reads, seed + turn, profile):
+                if search.try_case(reading):
                     break
     else:
         _draw_cases(search, profile, seed)
@@ -189,8 +189,8 @@ def run_check(
         said = str(error) if isinstance(error, Refuted) else f"{check.name}: {in_words(error)}"
         script = snippet(check, subject, case, calls)
         found = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
-    counts = {"examples": search.tried, "answered": search.answered, "evicted": search.evicted}
-    return Result(check.name, check.law, check.family, seconds=time.perf_counter() - begin, **counts, **found)
+    found |= {"examples": search.tried, "answered": search.answered, "evicted": search.evicted}
+    return Result(check.name, check.law, check.family, seconds=time.perf_counter() - begin, **found)
 
 
 MOST_TURNS = 3  # of reading, and

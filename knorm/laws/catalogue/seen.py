@@ -166,7 +166,7 @@ def _earlier(look: Look) -> Tensor:
 def check_sees_the_count(subject: Subject, reading: Reading) -> None:
     """After the prompt a query sees the promised rounding of ratio x length, and itself."""
     run = witnessed(subject, reading)
-    should = subject.traits.count(reading.prompt, reading.keep_ratio)
+    should = torch.tensor(subject.traits.count(reading.prompt, reading.keep_ratio))
     for look in run.looks:
         if look.call != 1 or look.layer in subject.traits.skip_layers:
             continue
@@ -175,7 +175,7 @@ def check_sees_the_count(subject: Subject, reading: Reading) -> None:
             row, head, group = _place(counts != should)
             raise Refuted(
                 f"sees the count: {_query(look, 0)} sees {int(counts[row, head, group])} of the prompt's "
-                f"{reading.prompt} tokens {_where(look, row, head)}, but should see {should}"
+                f"{reading.prompt} tokens {_where(look, row, head)}, but should see {int(should)}"
             )
 
 
@@ -211,8 +211,8 @@ def _differ(one: Witnessed, other: Witnessed, row: int | None = None) -> str | N
         if not torch.equal(mine, theirs):
             at, head, group, query, _ = _place(mine != theirs)
             at = at if row is None else row
-            one, other = (sorted(look.seen_tokens(at, head, query, group)) for look in (first, second))
-            return f"{_query(first, query)} sees {_short(one)} {_where(first, at, head)}, but {_short(other)}"
+            shown = [sorted(look.seen_tokens(at, head, query, group)) for look in (first, second)]
+            return f"{_query(first, query)} sees {_short(shown[0])} {_where(first, at, head)}, but {_short(shown[1])}"
     return None
 
 
