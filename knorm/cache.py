@@ -19,12 +19,14 @@ from knorm.policy import Policy
 
 
 class KnormLayer(DynamicLayer):
-    """One layer's cache: what is retained of the tokens seen, and their positions in the sequence.
+    """Hold what is retained of the tokens that one layer has seen, and their positions in the sequence.
 
-    keys, values   [batch, kv_heads, stored, head_dim]
-    seen           tokens fed so far, padding included
-    fresh          the newest of them, stored since something was last evicted: crop reaches as far
-    spare          slots in front that hold padding, by row; None: there are none
+    Attributes:
+        keys: [batch, kv_heads, stored, head_dim].
+        values: the same.
+        seen: tokens fed so far, padding included.
+        fresh: the newest of them, stored since something was last evicted: crop reaches as far.
+        spare: slots in front that hold padding, by row; None without padding.
     """
 
     is_sliding = False
@@ -133,7 +135,7 @@ class KnormLayer(DynamicLayer):
         return length if self.index in self.policy.skip_layers else self.policy.budget(length)
 
     def get_seq_length(self) -> int:
-        """Tokens seen, not tokens stored: positions continue from here."""
+        """Count the tokens seen, not the tokens stored: positions continue from here."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
@@ -193,11 +195,12 @@ def _to_remove(tokens: int, seen: int) -> int:
 
 
 class Memory(NamedTuple):
-    """What a cache costs, in bytes.
+    """Hold what a cache costs, in bytes.
 
-    stored      keys and values that are stored
-    positions   their positions, 8 bytes a token and head
-    full        keys and values of all tokens seen, which a cache without compression would store
+    Attributes:
+        stored: keys and values that are stored.
+        positions: their positions, 8 bytes a token and head.
+        full: keys and values of all tokens seen, which a cache without compression would store.
     """
 
     stored: int
@@ -228,17 +231,30 @@ def _caller() -> _Caller:
 
 
 class KnormCache(Cache):
-    """A transformers cache that compresses each layer after each call, as its policy says.
-
-        model.generate(**inputs, past_key_values=KnormCache(Policy(0.5, protocol="streaming", prune_after=512)))
+    """Compress each layer of a transformers cache after each call, as a policy says.
 
     The first call is the prompt: a prefill policy compresses after it and never again, a streaming policy after every
     call. Positions continue from the tokens seen. Calls may feed any number of tokens; batches may be selected,
     repeated and reordered (beam search). Padded batches, and skip_layers with several tokens a call or eager attention,
-    want `with knorm.attention(model):` around the call; without it they raise ValueError. So do, before anything is
-    written: a batch size, shape, dtype, device or model other than that of the tokens stored, a policy that skips
-    layers which the model does not have, protections larger than the budget, sliding windows once a sequence outgrows
-    them, and linear attention. After a call that broke off half-way the next raises RuntimeError: the layers disagree.
+    need `with knorm.attention(model):` around the call.
+
+    Args:
+        policy: when and what to evict.
+
+    Raises:
+        TypeError: a policy that is no Policy.
+        ValueError: from a call, before anything is written: padding or skip_layers outside `attention`; a batch size,
+            shape, dtype, device or model other than that of the tokens stored; skipped layers that the model does not
+            have; protections larger than the budget; linear attention; a sequence longer than a sliding window.
+        RuntimeError: from the call after one that broke off half-way: the layers disagree.
+
+    Example:
+        >>> model, tokenizer = load_embedded()
+        >>> cache = KnormCache(Policy(0.5))
+        >>> ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
+        >>> _ = model(input_ids=ids, **{knorm.cache_keyword(model): cache})
+        >>> cache.get_seq_length() > cache.positions(layer=0).shape[2]
+        True
     """
 
     layers: list[KnormLayer]  # type: ignore[assignment]
@@ -254,6 +270,7 @@ class KnormCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Append a layer's new keys and values; return what this call attends to, and compress what stays stored."""
         if layer_idx == 0:
             self._call = self._refuse_call(key_states.shape[2])
         elif layer_idx >= len(self.layers) and self.layers[0].seen > key_states.shape[2]:
@@ -337,9 +354,10 @@ class KnormCache(Cache):
             )
 
     def positions(self, layer: int) -> Tensor:
-        """Positions in the sequence of what the layer retains: int64 [batch, kv_heads, kept], ascending.
+        """Return the positions in the sequence of what the layer retains: int64 [batch, kv_heads, kept], ascending.
 
-        In a padded batch they count from each row's first token, and padding that fills a row up is -1.
+        In a padded batch they count from each row's first token, and padding that fills a row up is -1. Raises
+        IndexError for a layer that the cache does not hold.
         """
         if not 0 <= layer < len(self.layers):
             raise IndexError(f"layer={layer}, but the cache holds {len(self.layers)} layers so far")
@@ -349,7 +367,7 @@ class KnormCache(Cache):
         return positions
 
     def memory(self) -> Memory:
-        """What the cache costs, in bytes, beside what it would without compression."""
+        """Return what the cache costs, in bytes, beside what it would cost without compression."""
         stored = positions = full = 0
         for layer in self.layers:
             if layer.seen:
@@ -366,8 +384,8 @@ class KnormCache(Cache):
     def crop(self, tokens: int) -> None:
         """Take back the newest tokens: crop(-n) takes n, crop(n) leaves n of those seen, crop(0) does nothing.
 
-        Exact back to the last eviction. Raises ValueError beyond it, before anything is taken: what a compression
-        evicted is gone. For the same reason assisted decoding, which rewinds, is refused.
+        The result is exact back to the last eviction. Raises ValueError beyond it, before anything is taken: what a
+        compression evicted is gone. For the same reason assisted decoding, which rewinds, is refused.
         """
         if any(_to_remove(tokens, layer.seen) for layer in self.layers):
             copies = [copy.copy(layer) for layer in self.layers]

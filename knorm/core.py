@@ -28,10 +28,16 @@ _RANKED_BY_KERNELS = {"low_norm": False, "high_norm": True}  # score -> are the 
 
 
 class Compressed(NamedTuple):
-    """What a compression retains, in time order.
+    """Hold what a compression retains, in time order.
 
-    keys, values   [batch, kv_heads, kept, head_dim], dtype and device as given
-    positions      int64 [batch, kv_heads, kept]: index of each token in the original sequence
+    Attributes:
+        keys: [batch, kv_heads, kept, head_dim], dtype and device as given.
+        values: the same.
+        positions: int64 [batch, kv_heads, kept], the index of each token in the original sequence.
+
+    Example:
+        >>> compress(torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2), 0.5).positions.tolist()
+        [[[0, 1]]]
     """
 
     keys: Tensor
@@ -40,7 +46,7 @@ class Compressed(NamedTuple):
 
 
 def squared_norms(keys: Tensor, layer: int | None = None) -> Tensor:
-    """Squared L2 norm of each key: floating [..., length, head_dim] -> [..., length].
+    """Compute the squared L2 norm of each key: floating [..., length, head_dim] -> [..., length].
 
     Accumulates in float32; in float64 for float64 keys, and where float32 would underflow (norms down to 1e-154).
     Raises ValueError at the first key that is not finite or whose squared norm exceeds float32.
@@ -74,16 +80,13 @@ def _hash(seed: int, layer: int, positions: Tensor) -> Tensor:
 
 
 def token_scores(keys: Tensor, policy: Policy, positions: Tensor, layer: int | None = None) -> Tensor:
-    """A score per token, the lowest to be kept: keys [batch, kv_heads, length, head_dim] -> [batch, kv_heads, length].
-
-    Depends on each key and its position alone, so it does not change as the cache does.
-    """
+    """Score each token by its key and position alone, low ones to stay: [..., length, head_dim] -> [..., length]."""
     norms = squared_norms(keys, layer)
     return SCORES[policy.score](norms, positions, lambda: _hash(policy.seed, layer or 0, positions).expand_as(norms))
 
 
 def select(scores: Tensor, count: int, protect_first: int = 0, protect_recent: int = 0) -> Tensor:
-    """Indices of the `count` lowest scores, ascending: floating [..., length] -> int64 [..., count].
+    """Find the indices of the `count` lowest scores, ascending: floating [..., length] -> int64 [..., count].
 
     Protected tokens at either end come first; of equal scores, the earlier position is kept.
     """
@@ -156,14 +159,23 @@ def compress(
 ) -> Compressed:
     """Compress one layer's cache once; what is retained stays in time order.
 
-    keys, values   floating [batch, kv_heads, length, head_dim]; never written to
-    policy         a Policy, or a bare keep_ratio
-    positions      int64 [batch, kv_heads, length] from an earlier compression; by default 0 to length - 1
-    layer          index of the layer: for skip_layers, the random score and messages
+    Args:
+        keys: floating [batch, kv_heads, length, head_dim]; never written to.
+        values: the same, but for head_dim.
+        policy: a Policy, or a bare keep_ratio.
+        positions: int64 [batch, kv_heads, length] from an earlier compression; by default 0 to length - 1.
+        layer: index of the layer, which skip_layers, the random score and messages refer to.
 
-    Returns the input itself, its keys not looked at, where nothing is to be evicted; copies otherwise. Raises
-    ValueError for shapes that do not agree, empty caches, tensors without numbers (meta, sparse, nested), keys without
-    a norm or mapped by vmap, and protections larger than the budget; TypeError for a bad ratio, and for no tensor.
+    Returns:
+        The input itself, its keys not looked at, where nothing is to be evicted; copies otherwise.
+
+    Raises:
+        ValueError: shapes that disagree, no tokens, no numbers, no norm, vmap, or protections beyond the budget.
+        TypeError: a bad ratio, or no tensor.
+
+    Example:
+        >>> compress(torch.tensor([[[[3.0], [1.0], [2.0]]]]), torch.zeros(1, 1, 3, 1), 0.5).keys.flatten().tolist()
+        [1.0, 2.0]
     """
     policy = policy if isinstance(policy, Policy) else Policy(policy)
     layer = None if layer is None else whole("layer", layer)

@@ -20,6 +20,6 @@ def git(folder: Path, *arguments: str) -> str:
     except FileNotFoundError:
         raise ValueError("git is not installed, but knorm asks it which commit this is") from None
     except subprocess.CalledProcessError as error:
-        message = " ".join(error.stderr.split()) or "no such thing"
+        message = " ".join(error.stderr.split()) or "it does not exist"
         raise ValueError(f"git {arguments[0]} failed in {folder}: {message}") from None
     return done.stdout.strip()

@@ -166,7 +166,7 @@ if triton is not None:
         PASSES: tl.constexpr,
         COARSE: tl.constexpr,
     ):
-        """Of each row, the protected tokens and those of the lowest norms, in time order; FUSED: the norms too."""
+        """Gather each row's protected tokens and those of the lowest norms, in time order; FUSED: the norms too."""
         KEY_WIDTH: tl.constexpr = KEYS[1]
         KEY_UNIT: tl.constexpr = KEYS[3]
         VALUE_WIDTH: tl.constexpr = VALUES[0]
@@ -303,7 +303,7 @@ if triton is not None:
 
 
 def available(keys: Tensor, values: Tensor) -> bool:
-    """Whether these kernels are for this cache: on CUDA, 16 or 32 bits a number, without gradients, worth compiling."""
+    """Tell whether these kernels suit a cache: on CUDA, 16 or 32 bits a number, no gradients, worth compiling."""
     return (
         triton is not None
         and keys.is_cuda
@@ -461,7 +461,7 @@ def compress(
     *,
     highest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The `count` tokens of lowest key norm (highest: of highest) of each row, in time order; earlier ones win ties.
+    """Keep the `count` tokens of lowest key norm (highest: of highest) of each row, in time order; ties to the earlier.
 
     keys, values   float16, bfloat16 or float32 [batch, heads, length, head_dim] on CUDA, of any strides
     positions      int64 [batch, heads, length], or None: 0 to length - 1

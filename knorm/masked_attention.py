@@ -21,12 +21,26 @@ _TILE = 128  # FlexAttention's
 
 
 def attend_seen(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-    """Attention of T queries in which query t sees key s where s <= t < evicted[s]; None: nothing is ever evicted.
+    """Attend with T queries, of which query t sees key s where s <= t < evicted[s].
 
-    query [batch, heads, T, head_dim]; key, value [batch, kv_heads, T, head_dim]; evicted int64 [batch, kv_heads, T].
-    Returns [batch, heads, T, head_dim]. Queries go in blocks, each against the keys that some query of the block still
-    sees: no T x T mask, and the cost follows the compressed cache's length, not T. Long texts in half precision on CUDA
-    go through attend_compiled, which is faster there (docs/one-pass.md).
+    Queries go in blocks, each against the keys that some query of the block still sees: no T x T mask, and the cost
+    follows the compressed cache's length, not T. Long texts in half precision on CUDA go through attend_compiled, which
+    is faster there (docs/one-pass.md).
+
+    Args:
+        query: [batch, heads, T, head_dim].
+        key: [batch, kv_heads, T, head_dim].
+        value: [batch, kv_heads, T, head_dim].
+        evicted: a schedule, int64 [batch, kv_heads, T]; None: nothing is ever evicted.
+        scale: factor of the products; None: head_dim ** -0.5.
+
+    Returns:
+        [batch, heads, T, head_dim].
+
+    Example:
+        >>> x = torch.ones(1, 1, 3, 2)
+        >>> attend_seen(x, x, x, torch.tensor([[[1, 3, 3]]]), None).shape
+        torch.Size([1, 1, 3, 2])
     """
     (batch, heads, length, _), groups = query.shape, query.shape[1] // key.shape[1]
     sdpa = functional.scaled_dot_product_attention
@@ -89,7 +103,7 @@ def _compiled() -> Any:
 
 
 def attend_compiled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: float | None) -> Tensor:
-    """The same by FlexAttention: [batch, heads, T, head_dim] three times, evicted int64 [batch, heads, T].
+    """Attend as attend_seen, by FlexAttention: [batch, heads, T, head_dim] thrice, evicted int64 [batch, heads, T].
 
     Compiles at the first call for a shape and dtype, seconds each.
     """

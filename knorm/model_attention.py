@@ -43,7 +43,7 @@ class _Context(NamedTuple):
 
 @dataclass
 class Call:
-    """What one forward pass inside `attention(model)` knows of padding.
+    """Hold what one forward pass inside `attention(model)` knows of padding.
 
     leads   padding tokens at the left of each row; None: there are none
     total   tokens that the attention mask speaks of; None: there is no mask
@@ -210,20 +210,31 @@ def _open(
 
 @contextmanager
 def attention_through(model: PreTrainedModel, attention: Attention | None) -> Iterator[None]:
-    """Let the model attend through `attention` (None: PyTorch's SDPA); its own setting comes back whatever happens.
+    """Let the model attend through a function; the model's own setting comes back whatever happens.
 
     Only calls from the thread that is inside (more exactly, from its `contextvars` context) attend so. Other threads
     may use the model meanwhile, by its own implementation or inside a context of theirs.
+
+    Args:
+        model: a model of transformers.
+        attention: as transformers' attention functions; None: PyTorch's SDPA.
+
+    Yields:
+        None.
     """
     with _open(model, attention):
         yield
 
 
 def own_attention(module: nn.Module) -> Attention:
-    """Return what a module would attend by, were it in no context: PyTorch's SDPA or the model's eager attention.
+    """Return what a module would attend by outside all contexts: PyTorch's SDPA or the model's eager attention.
 
-    It is transformers' own function, whatever other packages have put over it in the registry; inside `observed` the
-    observer stands around it.
+    Args:
+        module: an attention module.
+
+    Returns:
+        Transformers' own function, whatever other packages have registered over it; inside `observed`, the
+        observer around it.
     """
     attention = _implementation(module, _own(module.config))  # type: ignore[arg-type]
     observers = [observe for configs, observe in _observers.get() if id(module.config) in configs]
@@ -320,15 +331,28 @@ def _attend_last(
 def attention(model: PreTrainedModel) -> Iterator[None]:
     """Give each layer of the model a mask of its own: for padded batches, and for skip_layers.
 
-        with knorm.attention(model):
-            model.generate(**batch, past_key_values=KnormCache(policy))
-
     The model's own attention, "sdpa" or "eager", runs under that mask, and is set again at the end. Inside, a
     KnormCache sees the padding: it goes first, is never attended to, and every row comes out as it would alone. Other
-    caches, and calls without one, work as before. Raises ValueError for other implementations, and inside for padding
-    that is not on the left, before anything is written to a cache.
+    caches, and calls without one, work as before. Only the thread that is inside attends so; other threads may use the
+    model, or other models, meanwhile.
 
-    Only the thread that is inside attends so; others may use the model, or other models, meanwhile.
+    Args:
+        model: one that attends by "sdpa" or "eager".
+
+    Yields:
+        None.
+
+    Raises:
+        ValueError: another implementation; inside, padding that is not on the left, before a cache is written to.
+
+    Example:
+        >>> model, _ = load_embedded()
+        >>> ids, mask = torch.tensor([[0, 0, 5, 6], [5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        >>> cache = KnormCache(Policy(0.5))
+        >>> with attention(model):
+        ...     _ = model(input_ids=ids, attention_mask=mask, **{cache_keyword(model): cache})
+        >>> cache.positions(layer=0)[0, 0].tolist()[0]
+        -1
     """
     own = _own(model.config)
     if own not in ("sdpa", "eager"):
@@ -340,5 +364,16 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
-    """What the model's forward calls its cache: "past_key_values", or "cache" in newer releases of transformers."""
+    """Name the keyword by which the model's forward takes its cache.
+
+    Args:
+        model: a model of transformers.
+
+    Returns:
+        "past_key_values", or "cache" in newer releases of transformers.
+
+    Example:
+        >>> cache_keyword(load_embedded()[0]) in ("cache", "past_key_values")
+        True
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

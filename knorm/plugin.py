@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    """How hard law tests try."""
+    """Say how hard law tests try."""
     return f"knorm: profile {config.getoption('knorm_profile')}, seed {config.getoption('knorm_seed')}"
 
 

@@ -29,14 +29,29 @@ SCORES: Mapping[Score, Callable[[Tensor, Tensor, Callable[[], Tensor]], Tensor]]
 @lru_cache(maxsize=256)
 def _fraction(written: str) -> Fraction:
     if len(written) > 100 or abs(int(written.lower().partition("e")[2] or 0)) > 400:
-        raise ValueError("no such precision is needed, and an exponent of millions takes seconds to expand")
+        raise ValueError("that many digits are not needed, and an exponent of millions takes seconds to expand")
     if "_" in written or not written.isascii():
         raise ValueError("Python would read 0.5_0 and digits of other scripts, which in a table are mistakes")
     return Fraction(written)
 
 
 def exact_ratio(keep_ratio: Ratio) -> Fraction:
-    """The ratio as an exact fraction: 0.55 is 11/20. Raises TypeError or ValueError outside (0, 1]."""
+    """Read a ratio as an exact fraction, a float being the decimal that it prints as.
+
+    Args:
+        keep_ratio: in (0, 1].
+
+    Returns:
+        The fraction.
+
+    Raises:
+        TypeError: a float of NumPy or torch, a bool, or no number.
+        ValueError: a ratio outside (0, 1].
+
+    Example:
+        >>> exact_ratio(0.55)
+        Fraction(11, 20)
+    """
     if type(keep_ratio) not in get_args(Ratio):  # not isinstance: numpy.float64 is a float, True an int
         kind = f"{type(keep_ratio).__module__}.{type(keep_ratio).__qualname__}"
         raise TypeError(
@@ -53,9 +68,22 @@ def exact_ratio(keep_ratio: Ratio) -> Fraction:
 
 
 def retained_count(length: int, keep_ratio: Ratio) -> int:
-    """How many of `length` tokens one compression retains: ceil(keep_ratio * length), exactly, at least 1.
+    """Count the tokens that one compression retains: ceil(keep_ratio * length), exactly, at least 1.
 
-    retained_count(100, 0.55) == 55, where binary floating point gives 56. Raises ValueError for length < 1.
+    Args:
+        length: tokens of the cache, at least 1.
+        keep_ratio: the share to retain, in (0, 1].
+
+    Returns:
+        The number of tokens.
+
+    Raises:
+        ValueError: a length below 1, or a ratio outside (0, 1].
+        TypeError: a ratio that is no float, int, str, Decimal or Fraction.
+
+    Example:
+        >>> retained_count(100, 0.55)  # binary floating point gives 56
+        55
     """
     length = operator.index(length)  # an int64 of NumPy would overflow below
     if length < 1:
@@ -65,7 +93,24 @@ def retained_count(length: int, keep_ratio: Ratio) -> int:
 
 
 def whole(name: str, value: object, least: int = 0) -> int:
-    """The value as an int. Raises TypeError or ValueError, with the name, for what is no integer from `least` up."""
+    """Read a value as an int.
+
+    Args:
+        name: what the value is, for messages.
+        value: the value.
+        least: the smallest that is allowed.
+
+    Returns:
+        The int.
+
+    Raises:
+        TypeError: the value is no integer.
+        ValueError: it is a bool, or below `least`.
+
+    Example:
+        >>> whole("prune_after", 8)
+        8
+    """
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -77,18 +122,25 @@ def whole(name: str, value: object, least: int = 0) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How to compress: the one object that configures core, cache, oracle, goldens and reports.
+    """Configure how a cache is compressed: one object for core, cache, oracle, goldens and reports.
 
-    keep_ratio       share of the present cache that one compression retains, in (0, 1]
-    prune_after      tokens; a layer's cache is compressed only once it holds at least this many
-    skip_layers      layers that are never compressed; stored as a sorted tuple
-    protect_first    tokens at the start of the sequence (attention sinks) that are never evicted
-    protect_recent   newest tokens that are never evicted
-    score            "low_norm" keeps the lowest key norms, "high_norm" the highest, "random" a seeded draw
-    protocol         "prefill" compresses once, after the prompt; "streaming" after every later token too
-    seed             of the random score; 0 for the others
+    Attributes:
+        keep_ratio: share of the present cache that one compression retains, in (0, 1].
+        prune_after: tokens; a layer's cache is compressed only once it holds at least this many.
+        skip_layers: layers that are never compressed; stored as a sorted tuple.
+        protect_first: tokens at the start of the sequence (attention sinks) that are never evicted.
+        protect_recent: newest tokens that are never evicted.
+        score: "low_norm" keeps the lowest key norms, "high_norm" the highest, "random" a seeded draw.
+        protocol: "prefill" compresses once, after the prompt; "streaming" after every later token too.
+        seed: seed of the random score; 0 for the other scores.
 
-    Raises TypeError or ValueError for anything that cannot work, with the value and what to give instead.
+    Raises:
+        TypeError: a value of the wrong type; the message says what to give instead.
+        ValueError: a value that cannot work, likewise.
+
+    Example:
+        >>> Policy(0.5, protocol="streaming", prune_after=512, skip_layers=[1, 0]).skip_layers
+        (0, 1)
     """
 
     keep_ratio: Ratio = 1.0
@@ -143,10 +195,20 @@ class Policy:
         return count
 
     def budget(self, length: int) -> int:
-        """How many tokens one compression leaves of a cache of `length` tokens.
+        """Count the tokens that one compression leaves.
 
-        All of them below prune_after, or where no more are there than are protected. Raises ValueError if the
-        protected tokens exceed what keep_ratio retains.
+        Args:
+            length: tokens of the cache.
+
+        Returns:
+            The number of tokens: all of them below prune_after, or where there are no more than are protected.
+
+        Raises:
+            ValueError: the protected tokens exceed what keep_ratio retains, or the length is negative.
+
+        Example:
+            >>> Policy(0.5, prune_after=8).budget(7), Policy(0.5, prune_after=8).budget(8)
+            (7, 4)
         """
         length = operator.index(length)
         if length < 0:
@@ -156,9 +218,14 @@ class Policy:
         return self._afford(length)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields as JSON holds them: keep_ratio a number, or "1/3" where no float is that fraction.
+        """Return the fields as JSON holds them: keep_ratio is a number, or "1/3" where no float is that fraction.
 
-        Policy(**fields) reads them back: Policy(**policy.as_json()) == policy.
+        Returns:
+            The fields; Policy(**fields) reads them back.
+
+        Example:
+            >>> Policy(**Policy("1/3").as_json()) == Policy("1/3")
+            True
         """
         ratio = self.keep_ratio if isinstance(self.keep_ratio, float) else str(self.keep_ratio)
         return asdict(self) | {"keep_ratio": ratio, "skip_layers": [*self.skip_layers]}

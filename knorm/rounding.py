@@ -16,7 +16,7 @@ _SCORES = 2**26  # of attention in float64 at most, where one head has fewer: ha
 
 
 def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-    """What attention.attend_seen computes, over slots in an order that has nothing to do with time."""
+    """Compute what attention.attend_seen does, over slots in an order that has nothing to do with time."""
     (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
     order = torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(query.device)
     lost = torch.full((1, 1, length), length, device=query.device) if evicted is None else evicted[..., order]
@@ -84,7 +84,7 @@ def _order_bound(query: Tensor, key: Tensor, scale: float | None) -> float:
 
 
 class Rounding(NamedTuple):
-    """What rounding does to a token's NLL, in nats: at most, and on average.
+    """Hold what rounding does to a token's NLL, in nats: at most, and on average.
 
     By default what it may do in float32. In half precision it is measured in the run itself, as the change from
     attention summed in the model's dtype to attention summed in float64 and rounded once. Its size depends on the
@@ -97,9 +97,9 @@ class Rounding(NamedTuple):
 
     @classmethod
     def measured(cls, change: Tensor) -> Rounding:
-        """The rounding that a change of tokens' NLLs [windows, tokens] shows, where nothing else can be its cause."""
+        """Measure rounding as a change of tokens' NLLs [windows, tokens] shows it, where it is the only cause."""
         return cls(max(ROUNDING, float(change.abs().max())), max(ROUNDING, float(change.abs().mean())))
 
     def covers(self, change: Tensor) -> bool:
-        """Whether a change of tokens' NLLs is no larger than this, in its largest token and on average."""
+        """Tell whether a change of tokens' NLLs is no larger than this, in its largest token and on average."""
         return float(change.abs().max()) <= self.largest and float(change.abs().mean()) <= self.typical

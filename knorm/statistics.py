@@ -25,7 +25,7 @@ Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much slower an arm is: times over the baseline's, 1.05 is 5% slower.
+    """Say how much slower an arm is: times over the baseline's, 1.05 is 5% slower.
 
     ratio            geometric mean over blocks
     low, high        its bounds, each at one-sided alpha: the wider of t and bootstrap
@@ -51,9 +51,19 @@ class Comparison:
 
 
 def effective_blocks(logs: Sequence[float]) -> float:
-    """What n blocks are worth: n (1 - r) / (1 + r), at least 2, r their correlation with the next where it is positive.
+    """Return what n blocks are worth: n (1 - r) / (1 + r), at least 2; r: correlation with the next, if positive.
 
     The variance of the mean of a first-order autoregressive series (Bartlett 1946), which drifting clocks resemble.
+
+    Args:
+        logs: log-ratios in the order in which they were measured.
+
+    Returns:
+        The number of independent blocks that are worth as much.
+
+    Example:
+        >>> effective_blocks([1, -1, 1, -1])
+        4.0
     """
     values = np.asarray(logs, dtype=np.float64)
     centred = values - values.mean()
@@ -65,15 +75,26 @@ def effective_blocks(logs: Sequence[float]) -> float:
 def compare(
     logs: Sequence[float], *, margin: float, alpha: float = ALPHA, golden: Sequence[float] | None = None
 ) -> Comparison:
-    """The verdict on log-ratios, one a block: logarithm of the arm's time over the baseline's.
+    """Judge log-ratios, one a block: logarithm of the arm's time over the baseline's.
 
-    margin   slowdown, as a share, that is no concern
-    golden   log-ratios of an accepted run: then the verdict is on how much the ratio rose since (Welch)
+    Args:
+        logs: the log-ratios, at least 8.
+        margin: slowdown, as a share, that is acceptable.
+        alpha: probability of a false FAIL, and of a false PASS.
+        golden: log-ratios of an accepted run: then the verdict is on how much the ratio rose since (Welch).
 
-    PASS where the upper bound lies below the margin, FAIL where the lower one lies above 0 and the margin is not
-    excluded, else INCONCLUSIVE. Raises ValueError for fewer than 8 blocks, or one that is not finite.
+    Returns:
+        The comparison. Its verdict is PASS where the upper bound lies below the margin, FAIL where the lower one lies
+        above 0 and the margin is not excluded, else INCONCLUSIVE.
+
+    Raises:
+        ValueError: fewer than 8 blocks, or one that is not finite.
+
+    Example:
+        >>> compare([0.2, 0.21] * 8, margin=0.05).verdict
+        'FAIL'
     """
-    samples = [np.asarray(each, dtype=np.float64) for each in (logs, golden) if each is not None]
+    samples = [np.asarray(part, dtype=np.float64) for part in (logs, golden) if part is not None]
     for values in samples:
         if len(values) < LEAST:
             raise ValueError(
@@ -108,11 +129,11 @@ def compare(
 def _bootstrap(samples: list[Any], mean: float, alpha: float, widen: float) -> tuple[float, float]:
     """Percentile bounds of the mean (of the difference of means); widened as correlated blocks ask for."""
 
-    def statistic(*each: Any, axis: int = -1) -> Any:
-        means = [values.mean(axis) for values in each]
+    def statistic(*parts: Any, axis: int = -1) -> Any:
+        means = [values.mean(axis) for values in parts]
         return means[0] - means[1] if means[1:] else means[0]
 
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         samples,
         statistic,
         confidence_level=1 - 2 * alpha,
@@ -122,26 +143,46 @@ def _bootstrap(samples: list[Any], mean: float, alpha: float, widen: float) -> t
         batch=1000,
         random_state=np.random.default_rng(0),
     ).confidence_interval
-    return mean - widen * (mean - float(found.low)), mean + widen * (float(found.high) - mean)
+    return mean - widen * (mean - float(result.low)), mean + widen * (float(result.high) - mean)
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
-    """FAIL if any is, else INCONCLUSIVE if any is, else PASS."""
-    found = set(verdicts)
-    return "FAIL" if "FAIL" in found else "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
+    """Join verdicts: FAIL if there is one, else INCONCLUSIVE if there is one, else PASS.
+
+    Args:
+        verdicts: any number.
+
+    Returns:
+        The verdict.
+
+    Example:
+        >>> overall(["PASS", "INCONCLUSIVE"])
+        'INCONCLUSIVE'
+    """
+    kinds = set(verdicts)
+    return "FAIL" if "FAIL" in kinds else "INCONCLUSIVE" if "INCONCLUSIVE" in kinds else "PASS"
 
 
 def check_share(name: str, value: float) -> float:
-    """A margin as a share. Raises ValueError outside (0, 10)."""
+    """Read a margin as a share. Raises ValueError outside (0, 10)."""
     if not 0 < value < 10:
         raise ValueError(f"{name} {100 * value:g}, but should be a slowdown in per cent above 0, e.g. {name} 5")
     return value
 
 
 def interval(numbers: Any, level: float = 0.95) -> tuple[float | None, float | None]:
-    """Student's interval of the mean of numbers [windows]: low, high; None, None for one window.
+    """Compute Student's interval of the mean of numbers, one for each window: tokens of a window are not independent.
 
-    Tokens of a window are not independent, so a window gives one number.
+    Args:
+        numbers: [windows].
+        level: of the interval.
+
+    Returns:
+        Its lower and its upper end; None, None for one window.
+
+    Example:
+        >>> interval([1.0])
+        (None, None)
     """
     values = np.asarray(numbers, dtype=np.float64)
     if len(values) < 2:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Strict(BaseModel):
-    """A frozen object of exactly its fields, each exactly of its type; numbers finite."""
+    """Hold exactly its fields, each exactly of its type; frozen, and its numbers finite."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -22,7 +22,7 @@ def no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def first_error(error: ValidationError) -> str:
-    """What is wrong first, in one line: the field, and what it should be."""
+    """Say what is wrong first, in one line: the field, and what it should be."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "the whole"
     return f"field {where}: {first['msg'].removeprefix('Value error, ').lower()}"

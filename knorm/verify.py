@@ -32,7 +32,7 @@ CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of the main job: a claim, whether it holds, and the evidence; compared=False: there was no golden."""
+    """Hold one line of the main job: a claim, whether it holds, the evidence; compared=False: there was no golden."""
 
     claim: str
     holds: bool
@@ -53,16 +53,16 @@ def judge(claim: str, measure: Callable[[], Verdict | str], *, one_thread: bool 
     if one_thread:
         torch.set_num_threads(1)
     try:
-        found = measure()
+        verdict = measure()
     except Refuted as refuted:
-        found = Verdict(claim, False, str(refuted), 0.0)
+        verdict = Verdict(claim, False, str(refuted), 0.0)
     except Exception as error:
-        found = Verdict(claim, False, f"raised {in_words(error)}", 0.0)
+        verdict = Verdict(claim, False, f"raised {in_words(error)}", 0.0)
     finally:
         torch.set_num_threads(threads)
-    if isinstance(found, str):
-        found = Verdict(claim, True, found, 0.0)
-    return replace(found, seconds=time.perf_counter() - begin)
+    if isinstance(verdict, str):
+        verdict = Verdict(claim, True, verdict, 0.0)
+    return replace(verdict, seconds=time.perf_counter() - begin)
 
 
 def judge_each(claim: str, verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
@@ -77,14 +77,19 @@ def judge_each(claim: str, verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
 def verify(*, windows: int = 8, length: int = 512, prune_after: int = 128, goldens: bool = True) -> Iterator[Verdict]:
     """Check the laws of core and cache; one pass, the loop and generate() against an oracle; curves; the goldens.
 
-    Works offline, on the embedded model and texts. Raises ValueError where they are damaged; whatever knorm raises on
-    them is a verdict.
+    Works offline, on the embedded model and texts; whatever knorm raises on them is a verdict.
 
     Args:
         windows: of each text, for its perplexity curve.
         length: tokens of each window.
         prune_after: tokens that the cache holds when it is compressed for the curves.
-        goldens: whether to compare with the goldens too.
+        goldens: True to compare with the goldens too.
+
+    Yields:
+        A verdict for each claim.
+
+    Raises:
+        ValueError: the embedded model or a text is damaged.
     """
     model, tokenizer = load_embedded()
     texts = {name: load_text(name) for name in EMBEDDED_TEXTS}
@@ -150,8 +155,8 @@ def _one_pass(model: PreTrainedModel, ids: Tensor) -> Iterator[Verdict]:
     def shuffled() -> tuple[float, float]:
         ordered = exact_run(model, ids, streaming)
         lost = ordered.evicted_at  # in both: a near-tie that falls differently is no effect of order
-        other = exact_run(model, ids, streaming, schedule=lambda layer, _: lost[layer], attend=attend_shuffled)
-        return float((other.nll - ordered.nll).abs().max()), EQUAL
+        second = exact_run(model, ids, streaming, schedule=lambda layer, _: lost[layer], attend=attend_shuffled)
+        return float((second.nll - ordered.nll).abs().max()), EQUAL
 
     for claim, measure in (
         ("Ratio 1 equals the uncompressed model.", plain),

@@ -179,8 +179,8 @@ def _check_safetensors(file: Path) -> None:
     file_size(file)
     with file.open("rb") as stream:
         start = stream.read(9)
-    other = next((name for mark, name in _FORMATS.items() if start.startswith(mark)), None)
-    if other and start[8:] != b"{":  # safetensors: the length of the header in 8 bytes, then the header, an object
-        raise ValueError(f"{file.name} is {other}, but should be safetensors, the only format of weights that is read")
+    known = next((name for mark, name in _FORMATS.items() if start.startswith(mark)), None)
+    if known and start[8:] != b"{":  # safetensors: the length of the header in 8 bytes, then the header, an object
+        raise ValueError(f"{file.name} is {known}, but should be safetensors, the only format of weights that is read")
     with safe_open(file, "pt"):
         pass

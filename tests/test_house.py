@@ -28,8 +28,9 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "outputs figures options tables setting compared verify check ppl explain bench golden",
+    "cli": "outputs figures options tables timings setting compared verify check ppl explain bench golden",
 }
+TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
 
 
@@ -102,6 +103,12 @@ def test_every_module_has_its_place_in_the_house():
     assert placed | {""} == MODULES
 
 
+def test_the_tests_mirror_the_packages():
+    packages = {name for name in ORDER[""].split() if (PACKAGE / name).is_dir()}
+    needing = {"gpu", "presses"}  # what not every machine has
+    assert {file.parent.name for file in TESTS.glob("*/**/test_*.py")} == packages | needing
+
+
 @pytest.mark.parametrize("source", [source for source in SOURCES if not source.endswith("__init__.py")])
 def test_a_module_imports_only_earlier_ones(source):
     names = [*imported(ast.walk(tree(source)))]
@@ -165,6 +172,28 @@ def test_the_core_stays_under_200_lines():
     assert len((PACKAGE / "core.py").read_text().splitlines()) < 200
 
 
+LONG = ("kernels.py", "perplexity.py")  # one idea each
+
+
+def functions_over(most, top):
+    """The functions of a syntax tree with more lines than that, nested ones and methods too."""
+    functions = [node for node in ast.walk(top) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [node.name for node in functions if node.end_lineno - node.lineno + 1 > most]
+
+
+def test_a_long_function_is_noticed_wherever_it_stands():
+    long = "\n".join(f"            {n}" for n in range(60))
+    source = f"class A:\n    def short(self):\n        async def long():\n{long}\n        return long\n"
+    assert functions_over(60, ast.parse(source)) == ["short", "long"]
+    assert functions_over(63, ast.parse(source)) == []
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if source not in LONG])
+def test_a_module_has_400_lines_and_a_function_60_at_most(source):
+    assert len((PACKAGE / source).read_text(encoding="utf-8").splitlines()) <= 400
+    assert not functions_over(60, tree(source))
+
+
 def test_everything_public_says_what_it_does():
     bare = []
     for source in SOURCES:
@@ -173,6 +202,42 @@ def test_everything_public_says_what_it_does():
         public = [node for node in top.body if isinstance(node, definitions) and not node.name.startswith("_")]
         bare += [f"{source}: {getattr(node, 'name', '')}" for node in (top, *public) if not ast.get_docstring(node)]
     assert not bare
+
+
+OPENERS = (
+    "Of",
+    "Whether",
+    "The",
+    "A",
+    "An",
+    "What",
+    "How",
+    "Where",
+    "Why",
+)  # of a phrase, not of a sentence with a verb
+
+
+def unwritten(top):
+    """What has a phrase for a docstring: a public name's first line, or any line that begins with "Of" or "Whether"."""
+    for node in ast.walk(top):
+        said = (
+            ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else ""
+        )
+        if said and not node.name.startswith("check_"):  # a law is a claim
+            phrase = said.split(maxsplit=1)[0] in OPENERS and not node.name.startswith("_")
+            if phrase or any(line.strip().startswith(("Of ", "Whether ")) for line in said.splitlines()):
+                yield node.name
+
+
+def test_a_phrase_in_place_of_a_sentence_is_noticed():
+    source = 'def a():\n    """The count."""\ndef b():\n    """Count.\n\n    Of all."""\ndef c():\n    """Count."""'
+    assert [*unwritten(ast.parse(source))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_docstrings_begin_with_a_sentence(source):
+    questions = {Path(source).stem} if source.startswith("cli/") else set()  # what a command answers
+    assert not {*unwritten(tree(source))} - questions
 
 
 def test_public_names_resolve_and_are_those_that_type_checkers_see():

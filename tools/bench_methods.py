@@ -2,6 +2,7 @@
 
 quality   an fp8 cache on the embedded model, read back in three ways: perplexity alone misleads
 speed     two calls and their metrics, against two plain forward passes
+long      a text of 32,768 tokens on a GPU, random weights of Pythia-70M's shape: seconds and memory
 presses   every press of kvpress that is installed: the way, the check, KL beside the control's, seconds
 """
 
@@ -17,12 +18,12 @@ import torch
 import transformers
 
 from knorm.evaluation.ways import Evaluation, Ways
-from knorm.evaluation.windows import cut_windows
+from knorm.evaluation.windows import Windows, cut_windows
 from knorm.methods.budget import NeedsBudget
 from knorm.methods.door import method
 from knorm.methods.method import Method, MethodError
 from knorm.methods.targets import expanded
-from knorm.models import hush, load_model, load_text
+from knorm.models import hush, load_model, load_text, random_gpt_neox
 
 
 def where(part: str) -> str:
@@ -111,6 +112,31 @@ def speed() -> None:
     print()
 
 
+def long() -> None:
+    print("## A long text on a GPU\n")
+    print(f"`python tools/bench_methods.py long`: {torch.cuda.get_device_name()}, torch {torch.__version__}, bf16.\n")
+    model = random_gpt_neox(32768).to("cuda", torch.bfloat16)
+    ids = torch.randint(0, 50304, (1, 32768), generator=torch.Generator().manual_seed(0))
+    cache = 2 * 6 * 32768 * 512 * 2
+    print("| run | s | peak beyond model and cache, GiB |\n| --- | --- | --- |")
+    chosen = method(newest, keep_ratio=0.5)
+    for name, call in (
+        ("the plain pass", lambda ways: ways.full()),
+        ("two calls, a prompt of 16,384, all metrics", lambda ways: ways.evaluate(chosen, "two calls")),
+    ):
+        for _ in range(2):  # the first call warms up
+            ways = Ways(model, Windows(ids), 16384)
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before, begin = torch.cuda.memory_allocated(), time.perf_counter()
+            call(ways)
+            torch.cuda.synchronize()
+            spent = time.perf_counter() - begin
+            extra = torch.cuda.max_memory_allocated() - before - cache
+        print(f"| {name} | {spent:.2f} | {max(extra, 0) / 2**30:.2f} |")
+    print()
+
+
 def presses() -> None:
     print("## Every press of kvpress\n\n" + where("presses"))
     print("embedded-llama, 2 windows of 512 tokens of the narrative, a prompt of 256; half of the cache where a press")
@@ -146,7 +172,7 @@ def row(name: str, found: Evaluation) -> None:
 def main() -> None:
     hush()
     for part in sys.argv[1:] or ["quality", "speed", "presses"]:
-        {"quality": quality, "speed": speed, "presses": presses}[part]()
+        {"quality": quality, "speed": speed, "long": long, "presses": presses}[part]()
 
 
 if __name__ == "__main__":

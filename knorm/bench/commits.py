@@ -30,7 +30,7 @@ _PATIENCE = 10.0  # seconds for a worker to end by itself
 
 
 def find_checkout() -> Path:
-    """The git checkout that knorm runs from, else the one of the current folder. Raises ValueError where neither is."""
+    """Find the git checkout that knorm runs from, else that of the current folder. Raises ValueError without one."""
     for folder in (PACKAGE.parent, Path.cwd()):
         with suppress(OSError, ValueError):
             top = Path(git(folder, "rev-parse", "--show-toplevel"))
@@ -43,17 +43,17 @@ def find_checkout() -> Path:
 
 
 def resolve(root: Path, ref: str) -> str:
-    """The commit that REF names: 40 digits. Raises ValueError where there is none."""
+    """Resolve REF to the 40 digits of a commit. Raises ValueError where it names none."""
     try:
         return git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     except ValueError:
         raise ValueError(
-            f"--against {ref}, but {root} has no such commit, branch or tag: git fetch it, or see git log"
+            f"--against {ref}, but {root} has no commit, branch or tag of that name: git fetch it, or see git log"
         ) from None
 
 
 def changed_files(root: Path) -> int:
-    """How many files of the package differ from the last commit."""
+    """Count the files of the package that differ from the last commit."""
     return len(git(root, "status", "--porcelain", "--", "knorm").splitlines())
 
 
@@ -73,7 +73,7 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def worktree(root: Path, commit: str) -> Iterator[Path]:
-    """A commit's files in a temporary folder, which is gone afterwards whatever happens, but for SIGKILL."""
+    """Check a commit out into a temporary folder, which is removed at the end, whatever happens (but for SIGKILL)."""
     with _terminable(), tempfile.TemporaryDirectory(prefix="knorm-against-") as temporary:
         folder = Path(temporary) / "tree"
         try:
@@ -93,7 +93,7 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Setup:
-    """What both commits are to do, as their processes are told.
+    """Hold what both commits are to do, as their processes receive it.
 
     model      a folder
     prompts    ids [batch][tokens] and new_tokens each
@@ -109,12 +109,12 @@ class Setup:
 
     @property
     def new_tokens(self) -> list[int]:
-        """Of each prompt."""
+        """Return how many tokens each prompt is followed by."""
         return [prompt["new_tokens"] for prompt in self.prompts]
 
 
 class Worker:
-    """A process of one commit; `name` is what messages call it."""
+    """Run a process of one commit; `name` is what messages call it."""
 
     def __init__(self, tree: Path, setup: Setup, name: str) -> None:
         self.name = name
@@ -203,7 +203,7 @@ class _Distant:
 
 @dataclass
 class Found:
-    """What rounds gave, by policy in the order of Setup.
+    """Hold what the rounds gave, by policy in the order of Setup.
 
     logs       metric -> a log-ratio a round, of the new commit over the old
     old, new   counters
@@ -225,12 +225,12 @@ def against(
     blocks: int,
     on_block: Callable[[], None] = lambda: None,
 ) -> Found:
-    """The old tree's knorm and the new one's in `rounds` fresh pairs of processes, `blocks` blocks a policy in each.
+    """Time the old tree's knorm and the new one's in `rounds` fresh pairs of processes, `blocks` blocks a policy each.
 
     A block of each policy is run first and discarded. Raises ValueError, with the name, for a commit that does not
     import, or whose process dies.
     """
-    found = Found()
+    outcome = Found()
     pairs: list[list[list[Sample]]] = [[] for _ in setup.policies]
     longest = max(range(len(setup.prompts)), key=lambda index: len(setup.prompts[index]["ids"][0]))
     for number in range(rounds):
@@ -239,13 +239,13 @@ def against(
             for place in (number % 2, 1 - number % 2):  # who is started first takes turns too
                 pair.append((place, Worker(trees[place], setup, names[place])))
                 stack.callback(pair[-1][1].end)
-            old, new = (worker for _, worker in sorted(pair, key=lambda each: each[0]))
+            old, new = (worker for _, worker in sorted(pair, key=lambda placed: placed[0]))
             for worker in (old, new):
                 worker.wait_until_ready()
             for policy in range(len(setup.policies)):
                 if number == 0:
-                    found.old.append(_counters(old.ask("count", policy, longest)))
-                    found.new.append(_counters(new.ask("count", policy, longest)))
+                    outcome.old.append(_counters(old.ask("count", policy, longest)))
+                    outcome.new.append(_counters(new.ask("count", policy, longest)))
                 arms = _Distant(old, policy), _Distant(new, policy)
                 run_block(arms, setup.new_tokens)
                 for block in range(blocks):
@@ -253,10 +253,12 @@ def against(
                     on_block()
     for samples in pairs:
         calm, interrupted = without_interruptions(samples)
-        found.interrupted += interrupted
-        each = [calm[start : start + blocks] for start in range(0, rounds * blocks, blocks)]
-        found.logs.append({m: [statistics.fmean(log_ratio(b, a, m) for a, b in one) for one in each] for m in METRICS})
-    return found
+        outcome.interrupted += interrupted
+        parts = [calm[start : start + blocks] for start in range(0, rounds * blocks, blocks)]
+        outcome.logs.append(
+            {m: [statistics.fmean(log_ratio(b, a, m) for a, b in part) for part in parts] for m in METRICS}
+        )
+    return outcome
 
 
 def _counters(fields: Mapping[str, Any]) -> Counters:
@@ -264,7 +266,7 @@ def _counters(fields: Mapping[str, Any]) -> Counters:
 
 
 def describe(root: Path, changed: int) -> str:
-    """The new side in words: its commit, and whether files were changed since."""
+    """Describe the new side in words: its commit, and whether files were changed since."""
     commit = git(root, "rev-parse", "--short=12", "HEAD")
     files = "1 file" if changed == 1 else f"{changed} files"
     return f"the current tree ({commit}{f' and changes in {files}' if changed else ''})"

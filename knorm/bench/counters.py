@@ -22,7 +22,7 @@ COUNTED = 32  # decode steps: a streaming policy does not compress in each
 
 @dataclass(frozen=True)
 class Counters:
-    """What a generation does, in whole numbers; the same on every run of the same code and versions.
+    """Count what a generation does, in whole numbers; they are equal in every run of the same code and versions.
 
     retained           tokens per layer at the end
     cache_bytes        of keys and values at the end
@@ -53,9 +53,9 @@ def _count(work: Callable[[], Any], cuda: bool) -> tuple[int, int | None]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Profiler clears events")  # torch 2.11: said of every profile
-        with profile(activities=activities) as found:
+        with profile(activities=activities) as profiled:
             work()
-    raw: Any = found.profiler  # its own events(), which builds a tree of objects, takes a hundred times as long
+    raw: Any = profiled.profiler  # its own events(), which builds a tree of objects, takes a hundred times as long
     events = raw.kineto_results.events()
     launches = sum("LaunchKernel" in event.name() for event in events)  # the runtime's and the driver's
     return _outermost(event for event in events if event.name().startswith("aten::")), launches if cuda else None
@@ -72,7 +72,7 @@ def _outermost(events: Iterable[Any]) -> int:
 
 
 def risen(now: Counters, before: Counters) -> list[str]:
-    """In words: tokens or bytes that differ, operators or launches that rose. Of the same versions of PyTorch only."""
+    """Say what differs (tokens or bytes) or rose (operators or launches); the versions of PyTorch must be equal."""
     said = []
     if now.retained != before.retained:
         said.append(f"tokens retained per layer were {[*before.retained]}, are {[*now.retained]}")

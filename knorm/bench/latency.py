@@ -35,7 +35,7 @@ METRICS = ("ttft", "tpot", "throughput")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is generated from: int64 [batch, tokens] on the model's device, and how many tokens are new."""
+    """Hold what is generated from: int64 [batch, tokens] on the model's device, and how many tokens are new."""
 
     ids: Tensor
     new_tokens: int
@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Stored:
-    """What an arm's cache holds after a generation alone.
+    """Hold what an arm's cache stores after a generation that ran alone.
 
     retained   tokens per layer
     nbytes     of keys and values
@@ -56,7 +56,7 @@ class Stored:
 
 
 class Turns(Protocol):
-    """What a block needs of an arm, here or in another process."""
+    """Define what a block needs of an arm, here or in another process."""
 
     def prompt(self, index: int) -> float:
         """Start a generation from a prompt, with an empty cache: seconds until the first token is there."""
@@ -117,7 +117,7 @@ class Arm:
         return event
 
     def alone(self, index: int) -> Stored:
-        """One generation without the others: what the cache holds in the end, and on CUDA the peak of memory."""
+        """Run one generation without the others; returns what the cache holds in the end, and on CUDA peak memory."""
         self.cache, device = None, self.model.device
         before = 0
         if self.cuda:
@@ -130,7 +130,7 @@ class Arm:
         return self.stored(torch.cuda.max_memory_allocated(device) - before if self.cuda else None)
 
     def stored(self, peak: int | None = None) -> Stored:
-        """What the cache holds after the last generation."""
+        """Return what the cache holds after the last generation."""
         layers = [(layer.keys, layer.values) for layer in self.cache.layers]
         nbytes = sum(x.nbytes for both in layers for x in both)
         return Stored(tuple(keys.shape[2] for keys, _ in layers), nbytes, peak)
@@ -141,7 +141,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Sample:
-    """One arm in one block: for each prompt the seconds of each prompt pass, and of each decode step."""
+    """Hold one arm's times in one block: for each prompt, seconds of each prompt pass and of each decode step."""
 
     first: tuple[tuple[float, ...], ...]
     steps: tuple[tuple[float, ...], ...]
@@ -151,7 +151,7 @@ class Sample:
 
         The mean counts the steps that compress; the median over steps would not see them.
         """
-        first = [statistics.median(each) for each in self.first]
+        first = [statistics.median(passes) for passes in self.first]
         if metric == "ttft":
             return first
         if metric == "tpot":
@@ -160,7 +160,7 @@ class Sample:
 
 
 def run_block(arms: Sequence[Turns], new_tokens: Sequence[int], flip: bool = False) -> list[Sample]:
-    """One generation of each arm from each prompt, in turns; a Sample per arm.
+    """Run one generation of each arm from each prompt, in turns; returns a Sample for each arm.
 
     flip   start with the last arm, as every other block does
     """
@@ -188,18 +188,18 @@ def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[lis
     Usual is the median over blocks of the same arm, prompt and step: which steps compress is the same in every block,
     so those that do keep their full length. What else runs on the machine stops any step, of any arm.
     """
-    count, found = 0, [list(block) for block in samples]
+    count, calm = 0, [list(block) for block in samples]
     for arm in range(len(samples[0])):
         for name in ("first", "steps"):
             for prompt in range(len(samples[0][0].first)):
                 times = torch.tensor([getattr(block[arm], name)[prompt] for block in samples], dtype=torch.float64)
                 most = INTERRUPTED * times.quantile(0.5, dim=0)
                 count += int((times > most).sum())
-                for block, row in zip(found, times.minimum(most).tolist(), strict=True):
+                for block, row in zip(calm, times.minimum(most).tolist(), strict=True):
                     values = list(getattr(block[arm], name))
                     values[prompt] = tuple(row)
                     block[arm] = replace(block[arm], **{name: tuple(values)})
-    return found, count
+    return calm, count
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def _no_collection() -> Iterator[None]:
 def log_ratio(sample: Sample, baseline: Sample, metric: str) -> float:
     """Logarithm of how much longer the arm took in this block, mean over prompts."""
     both = zip(sample.seconds(metric), baseline.seconds(metric), strict=True)
-    return statistics.fmean(math.log(mine / other) for mine, other in both)
+    return statistics.fmean(math.log(mine / theirs) for mine, theirs in both)
 
 
 def measure(
@@ -250,21 +250,21 @@ def measure(
             "fewer policies, or shorter prompts"
         )
     count = max(least, int(seconds / spent)) if blocks is None else blocks
-    found = []
+    samples = []
     for number in range(count):
-        found.append(run_block(arms, new_tokens, flip=bool(number % 2)))
+        samples.append(run_block(arms, new_tokens, flip=bool(number % 2)))
         on_block()
-    return found
+    return samples
 
 
 def attending(model: Any) -> Any:
-    """A context in which the model attends through PyTorch's SDPA, as every arm does."""
+    """Open a context in which the model attends through PyTorch's SDPA, as every arm does."""
     return attention_through(model, None)
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one arm took: each the median over blocks, then the mean over prompts.
+    """Hold what one arm took: each is the median over blocks, then the mean over prompts.
 
     ttft         seconds to the first token
     tpot         seconds of a decode step, mean over steps; tpot_median, tpot_p99: over all steps of all blocks
@@ -279,7 +279,7 @@ class Times:
 
 
 def summarise(samples: Sequence[Sample], prompts: Sequence[tuple[int, int]]) -> Times:
-    """Of one arm's samples, one a block; prompts: (batch, new tokens) of each."""
+    """Summarise one arm's samples, one a block; prompts: (batch, new tokens) of each."""
     medians = {m: [statistics.median(column) for column in zip(*(s.seconds(m) for s in samples), strict=True)]
                for m in METRICS}  # fmt: skip
     pooled = [torch.tensor([step for s in samples for step in s.steps[i]]).double() for i in range(len(prompts))]
@@ -313,9 +313,9 @@ def _others(index: int) -> str:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     which = visible[index].strip() if index < len(visible) else str(index)
     mine = torch.cuda.is_initialized()  # in a container our own process has another number: so they are counted
-    found = _ask(which, "--query-compute-apps=pid")
-    if found is not None and len(found) > mine:
-        others = len(found) - mine
+    processes = _ask(which, "--query-compute-apps=pid")
+    if processes is not None and len(processes) > mine:
+        others = len(processes) - mine
         return "another process" if others == 1 else f"{others} other processes"
     busy = None if mine else _ask(which, "--query-gpu=utilization.gpu")  # after our own work it would be ours
     if busy and busy[0].isdigit() and int(busy[0]) > 5:
@@ -361,7 +361,7 @@ def check_fits(model: Any, prompts: Mapping[str, Prompt]) -> None:
 
 
 def _cache_bytes(model: Any, prompt: Prompt) -> int:
-    """Of keys and values in the end; 0 where the configuration does not tell by the usual names."""
+    """Compute the bytes of keys and values at the end; 0 where the configuration lacks the usual names."""
     config, (batch, length) = model.config.get_text_config(), prompt.ids.shape
     layers, heads, hidden = (
         getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")

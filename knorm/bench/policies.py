@@ -32,7 +32,7 @@ GATED = ("ttft", "tpot")  # throughput says the same as both together
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. policy: None for the uncompressed cache, which has no comparisons; logs: a log-ratio a block."""
+    """Hold one arm; policy: None for the uncompressed cache, which has no comparisons; logs: a log-ratio a block."""
 
     name: str
     policy: Policy | None
@@ -50,7 +50,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """What a run gave: an arm each, the uncompressed one first; how long it measured, warm-up included.
+    """Hold what a run gave: its arms, the uncompressed one first; how long it measured, warm-up included.
 
     samples       [block][arm], as measured
     interrupted   steps that took over 1.5 times their usual time, and count as that (latency.without_interruptions)
@@ -64,12 +64,12 @@ class Bench:
 
     @property
     def verdict(self) -> Verdict:
-        """Of all policies."""
+        """Join the verdicts of all policies."""
         return overall(row.verdict for row in self.rows if row.verdict)
 
 
 def name_of(policy: Policy | None) -> str:
-    """What a table calls an arm."""
+    """Name an arm as tables do."""
     return "uncompressed" if policy is None else str(policy.keep_ratio)
 
 
@@ -100,7 +100,7 @@ def make_prompts(
     if batch < 1 or min(lengths) < 1:
         raise ValueError(f"--batch {batch} and prompts of {[*lengths]}, but both should be at least 1")
     new = new_tokens if len(new_tokens) > 1 else [*new_tokens] * len(lengths)
-    found = {}
+    prompts = {}
     unit = "characters" if characters else "tokens"
     for name, length, tokens in zip(cycle(texts), lengths, new, strict=False):
         text = load_text(name)
@@ -109,10 +109,10 @@ def make_prompts(
         ids = ids if characters else ids[:, :length]
         if (len(text) if characters else ids.shape[1]) < length:
             raise ValueError(f"{name} has no {length} {unit}: give a shorter prompt or another --text")
-        found[f"{name}, {length} {unit}"] = Prompt(ids.expand(batch, -1).to(device), tokens)
-    if len(found) < len(lengths):
+        prompts[f"{name}, {length} {unit}"] = Prompt(ids.expand(batch, -1).to(device), tokens)
+    if len(prompts) < len(lengths):
         raise ValueError(f"prompts of {[*lengths]} {unit}: two are the same, but each should be another")
-    return found
+    return prompts
 
 
 def bench(
@@ -144,24 +144,24 @@ def bench(
         spent = time.perf_counter() - begin
         held = longest == len(new) - 1 and not arms[0].cuda  # the peak on CUDA is of a generation alone
         stored = [arm.stored() if held else arm.alone(longest) for arm in arms]
-        counters = [count(arm, longest, found) for arm, found in zip(arms, stored, strict=True)]
+        counters = [count(arm, longest, state) for arm, state in zip(arms, stored, strict=True)]
     samples, interrupted = without_interruptions(raw)
     shapes = [(prompt.ids.shape[0], prompt.new_tokens) for prompt in all_prompts]
-    each = alpha / (len(GATED) * max(1, len(arms) - 1))
+    alpha_each = alpha / (len(GATED) * max(1, len(arms) - 1))
     rows = []
     for index, arm in enumerate(arms):
         logs: dict[str, tuple[float, ...]] = {}
         if index:
             logs = {m: tuple(log_ratio(block[index], block[0], m) for block in samples) for m in METRICS}
-        verdicts = {metric: compare(values, margin=margin, alpha=each) for metric, values in logs.items()}
+        verdicts = {metric: compare(values, margin=margin, alpha=alpha_each) for metric, values in logs.items()}
         times = summarise([block[index] for block in samples], shapes)
         rows.append(Row(name_of(arm.policy), arm.policy, times, counters[index], stored[index].peak, logs, verdicts))
     return Bench(tuple(rows), tuple(map(tuple, raw)), interrupted, WARM_UP, spent)
 
 
 def as_fields(row: Row) -> dict[str, Any]:
-    """A row as JSON has it: each metric with its ratio to the baseline and the smallest slowdown it could see."""
-    times, compared = row.times, {metric: asdict(found) for metric, found in row.comparisons.items()}
+    """Return a row as JSON has it: each metric with its ratio to the baseline and the slowdown it could see."""
+    times, compared = row.times, {metric: asdict(comparison) for metric, comparison in row.comparisons.items()}
     return {
         "arm": row.name,
         "policy": None if row.policy is None else row.policy.as_json(),
@@ -173,7 +173,7 @@ def as_fields(row: Row) -> dict[str, Any]:
             **compared.get("tpot", {}),
         },
         "throughput": {"tokens_per_second": times.throughput, **compared.get("throughput", {})},
-        "mde": {metric: found["mde"] for metric, found in compared.items()} or None,
+        "mde": {metric: comparison["mde"] for metric, comparison in compared.items()} or None,
         "verdict": row.verdict,
         "peak_memory": row.peak,
         "counters": asdict(row.counters),

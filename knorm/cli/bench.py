@@ -59,11 +59,17 @@ _prompt_options = bundled(
         "--text", default="encyclopedia,narrative", show_default=True, help="Texts of the prompts, which take turns."
     ),
     click.option(
-        "--prompt-characters", type=Numbers(int), default="512,1024", show_default=True, help="A prompt each."
+        "--prompt-characters",
+        type=Numbers(int),
+        default="512,1024",
+        show_default=True,
+        help="Lengths of the prompts in characters.",
     ),
-    click.option("--prompt-tokens", type=Numbers(int), help="The same in tokens, instead."),
-    click.option("--new-tokens", type=Numbers(int), default="50,100", show_default=True, help="New tokens per prompt."),
-    click.option("--batch", default=1, show_default=True, help="Sequences at a time."),
+    click.option("--prompt-tokens", type=Numbers(int), help="Lengths in tokens instead of characters."),
+    click.option(
+        "--new-tokens", type=Numbers(int), default="50,100", show_default=True, help="New tokens after each prompt."
+    ),
+    click.option("--batch", default=1, show_default=True, help="Sequences generated at a time."),
 )
 
 
@@ -85,21 +91,26 @@ class TimingOptions:
 _timing_options = bundled(
     TimingOptions,
     "timing_options",
-    click.option("--threads", default=1, show_default=True, help="Of PyTorch on the CPU; more wait for each other."),
     click.option(
-        "--seconds", default=25.0, show_default=True, help="Of measuring; at least 8 blocks have to fit twice that."
+        "--threads",
+        default=1,
+        show_default=True,
+        help="Threads of PyTorch on a CPU; more than one wait for each other.",
     ),
     click.option(
-        "--blocks", type=int, help="Blocks instead of seconds; with --against in each round.  [8 at least; 2]"
+        "--seconds", default=25.0, show_default=True, help="Time to measure; 8 blocks have to fit in twice that time."
     ),
-    click.option("--margin", type=float, help="Slowdown in per cent that is no concern.  [5 on a CPU, 2.5 on CUDA]"),
-    click.option("--strict", is_flag=True, help="Exit code 1 for INCONCLUSIVE too."),
+    click.option(
+        "--blocks",
+        type=int,
+        help="Number of blocks, in place of --seconds; with --against, in each round.  [at least 8; 2]",
+    ),
+    click.option("--margin", type=float, help="Slowdown in per cent that is acceptable.  [5 on a CPU, 2.5 on CUDA]"),
+    click.option("--strict", is_flag=True, help="Exit with code 1 for INCONCLUSIVE too."),
     click.option("--against", metavar="REF", help="Compare with another commit of this project, in fresh processes."),
-    click.option("--rounds", default=8, show_default=True, help="With --against: fresh pairs of processes."),
-    click.option("--allow-counters", is_flag=True, help="With --against: show counters, do not judge them."),
-    click.option(
-        "--reported", is_flag=True, help="Show published TTFT, TPOT and tokens/s too, with a verdict per claim."
-    ),
+    click.option("--rounds", default=8, show_default=True, help="With --against: number of fresh pairs of processes."),
+    click.option("--allow-counters", is_flag=True, help="With --against: show the counters without judging them."),
+    click.option("--reported", is_flag=True, help="Show published TTFT, TPOT and tokens/s too, and judge each claim."),
 )
 
 
@@ -118,7 +129,7 @@ class _Asked:
 
 
 @click.command()
-@policy_options(TIMED, "A policy each.")
+@policy_options(TIMED, "Ratios, a policy for each.")
 @_prompt_options
 @model_options
 @_timing_options
@@ -219,7 +230,7 @@ def _policies(asked: _Asked) -> str:
     """Time policies, and print and write what came of it; the verdict."""
     from knorm.bench.policies import as_fields, bench
     from knorm.cli.figures import plot_slowdowns
-    from knorm.cli.tables import comparisons_table, show_verdict, times_table
+    from knorm.cli.timings import comparisons_table, show_verdict, times_table
 
     console, timing = make_console(asked.quiet), asked.timing
     model, prompts, policies = _load(asked)
@@ -227,24 +238,24 @@ def _policies(asked: _Asked) -> str:
     claims = _claims(policies, prompts) if timing.reported else None
     with progress_bar(asked.quiet) as bar:
         task = bar.add_task("blocks", total=timing.blocks)
-        found = bench(
+        measured = bench(
             model, prompts, policies,
             margin=asked.margin, blocks=timing.blocks, seconds=timing.seconds, on_block=lambda: bar.advance(task),
         )  # fmt: skip
-    blocks = len(found.samples)
+    blocks = len(measured.samples)
     threads = f", {timing.threads} threads" if timing.threads > 1 else ""
     title = f"{asked.model.model}, {asked.model.dtype} on {asked.model.device}{threads}: " + "; ".join(
         f"{p['text']} ({p['tokens']} tokens) + {p['new_tokens']} new" for p in setting["prompts"]
     )
     console.print(title, soft_wrap=True, markup=False)
-    console.print(times_table(found.rows), "")
-    pairs = [(row.name, row.comparisons) for row in found.rows[1:]]
-    seen = f"{blocks} blocks after {found.warm_up} generation for warm-up, {found.seconds:.0f} s"
-    seen += f", {found.interrupted} steps interrupted"
+    console.print(times_table(measured.rows), "")
+    pairs = [(row.name, row.comparisons) for row in measured.rows[1:]]
+    seen = f"{blocks} blocks after {measured.warm_up} generation for warm-up, {measured.seconds:.0f} s"
+    seen += f", {measured.interrupted} steps interrupted"
     console.print(f"Slowdown against the uncompressed cache: {seen}", soft_wrap=True)
     console.print(comparisons_table(pairs))
-    show_verdict(console, found.verdict, pairs, setting)
-    judged = claims(found) if claims else []
+    show_verdict(console, measured.verdict, pairs, setting)
+    judged = claims(measured) if claims else []
     if claims:
         from knorm.evaluation.published.judge import claims_text
 
@@ -253,15 +264,15 @@ def _policies(asked: _Asked) -> str:
     if asked.plot:
         plot_slowdowns(pairs, f"Slowdown against the uncompressed cache: {seen}", asked.margin, asked.plot)
     counted = {
-        "blocks": blocks, "warm_up": found.warm_up, "seconds": found.seconds, "interrupted": found.interrupted
+        "blocks": blocks, "warm_up": measured.warm_up, "seconds": measured.seconds, "interrupted": measured.interrupted
     }  # fmt: skip
-    rows = [as_fields(row) for row in found.rows]
+    rows = [as_fields(row) for row in measured.rows]
     reported = [
         {"claim": j.claim.id, "verdict": j.verdict, "reported": j.reported, "measured": j.measured, "why": j.why}
         for j in judged
     ]
-    write_json(asked.json, {**setting, **counted, "verdict": found.verdict, "rows": rows, "reported": reported})
-    return found.verdict
+    write_json(asked.json, {**setting, **counted, "verdict": measured.verdict, "rows": rows, "reported": reported})
+    return measured.verdict
 
 
 def _claims(policies: list[Policy], prompts: Mapping[str, Prompt]) -> Callable[[Bench], list[Judged]]:
@@ -304,13 +315,13 @@ def _against(asked: _Asked, reference: str) -> str:
     with worktree(root, commit) as old, _folder(asked.model.model) as folder, progress_bar(asked.quiet) as bar:
         setup = _setup(folder, asked, prompts, policies)
         task = bar.add_task("blocks", total=rounds * blocks * len(policies))
-        found = against(
+        outcome = against(
             (old, root), names, setup, rounds=rounds, blocks=blocks, on_block=lambda: bar.advance(task)
         )  # fmt: skip
     title = f"Slowdown of {names[1]} against {reference} ({commit[:12]}): {rounds} rounds of "
-    title += f"{blocks} block{'s' if blocks > 1 else ''}, {found.interrupted} steps interrupted"
+    title += f"{blocks} block{'s' if blocks > 1 else ''}, {outcome.interrupted} steps interrupted"
     console.print(title, soft_wrap=True, markup=False)
-    verdict, rows = _judge(found, policies, setting, console, asked.plot, judged=not timing.allow_counters)
+    verdict, rows = _judge(outcome, policies, setting, console, asked.plot, judged=not timing.allow_counters)
     counted = {"against": commit, "changed_files": changed, "rounds": rounds, "blocks": blocks}
     write_json(asked.json, {**setting, **counted, "verdict": verdict, "rows": rows})
     return verdict
@@ -347,7 +358,7 @@ def _judge(
     from knorm.bench.counters import risen
     from knorm.bench.policies import GATED
     from knorm.cli.figures import plot_slowdowns
-    from knorm.cli.tables import comparisons_table, show_counters, show_verdict
+    from knorm.cli.timings import comparisons_table, show_counters, show_verdict
     from knorm.statistics import ALPHA, compare, overall
 
     margin, each = setting["margin"], ALPHA / (len(GATED) * len(policies))

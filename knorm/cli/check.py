@@ -21,16 +21,23 @@ from knorm.laws.targets import KINDS
     "--as",
     "kind",
     metavar="KIND",
-    help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}.  [told by its parameters]",
+    help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}.  [follows from its parameters]",
 )
 @click.option("--like", metavar="knorm", help="The target promises all that knorm's own core does.")
-@click.option("--trait", "traits", multiple=True, metavar="NAME=VALUE", help="What it promises, e.g. rounding=ceil.")
-@click.option("--select", metavar="NAME[,NAME]", help="Checks or families of checks.  [all]")
-@click.option("--expect-failure", multiple=True, metavar="CHECK=REASON", help="May fail; one that holds is reported.")
-@click.option("--profile", default="quick", show_default=True, help="quick or thorough.")
+@click.option(
+    "--trait", "traits", multiple=True, metavar="NAME=VALUE", help="A promise of the target, e.g. rounding=ceil."
+)
+@click.option("--select", metavar="NAME[,NAME]", help="Run only these checks or families of checks.  [all]")
+@click.option(
+    "--expect-failure",
+    multiple=True,
+    metavar="CHECK=REASON",
+    help="A check that may fail; if it holds, that is reported.",
+)
+@click.option("--profile", default="quick", show_default=True, help="How hard to try: quick or thorough.")
 @click.option("--seed", default=0, show_default=True, help="The same seed draws the same cases.")
-@click.option("--device", default="cpu", show_default=True, help="Of the tensors drawn: cpu, cuda, cuda:1 ...")
-@click.option("--limit", default=20.0, show_default=True, help="Seconds for an answer of the target.")
+@click.option("--device", default="cpu", show_default=True, help="Where the drawn tensors lie: cpu, cuda, cuda:1 ...")
+@click.option("--limit", default=20.0, show_default=True, help="Seconds that the target may take for an answer.")
 @with_options(*COMMON)
 @click.pass_obj
 def check(
@@ -63,8 +70,8 @@ def check(
     check_device(given["device"])
     supervisor = Supervisor(request, limit)
     console, results = make_console(quiet), []
-    with closing(supervisor.results()) as found:  # the worker ends, whatever happens here
-        for result in found:
+    with closing(supervisor.results()) as heard:  # the worker ends, whatever happens here
+        for result in heard:
             results.append(result)
             show_result(console, result, verbose)
     show_summary(console, results)

@@ -42,8 +42,9 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
     """Make a method for each target and budget.
 
     Raises:
-        ValueError: for a target that is not there or takes no such budget.
+        ValueError: a target that does not exist, or takes no budget of this kind.
     """
+    from knorm.methods.budget import TakesNoBudget
     from knorm.methods.policies import PolicyMethod
     from knorm.methods.targets import expanded
 
@@ -55,6 +56,8 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
     for pattern in asked.targets:
         for target in expanded(pattern):
             if target == "knorm":
+                if asked.tokens is not None:
+                    raise TakesNoBudget("knorm keeps a share of the cache: give --keep-ratio, not --keep-tokens")
                 options = replace(policy_options, keep_ratio=asked.ratios or ("0.5",))
                 made += [PolicyMethod("knorm", policy) for policy in options.policies()]
             elif budgets:
@@ -163,13 +166,13 @@ def _recalled(methods: Sequence[Method], ways: Ways) -> dict[str, Any]:
     from knorm.evaluation.facts import fact_windows, recall_of
     from knorm.methods.method import MethodError
 
-    facts, found = fact_windows(ways.tokenizer, ways.ids.shape[1]), {}  # type: ignore[arg-type]
+    facts, recalls = fact_windows(ways.tokenizer, ways.ids.shape[1]), {}  # type: ignore[arg-type]
     for method in methods:
         try:
-            found[method.label] = recall_of(ways.model, facts, method, tokenizer=ways.tokenizer, batch=ways.batch)
+            recalls[method.label] = recall_of(ways.model, facts, method, tokenizer=ways.tokenizer, batch=ways.batch)
         except MethodError:
             continue  # said already
-    return found
+    return recalls
 
 
 def row_fields(row: Evaluation) -> dict[str, Any]:

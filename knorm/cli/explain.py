@@ -27,17 +27,19 @@ from knorm.cli.setting import TextOptions, load_setting, text_options
 
 @click.command()
 @text_options
-@policy_options(EXPLAINED, "The one to explain.", several=False)
+@policy_options(EXPLAINED, "The ratio to explain.", several=False)
 @model_options
-@click.option("--newest", default=16, show_default=True, help="Newest tokens that one intervention protects.")
+@click.option(
+    "--newest", default=16, show_default=True, help="How many of the newest tokens one intervention protects."
+)
 @click.option(
     "--positions",
     type=click.Choice(["seen", "stored"]),
     default="seen",
     show_default=True,
-    help="Count from the tokens seen, or, as an unaware loop does, from those stored.",
+    help="Take positions from the tokens seen, or, as an unaware loop does, from those stored.",
 )
-@click.option("--worst", default=8, show_default=True, help="Tokens to show of those that got worse.")
+@click.option("--worst", default=8, show_default=True, help="How many of the tokens that got worse to show.")
 @file_option("--plot", "Draw perplexity and recency against ratio (.png, .svg, .pdf).")
 @with_options(*COMMON)
 def explain(
@@ -69,10 +71,12 @@ def explain(
             progress.update(task, advance=1, description=name)
 
         stored = positions == "stored"
-        found = explain(runner, setting.tokenizer, policy, newest=newest, worst=worst, stored=stored, on_step=step)
+        explanation = explain(
+            runner, setting.tokenizer, policy, newest=newest, worst=worst, stored=stored, on_step=step
+        )
         curves = curves_around(runner, policy, CURVE.keep_ratio.split(","), on_step=step) if plot else {}
-    show_explanation(console, found, f"{setting.title}, keep_ratio {policy.keep_ratio}")
+    show_explanation(console, explanation, f"{setting.title}, keep_ratio {policy.keep_ratio}")
     if plot:
         plot_curves(curves, setting.title, plot)
-    write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(found)})
+    write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(explanation)})
     sys.exit(HOLDS)

@@ -71,10 +71,10 @@ def plot_frontier(rows: Sequence[Evaluation], title: str, file: Path) -> None:
     finish_figure(figure, [axes], title, file)
 
 
-def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file: Path) -> None:
+def plot_recall(recalls: Mapping[str, Sequence[tuple[str, Any]]], title: str, file: Path) -> None:
     """Perplexity of the facts' own tokens against ratio, and beside it that of all other tokens (facts.Recall)."""
     figure, (left, right) = new_figure((11, 5), columns=2)
-    for name, results in found.items():
+    for name, results in recalls.items():
         if len(results) == 1:
             for axes, value in ((left, results[0][1].ppl), (right, results[0][1].others)):
                 axes.axhline(value, linestyle=":", color="gray", label=name)
@@ -92,7 +92,7 @@ def plot_recall(found: Mapping[str, Sequence[tuple[str, Any]]], title: str, file
 
 
 def new_figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes. Raises ValueError where matplotlib is not installed."""
+    """Make a figure of matplotlib and its axes. Raises ValueError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -104,13 +104,13 @@ def new_figure(size: tuple[float, float], columns: int) -> tuple[Any, Any]:
 def finish_figure(figure: Any, axes: Sequence[Any], title: str, file: Path) -> None:
     """Title, grid and plain numbers; then the file."""
     figure.suptitle(title, fontsize="medium")
-    for each in axes:
-        each.grid(alpha=0.3)
-        if each.get_yscale() == "log":
-            low, high = each.get_ylim()
-            each.yaxis.set_major_formatter("{x:g}")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_yscale() == "log":
+            low, high = axis.get_ylim()
+            axis.yaxis.set_major_formatter("{x:g}")
             if high < 50 * low:  # over more decades, numbers between the powers of ten would not fit
-                each.yaxis.set_minor_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter("{x:g}")
     save_figure(figure, file)
 
 
@@ -134,7 +134,7 @@ Pairs = Sequence[tuple[str, Mapping[str, "Comparison"]]]
 
 
 def plot_slowdowns(pairs: Pairs, title: str, margin: float, file: Path) -> None:
-    """Each slowdown with its interval, and the margin."""
+    """Plot each slowdown with its interval, and the margin."""
     figure, axes = new_figure((8, 1.6 + 0.45 * 3 * len(pairs)), columns=1)
     colours = {"PASS": "tab:green", "FAIL": "tab:red", "INCONCLUSIVE": "tab:orange"}
     lines = [(f"{_NAMES[m]}, {name}", compared[m]) for name, compared in pairs for m in _SHOWN]

@@ -22,7 +22,7 @@ _golden_dir = click.option(
     "--golden-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where they are.  [those of this checkout, else those installed with knorm]",
+    help="Folder of the goldens.  [those of this checkout, else those installed with knorm]",
 )
 
 
@@ -37,7 +37,9 @@ def _store(folder: Path | None, json: Path | None) -> Any:
 
 
 _some_cases = click.argument("cases", nargs=-1, metavar="[CASE]...")
-_golden_device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+_golden_device = click.option(
+    "--device", default="cpu", show_default=True, help="Device to measure on: cpu, cuda, cuda:1 ..."
+)
 
 
 @golden.command("list")
@@ -53,15 +55,15 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
     rows: list[tuple[str, ...]] = []
     damaged = 0
     for case in CASES.values():
-        found = sorted(device for name, device in store.files if name == case.id)
-        for device in found:
+        devices = sorted(device for name, device in store.files if name == case.id)
+        for device in devices:
             try:
                 made = store.read(case.id, device)[0].provenance
                 rows.append((case.id, device, made.date[:10], made.commit[:12], made.reason, case.what))
             except Damaged as error:
                 damaged += 1
                 rows.append((case.id, device, "DAMAGED", "-", str(error), case.what))
-        if not found:
+        if not devices:
             rows.append((case.id, "-", "-", "-", "no golden yet: knorm golden record", case.what))
     orphans = store.orphans([*CASES])
     rows += [(name, "-", "ORPHAN", "-", "belongs to no case", "-") for name in orphans]
@@ -78,7 +80,7 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
 @golden.command("verify")
 @_some_cases
 @_golden_device
-@click.option("--require-goldens", is_flag=True, help="Fail where no golden of this device class is there (CI).")
+@click.option("--require-goldens", is_flag=True, help="Fail if a case has no golden of this device class (for CI).")
 @_golden_dir
 @with_options(*COMMON)
 def golden_verify(
@@ -122,7 +124,10 @@ def golden_verify(
 @golden.command("record")
 @_some_cases
 @click.option(
-    "--all", "everything", is_flag=True, help="All cases that this device measures, but for optional and timed ones."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Record all cases that this device measures, except optional and timed ones.",
 )
 @_golden_device
 @click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
@@ -185,12 +190,14 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
             old = store.read(made.case, made.device_class)
         except Damaged as damaged:
             console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
-    found = changes(old, (made, tensors))
+    findings = changes(old, (made, tensors))
     title = f"{made.case} ({made.device_class})"
-    if old and any(change.verdict != "holds" or change.golden != change.measured for change in found):
-        console.print(changes_table(found, title))
+    if old and any(change.verdict != "holds" or change.golden != change.measured for change in findings):
+        console.print(changes_table(findings, title))
     else:
-        said = f"{title}: nothing differs in {len(found)} metrics" if old else f"{title}, new: {len(found)} metrics"
+        said = (
+            f"{title}: nothing differs in {len(findings)} metrics" if old else f"{title}, new: {len(findings)} metrics"
+        )
         console.print(said, markup=False)
     if old:
         was, now = old[0].configuration, made.configuration
@@ -198,11 +205,11 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
             console.print(f"configuration: {name} was {was.get(name)}, is {now.get(name)}", markup=False)
         for metric, change in gate_changes(old[0], made).items():
             console.print(f"GATE  {metric} is {change}", soft_wrap=True, markup=False)
-    return found
+    return findings
 
 
 def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, Any, Any]]:
-    """Candidates by case, or by file, with their files; refuses what there is not, and two for one golden."""
+    """Read candidates by case, or by file; refuses unknown ones, and two for one golden."""
     from knorm.golden.cases import CASES, find_case
     from knorm.golden.format import differing
     from knorm.golden.store import read_candidate
@@ -217,18 +224,16 @@ def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, A
         if not waiting:
             raise ValueError(f"{name} has no candidate in {store.folder}: knorm golden record {name}{store.option}")
         files += waiting
-    found = [(file, *read_candidate(file)) for file in dict.fromkeys(files)]
-    places = [(made.case, made.device_class) for _, made, _ in found]
-    for file, made, _ in found:
+    candidates = [(file, *read_candidate(file)) for file in dict.fromkeys(files)]
+    places = [(made.case, made.device_class) for _, made, _ in candidates]
+    for file, made, _ in candidates:
         if places.count((made.case, made.device_class)) > 1:
             raise ValueError(f"{file} is one of two candidates for {made.case}/{made.device_class}: give one of them")
         if made.case not in CASES:
-            raise ValueError(
-                f"{file} is of case {made.case!r}, which there is not; there are {', '.join(sorted(CASES))}"
-            )
+            raise ValueError(f"{file} is of case {made.case!r}, which is unknown; known are {', '.join(sorted(CASES))}")
         if changed := differing(made.configuration, CASES[made.case].configuration()):
             raise ValueError(f"{file}: field 'configuration' ({changed[0]}) is not that of the case: record it again")
-    return found
+    return candidates
 
 
 @golden.command("diff")
@@ -244,11 +249,13 @@ def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], gol
     names = candidates or tuple(str(file) for file in store.candidates())
     if not names:
         raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
-    found = {}
+    changed = {}
     for _, made, tensors in _chosen_candidates(store, names):
-        found[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
-    write_json(json, {"changes": {name: [asdict(change) for change in each] for name, each in found.items()}})
-    sys.exit(REFUTED if any(change.verdict == "moved" for each in found.values() for change in each) else HOLDS)
+        changed[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
+    write_json(json, {"changes": {name: [asdict(change) for change in findings] for name, findings in changed.items()}})
+    sys.exit(
+        REFUTED if any(change.verdict == "moved" for findings in changed.values() for change in findings) else HOLDS
+    )
 
 
 @golden.command("accept")

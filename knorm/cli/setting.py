@@ -40,8 +40,8 @@ text_options = bundled(
     ),
     click.option("--column", default="text", show_default=True, help="The column of a .parquet or .jsonl."),
     click.option("--window", default=512, show_default=True, help="Tokens per window."),
-    click.option("--windows", default=8, show_default=True, help="Windows of the text, from its start."),
-    click.option("--batch", default=8, show_default=True, help="Windows at a time."),
+    click.option("--windows", default=8, show_default=True, help="How many windows of the text, from its start."),
+    click.option("--batch", default=8, show_default=True, help="Windows that run at a time."),
 )
 
 

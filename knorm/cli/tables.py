@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from textwrap import indent, wrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from knorm.cli.figures import _NAMES, _SHOWN, Pairs
 from knorm.cli.options import visible
 
 if TYPE_CHECKING:
-    from knorm.bench.commits import Found
-    from knorm.bench.policies import Row as ArmRow
     from knorm.evaluation.curve import Row
     from knorm.evaluation.doubts import Suspicion
     from knorm.evaluation.explain import Explanation
@@ -25,11 +22,10 @@ if TYPE_CHECKING:
     from knorm.golden.gates import Finding
     from knorm.golden.verify import Outcome
     from knorm.laws.results import Result
-    from knorm.policy import Policy
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """A line per ratio; the loop's columns where it was run."""
+    """Make a table with a line for each ratio; the loop's columns are there if it was run."""
     from knorm.evaluation.curve import NEWEST
 
     stream = any(row.stream_ppl is not None for row in rows)
@@ -72,7 +68,7 @@ _HEADS = {
 
 
 def show_result(console: Console, result: Result, verbose: bool = False) -> None:
-    """A line for what came of a check; below it all about a refuted one.
+    """Show the result of a check in a line; below a refuted one, all that is known about it.
 
     A law that does not apply is shown only where `verbose`.
     """
@@ -91,7 +87,7 @@ def show_result(console: Console, result: Result, verbose: bool = False) -> None
 
 
 def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
-    """A line of text, whatever it holds."""
+    """Print a line of text, whatever it holds."""
     text.plain = visible(text.plain)  # a target's words may hold what no terminal takes, or what rewrites a verdict
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
 
@@ -109,7 +105,7 @@ def _evidence(result: Result) -> str:
 
 
 def show_summary(console: Console, results: Sequence[Result]) -> None:
-    """What more could be promised, and how many laws hold."""
+    """Show how many laws hold, and what more could be promised."""
     verdicts = [result.verdict for result in results]
     names = dict.fromkeys(name for result in results for name in result.needs)
     if count := verdicts.count("does not apply"):
@@ -129,7 +125,7 @@ def show_summary(console: Console, results: Sequence[Result]) -> None:
 
 
 def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
-    """What does not make sense in a curve, and what was found or is to be run."""
+    """Show what does not make sense in a curve, with its cause or the command that would show it."""
     for doubt in doubts:
         print_text(console, Text.assemble(("SUSPICIOUS  ", "bold yellow"), f"{doubt.what}: {doubt.then}"))
 
@@ -176,8 +172,8 @@ def show_methods(
             print_wrapped(console, "  no token's prediction changed: was the cache ever read?", "bold yellow")
         if verbose:
             print_wrapped(console, f"  {_tails(row)}", "dim")
-    for name, reason in failed.items():
-        print_wrapped(console, f"FAILED  {name}: {reason}", "bold red")
+    for reason in failed.values():
+        print_wrapped(console, f"FAILED  {reason}", "bold red")
     if recalls:
         _show_recalls(console, recalls)
 
@@ -212,16 +208,18 @@ def _show_recalls(console: Console, recalls: Mapping[str, Recall]) -> None:
     console.print(table)
 
 
-def show_explanation(console: Console, found: Explanation, title: str) -> None:
-    """The interventions, ranked; the tokens that got worse; the verdict."""
-    nll = (("the run", found.nll), ("full cache", found.nll_full), ("no cache", found.nll_empty))
+def show_explanation(console: Console, explanation: Explanation, title: str) -> None:
+    """Show the interventions, ranked; the tokens that got worse; the verdict."""
+    nll = (("the run", explanation.nll), ("full cache", explanation.nll_full), ("no cache", explanation.nll_empty))
     said = ", ".join(f"{name} {math.exp(value):.2f}" for name, value in nll)
-    print_text(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {found.windows} windows\n"))
+    print_text(
+        console, Text(f"{title}\nPerplexity: {said}; {explanation.tokens} tokens in {explanation.windows} windows\n")
+    )
     table = Table(box=None, pad_edge=False)
     for column in ("change", "95% interval", "recovers"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("what it proves")
-    for e in found.effects:
+    for e in explanation.effects:
         between = "-" if e.low is None or e.high is None else f"{e.low:+.3f} to {e.high:+.3f}"
         recovered = "-" if e.recovered is None else f"{e.recovered:.0%}"
         table.add_row(f"{e.change:+.4f}", between, recovered, Text(f"{e.kind}: {e.sentence}"))
@@ -229,13 +227,13 @@ def show_explanation(console: Console, found: Explanation, title: str) -> None:
     worst = Table(title="\nTokens that got worse most", title_justify="left", box=None, pad_edge=False)
     for column in ("window", "position", "token", "NLL full", "NLL", "evicted, most attended", "position", "attention"):
         worst.add_column(column, justify="left" if column in ("token", "evicted, most attended") else "right")
-    for t in found.worst:
+    for t in explanation.worst:
         worst.add_row(
             str(t.window), str(t.position), Text(repr(t.token)), f"{t.nll_full:.2f}", f"{t.nll:.2f}",
             Text(repr(t.evicted)), str(t.evicted_position), f"{t.attention:.0%}",
         )  # fmt: skip
     console.print(worst)
-    print_text(console, Text("\n" + "\n".join(found.verdict), "bold"))
+    print_text(console, Text("\n" + "\n".join(explanation.verdict), "bold"))
 
 
 _OUTCOMES = {
@@ -251,7 +249,7 @@ _ROWS = 12  # of a table at most
 
 
 def show_outcome(console: Console, outcome: Outcome) -> None:
-    """A line for what became of a golden; below it the metrics that moved."""
+    """Show the outcome of a golden in a line; below it, the metrics that moved."""
     where = f" ({outcome.device_class})" if outcome.device_class else ""
     spent = f"; {outcome.seconds:.1f} s" if outcome.seconds else ""
     line = Text.assemble(_OUTCOMES[outcome.verdict], f"{outcome.case}{where} ", (f"[{outcome.evidence}{spent}]", "dim"))
@@ -261,7 +259,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """The metrics that moved: golden, measured, first accepted, and why."""
+    """Make a table of the metrics that moved: golden, measured, first accepted, and why."""
     moved = [finding for finding in findings if finding.verdict == "moved"]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("    metric", "golden", "measured", "first accepted"):
@@ -307,109 +305,10 @@ def changes_table(changes: Sequence[Finding], title: str) -> Table:
 
 
 def goldens_table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """The goldens there are: case, device class, since when, commit, why, and what it pins."""
+    """Make a table of the goldens: case, device class, since when, commit, why, and what it pins."""
     table = Table(box=None, pad_edge=False)
     for column in ("case", "device class", "accepted", "commit", "reason", "pins"):
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table
-
-
-_STYLES = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}
-
-
-def times_table(rows: Sequence[ArmRow]) -> Table:
-    """A line per arm: times, memory, exact counters."""
-    table = Table(box=None, pad_edge=False)
-    steps = rows[0].counters.steps
-    cuda = rows[0].counters.step_launches is not None
-    columns = ["keep_ratio", "TTFT ms", "TPOT ms", "median ms", "p99 ms", "tokens/s", "cache KiB", "tokens kept"]
-    columns += ["peak MiB"] if cuda else []
-    columns += ["operators: prompt", f"{steps} steps"] + (["launches: prompt", f"{steps} steps"] if cuda else [])
-    for column in columns:
-        table.add_column(column, justify="left" if column == "keep_ratio" else "right")
-    for row in rows:
-        t, c = row.times, row.counters
-        times = [f"{1000 * x:.2f}" for x in (t.ttft, t.tpot, t.tpot_median, t.tpot_p99)]
-        cells = [row.name, *times, f"{t.throughput:.1f}", f"{c.cache_bytes / 1024:,.0f}", _per_layer(c.retained)]
-        cells += [f"{(row.peak or 0) / 2**20:.1f}"] if cuda else []
-        cells += [f"{c.prompt_operators:,}", f"{c.step_operators:,}"]
-        cells += [f"{c.prompt_launches:,}", f"{c.step_launches:,}"] if cuda else []
-        table.add_row(*cells)
-    return table
-
-
-def _per_layer(retained: Sequence[int]) -> str:
-    """Tokens of each layer: [220, 31, 31, 31] is "220, 3 x 31"."""
-    groups: list[list[int]] = []
-    for tokens in retained:
-        if groups and groups[-1][0] == tokens:
-            groups[-1][1] += 1
-        else:
-            groups.append([tokens, 1])
-    return ", ".join(f"{times} x {tokens}" if times > 1 else str(tokens) for tokens, times in groups)
-
-
-def comparisons_table(pairs: Pairs) -> Table:
-    """A line per policy and metric: the slowdown, its two intervals, the smallest that could be seen, the verdict."""
-    table = Table(box=None, pad_edge=False)
-    level = next((1 - 2 * c.alpha for _, compared in pairs for c in compared.values()), 0.98)
-    columns = ("keep_ratio", "of", "slowdown", f"{level:.2%} interval", "bootstrap", "could see", "verdict")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("keep_ratio", "of", "verdict") else "right")
-    for name, compared in pairs:
-        for metric in _SHOWN:
-            c = compared[metric]
-            verdict = Text(c.verdict, _STYLES[c.verdict]) if metric != "throughput" else Text("-")
-            between = [f"{100 * low - 100:+.1f} to {100 * high - 100:+.1f}%" for low, high in (c.t, c.bootstrap)]
-            table.add_row(name, _NAMES[metric], f"{c.ratio - 1:+.1%}", *between, f"{c.mde:.1%}", verdict)
-    return table
-
-
-def show_verdict(
-    console: Console, verdict: str, pairs: Pairs, setting: Mapping[str, Any], unit: str = "blocks"
-) -> None:
-    """The verdict of the run, what it means, and what INCONCLUSIVE needs."""
-    margin, alpha, power = setting["margin"], setting["alpha"], setting["power"]
-    slower = [f"{_NAMES[m]} at {n} by {c.ratio - 1:.1%}" for n, each in pairs for m, c in each.items()
-              if c.verdict == "FAIL" and m != "throughput"]  # fmt: skip
-    unsure = [(c.more, c.blocks, f"{_NAMES[m]} at {n}") for n, each in pairs for m, c in each.items()
-              if c.verdict == "INCONCLUSIVE" and m != "throughput"]  # fmt: skip
-    said = ""
-    if verdict == "PASS":
-        said = f"PASS: no TTFT or TPOT is slower by {margin:.1%} or more"
-    elif slower:
-        said = f"FAIL: slower: {', '.join(slower)}"
-    elif verdict == "FAIL":
-        said = "FAIL: counters rose"
-    if said:
-        print_text(console, Text(said, _STYLES[verdict]))
-    for more, blocks, what in unsure:
-        words = f"INCONCLUSIVE: {what}: the noise is too large for {blocks} {unit}; about {more} more would decide"
-        print_text(console, Text(words, _STYLES["INCONCLUSIVE"]))
-    words = (
-        f"All verdicts together are wrongly FAIL at most {alpha:.0%} of the time; 'could see': found in {power:.0%}."
-    )
-    print_text(console, Text(words, "dim"))
-
-
-def show_counters(
-    console: Console, policies: Sequence[Policy], found: Found, rises: Sequence[Sequence[str]], judged: bool
-) -> None:
-    """What each commit does, in whole numbers, and what rose."""
-    print_text(console, Text("\nExact counters" + ("" if judged else ", shown only")))
-    for policy, old, new, rise in zip(policies, found.old, found.new, rises, strict=True):
-        launches = (
-            f", {new.prompt_launches:,} + {new.step_launches:,} launches" if new.step_launches is not None else ""
-        )
-        line = (
-            f"{policy.keep_ratio}: {_per_layer(new.retained)} tokens, {new.cache_bytes:,} bytes, operators "
-            f"{new.prompt_operators:,} in the prompt pass + {new.step_operators:,} in {new.steps} steps{launches}"
-        )
-        same = "; the same" if new == old else "; fewer than before" if not rise else ""
-        print_text(console, Text(line + same))
-        for words in rise:
-            style = _STYLES["FAIL"] if judged else _STYLES["INCONCLUSIVE"]
-            hint = " (intended? --allow-counters)" if judged else ""
-            print_text(console, Text(f"  {words}{hint}", style))

@@ -20,7 +20,7 @@ NEWEST = 16  # tokens whose presence in the cache is reported
 
 @dataclass(frozen=True)
 class Row:
-    """One policy on one text. Every row of a curve scores the same tokens: those after the prompt.
+    """Hold one policy's costs on one text. Every row of a curve scores the same tokens: those after the prompt.
 
     ppl             exp of the mean NLL per token; standard_error of it, clustered by window (None for one window)
     bits_per_byte   of the scored text's UTF-8
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether one pass and loop are equal, as float32 and float64 can be; None where the loop was not run."""
+        """Tell whether one pass and loop are equal, as float32 and float64 can be; None where the loop was not run."""
         if self.stream_difference is None or self.stream_gap is None:
             return None
         return agrees(self.stream_difference, self.stream_gap)

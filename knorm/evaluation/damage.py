@@ -21,7 +21,7 @@ Head = Callable[[Tensor], Tensor]
 
 
 class PerToken(NamedTuple):
-    """What is compared for each scored token; float64 [windows, scored] where nothing else is said.
+    """Hold what is compared for each scored token; float64 [windows, scored] unless a line says otherwise.
 
     nll        of the run, in nats
     nll_full   of the full cache
@@ -82,7 +82,10 @@ def summed(tokens: PerToken) -> Damage:
     """Sum up a comparison.
 
     Args:
-        tokens: of one run and the full cache.
+        tokens: those of one run and the full cache.
+
+    Returns:
+        Means, quantiles and intervals over all of them.
 
     Example:
         >>> zero = torch.zeros(2, 3, dtype=torch.float64)

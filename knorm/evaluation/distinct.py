@@ -37,10 +37,10 @@ def letters(values: Sequence[Tensor], least: float = 0.0) -> list[str]:
     if len(means) < 2 or len(means[0]) < 2:
         return [""] * len(means)
     groups = [set(order)]
-    for place, one in enumerate(order):
-        for other in order[place + 1 :]:
-            if _apart(means[one] - means[other], least):
-                groups = _without_pair(groups, one, other)
+    for place, first in enumerate(order):
+        for second in order[place + 1 :]:
+            if _apart(means[first] - means[second], least):
+                groups = _without_pair(groups, first, second)
     groups.sort(key=lambda group: [order.index(run) for run in sorted(group, key=order.index)])
     return ["".join(_letter(i) for i, group in enumerate(groups) if run in group) for run in range(len(means))]
 
@@ -51,10 +51,12 @@ def _apart(difference: Tensor, least: float) -> bool:
     return certain and abs(float(difference.mean())) > least
 
 
-def _without_pair(groups: list[set[int]], one: int, other: int) -> list[set[int]]:
+def _without_pair(groups: list[set[int]], first: int, second: int) -> list[set[int]]:
     """Split the groups that hold both, and drop those that lie within another."""
     split = [
-        part for group in groups for part in ([group - {one}, group - {other}] if {one, other} <= group else [group])
+        part
+        for group in groups
+        for part in ([group - {first}, group - {second}] if {first, second} <= group else [group])
     ]
     return [g for i, g in enumerate(split) if not any(g < h or (g == h and j < i) for j, h in enumerate(split))]
 

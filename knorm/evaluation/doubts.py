@@ -30,7 +30,7 @@ JUMP = 2.0  # a first step that multiplies perplexity by more
 
 @dataclass(frozen=True)
 class Suspicion:
-    """What does not make sense, and what was found or is to be run."""
+    """Say what does not make sense, and its cause or the command that would show it."""
 
     what: str
     then: str
@@ -41,7 +41,7 @@ class Suspicion:
 
 @dataclass(frozen=True)
 class Series:
-    """A column of a table: keep_ratio as written -> perplexity; and how many tokens each scored, where it says."""
+    """Hold a column of a table: keep_ratio as written -> perplexity; and how many tokens each scored, if it says so."""
 
     name: str
     ppl: dict[str, float]
@@ -49,19 +49,19 @@ class Series:
 
 
 def fall(ppl: dict[str, float]) -> tuple[str, str] | None:
-    """The ratio below 1 of highest perplexity and the smaller one of lowest, if perplexity falls between them."""
+    """Find the ratio below 1 of highest perplexity and the smaller one of lowest, if perplexity falls between them."""
     ratios = sorted((r for r in ppl if exact_ratio(r) < 1), key=exact_ratio, reverse=True)
     pairs = [(a, b) for i, a in enumerate(ratios) for b in ratios[i + 1 :] if ppl[b] < ppl[a] * (1 - TOLERANCE)]
     return max(pairs, key=lambda pair: ppl[pair[0]] / ppl[pair[1]], default=None)
 
 
 def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
-    """What to doubt in somebody else's table, and the checks to run."""
-    found = []
+    """Say what to doubt in a table that was measured elsewhere, and which checks to run."""
+    doubts = []
     for series in table:
         of, ppl = (f"{series.name}: " if len(table) > 1 else ""), series.ppl
         if len(set(ppl.values())) == 1 and len(ppl) > 1:
-            found.append(
+            doubts.append(
                 Suspicion(
                     f"{of}every ratio has the same perplexity, {next(iter(ppl.values())):g}",
                     "nothing was compressed; check that prune_after was ever reached (the column 'mean cache' of "
@@ -70,7 +70,7 @@ def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
             )
         if pair := fall(ppl):
             a, b = pair
-            found.append(
+            doubts.append(
                 Suspicion(
                     f"{of}perplexity falls from {ppl[a]:g} at {a} to {ppl[b]:g} at {b}, while less is kept",
                     f"run `knorm explain --keep-ratio {a}` with the protocol of the table: are the newest tokens "
@@ -78,18 +78,18 @@ def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
                     "`knorm check TARGET --select attention`",
                 )
             )
-        found += _baseline(of, series)
-    return [*found, *_columns(table)]
+        doubts += _baseline(of, series)
+    return [*doubts, *_columns(table)]
 
 
 def _baseline(of: str, series: Series) -> list[Suspicion]:
     ppl = series.ppl
-    found: list[Suspicion] = []
+    doubts: list[Suspicion] = []
     full = next((r for r in ppl if exact_ratio(r) == 1), None)
     if full is None:
         return [Suspicion(f"{of}there is no row at ratio 1", "measure the uncompressed model on the same tokens")]
     if below := [r for r in ppl if ppl[r] < ppl[full] * (1 - TOLERANCE)]:
-        found.append(
+        doubts.append(
             Suspicion(
                 f"{of}perplexity at {', '.join(below)} lies below the full cache's {ppl[full]:g}",
                 "that can be right, where what was evicted misled; check first that both scored the same tokens, as "
@@ -98,7 +98,7 @@ def _baseline(of: str, series: Series) -> list[Suspicion]:
         )
     next_one = max((r for r in ppl if r != full), key=exact_ratio, default=None)
     if next_one and ppl[next_one] > JUMP * ppl[full]:
-        found.append(
+        doubts.append(
             Suspicion(
                 f"{of}perplexity jumps from {ppl[full]:g} at {full} to {ppl[next_one]:g} at {next_one}, "
                 f"{ppl[next_one] / ppl[full]:.1f}-fold",
@@ -109,26 +109,29 @@ def _baseline(of: str, series: Series) -> list[Suspicion]:
     counts = set(series.tokens.values())
     if len(counts) > 1:
         listed = ", ".join(f"{n:g} at {r}" for r, n in series.tokens.items())
-        found.append(Suspicion(f"{of}the ratios score different tokens ({listed})", "score the same: `knorm ppl` does"))
-    return found
+        doubts.append(
+            Suspicion(f"{of}the ratios score different tokens ({listed})", "score the same: `knorm ppl` does")
+        )
+    return doubts
 
 
 def _columns(table: Sequence[Series]) -> list[Suspicion]:
-    found = []
-    for i, one in enumerate(table):
-        for other in table[i + 1 :]:
-            both = [r for r in one.ppl if r in other.ppl and exact_ratio(r) < 1]
-            same = [r for r in both if math.isclose(one.ppl[r], other.ppl[r], rel_tol=1e-4)]
+    doubts = []
+    for i, first in enumerate(table):
+        for second in table[i + 1 :]:
+            both = [r for r in first.ppl if r in second.ppl and exact_ratio(r) < 1]
+            same = [r for r in both if math.isclose(first.ppl[r], second.ppl[r], rel_tol=1e-4)]
             apart = [r for r in both if r not in same]
             if same and apart:
-                found.append(
+                doubts.append(
                     Suspicion(
-                        f"{one.name} and {other.name} are equal at {', '.join(same)} but differ at {', '.join(apart)}",
+                        f"{first.name} and {second.name} are equal at {', '.join(same)} but differ at "
+                        f"{', '.join(apart)}",
                         "one change cannot do both unless it depends on the ratio; the order of the cache cannot "
                         "change any of them. Check that both columns come from the same texts: `knorm ppl` on each",
                     )
                 )
-    return found
+    return doubts
 
 
 def read_reported(file: Path) -> list[Series]:
@@ -251,7 +254,7 @@ def judge_measured(
     Returns:
         A suspicion for each thing that makes no sense; none where the curve is as it should be.
     """
-    ppl, found = {row.keep_ratio: row.ppl for row in rows}, []
+    ppl, doubts = {row.keep_ratio: row.ppl for row in rows}, []
     by_ratio = {row.keep_ratio: (row, policy) for row, policy in zip(rows, policies, strict=True)}
     if pair := fall(ppl):
         a, b = pair
@@ -272,7 +275,7 @@ def judge_measured(
             said += f": the newest tokens had been starved{there}"
         else:
             said += f", so it falls still: run `knorm explain --keep-ratio {a}`"
-        found.append(
+        doubts.append(
             Suspicion(f"perplexity falls from {ppl[a]:.2f} at {a} to {ppl[b]:.2f} at {b}, while less is kept", said)
         )
     full = next((row for row in rows if Fraction(row.keep_ratio) == 1), None)
@@ -280,13 +283,13 @@ def judge_measured(
         low, high = sorted((full.ppl, math.exp(nll_empty)))
         outside = [row.keep_ratio for row in rows if not low * (1 - 1e-6) <= row.ppl <= high * (1 + 1e-6)]
         if outside:
-            found.append(
+            doubts.append(
                 Suspicion(
                     f"perplexity at {', '.join(outside)} lies outside {low:.2f} (full cache) to {high:.2f} (no cache)",
                     "that can be right: what is left of the cache may mislead, or what was evicted may have",
                 )
             )
-    return found
+    return doubts
 
 
 def nll_without_cache(runner: Runner) -> float:

@@ -6,7 +6,7 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,7 +65,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token that got worse, and the evicted token that it would have attended to most.
+    """Show a token that got worse, and the evicted token that it would have attended to most.
 
     attention   that token's share of the full model's attention, mean over compressed layers and heads
     """
@@ -96,7 +96,7 @@ class Explanation:
 
     @property
     def loss(self) -> float:
-        """What compression costs, in nats per token."""
+        """Compute what compression costs, in nats per token."""
         return self.nll - self.nll_full
 
 
@@ -199,6 +199,26 @@ def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: in
     return "the prompt is the whole text"
 
 
+Measure = Callable[[str, Policy, int, Changes], tuple[Tensor, Run]]  # name, policy, prompt length -> NLLs, the run
+
+
+def _effects(
+    changes: Iterable[Intervention], measure: Measure, own: Tensor, loss: float, policy: Policy, dtype: torch.dtype
+) -> tuple[tuple[Effect, ...], Rounding]:
+    """Evaluate each change to a run with NLLs `own`; returns the effects, the best first, and what is rounding."""
+    order, rounding, effects = OrderProbe(), Rounding(), []
+    for change in changes:
+        options: Changes = {**change.options, "attend": order} if change.kind == "order" else change.options
+        nll, _ = measure(change.name, change.policy, change.prompt_length, options)
+        if change.kind == "order" and order.holds:  # it comes first: attention is summed otherwise, and that is all
+            rounding = Rounding.measured(nll - own)
+        effect = _effect(change, nll, own, loss)
+        acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
+        effect = replace(effect, is_rounding=acquitted)
+        effects.append(replace(effect, sentence=_sentence(change, effect, policy, order, dtype)))
+    return tuple(sorted(effects, key=lambda effect: effect.change)), rounding
+
+
 def explain(
     runner: Runner,
     tokenizer: PreTrainedTokenizerFast,
@@ -230,7 +250,7 @@ def explain(
         explain(Runner(model, cut_windows(tokenizer, text, 512, 8)), tokenizer, policy).verdict
     """
     length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
-    layers, order, rounding = runner.model.config.num_hidden_layers, OrderProbe(), Rounding()
+    layers = runner.model.config.num_hidden_layers
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
@@ -244,23 +264,14 @@ def explain(
         raise ValueError(f"nothing to explain: no token was evicted; {reason}")
     full, _ = measured("full cache", Policy(), prompt_length, {})
     empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
-    effects = []
-    for change in interventions(
+    changes = interventions(
         policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
-    ):
-        options: Changes = {**change.options, "attend": order} if change.kind == "order" else change.options
-        nll, _ = measured(change.name, change.policy, change.prompt_length, options)
-        if change.kind == "order" and order.holds:  # it comes first: attention is summed otherwise, and that is all
-            rounding = Rounding.measured(nll - own)
-        effect = _effect(change, nll, own, float((own - full).mean()))
-        acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
-        effect = replace(effect, is_rounding=acquitted)
-        effects.append(replace(effect, sentence=_sentence(change, effect, policy, order, runner.model.dtype)))
-    effects.sort(key=lambda effect: effect.change)
+    )
+    effects, rounding = _effects(changes, measured, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt_length), tuple(effects),
+        mean_recent(run, policy, prompt_length), effects,
         tuple(_worst(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
     return replace(found, verdict=_verdict(found, policy.score))

@@ -27,7 +27,7 @@ AFTER = 16  # of which after the name
 
 @dataclass(frozen=True)
 class Facts:
-    """A window for each fact of the embedded narrative: the passage that names it, then the text that needs it.
+    """Hold a window for each fact of the embedded narrative: the passage that names it, then the text that needs it.
 
     names       what is named
     input_ids   int64 [facts, tokens]: the passage, then the latest text up to the last token of the name
@@ -41,7 +41,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Recall:
-    """Of the names' tokens alone: mean NLL in nats, perplexity, share that were the likeliest, how many there are.
+    """Hold what became of the names' tokens alone: mean NLL in nats, perplexity, share that were the likeliest, count.
 
     others   perplexity of all other tokens of the same windows, after the passage
     """
@@ -54,7 +54,7 @@ class Recall:
 
 
 def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named: bool = True) -> Facts:
-    """The facts of the embedded narrative, named early and needed 14,000 to 45,000 characters later.
+    """Cut out the facts of the embedded narrative, named early and needed 14,000 to 45,000 characters later.
 
     length   tokens of a window, more than the passage's 80
     named    False: another passage of the story in place of the one that names it, to tell memory from guessing
@@ -83,7 +83,7 @@ def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named
 
 
 def recall(model: PreTrainedModel, facts: Facts, policy: Policy, *, prompt_length: int = 1, batch: int = 8) -> Recall:
-    """How well the names are predicted where they are needed. Raises what perplexity.exact_nll raises."""
+    """Measure how well the names are predicted where they are needed. Raises what perplexity.exact_nll raises."""
     runner = Runner(model, Windows(facts.input_ids), batch=batch)  # all tokens are scored: those of the prompt too
     run = runner.run(policy, prompt_length=prompt_length)
     nll, correct = run.nll.double().cpu(), run.correct.cpu()

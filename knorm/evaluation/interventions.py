@@ -44,7 +44,7 @@ class Intervention:
 
 
 def stored_positions(policy: Policy, length: int, prompt_length: int) -> Tensor:
-    """The position that each token gets where it is taken from the compressed cache's length: int64 [T].
+    """Return the position that each token gets where the compressed cache's length gives it: int64 [T].
 
     Counts do not depend on scores, so these are known before the run.
     """
@@ -64,7 +64,7 @@ def _newest_kept(policy: Policy, prompt_length: int) -> Schedule:
 
 
 def sees_itself(_: int, keys: Tensor) -> Tensor:
-    """The schedule of no cache at all: each token sees itself only."""
+    """Return the schedule of no cache at all: each token sees itself only."""
     return torch.arange(1, keys.shape[2] + 1, device=keys.device).expand(keys.shape[:3]).contiguous()
 
 
@@ -74,7 +74,7 @@ def _smallest_budget(policy: Policy, prompt_length: int) -> int:
 
 
 def newest_to_protect(policy: Policy, prompt_length: int, newest: int) -> int:
-    """How many of the newest tokens an intervention protects: `newest`, or half of the smallest budget if that is less.
+    """Count the newest tokens that an intervention protects: `newest`, or half of the smallest budget if less.
 
     0 where the policy already protects as many.
     """
@@ -124,9 +124,9 @@ def interventions(
     if policy.protect_first < SINKS <= _smallest_budget(policy, prompt_length) - policy.protect_recent:
         protected = replace(policy, protect_first=SINKS)
         yield change("sinks", f"first {SINKS} protected", f"protecting the first {SINKS}", protected)
-    other: Score = "random" if policy.score != "random" else "low_norm"
-    instead = f"{other} instead of {policy.score}"
-    yield change("choice", instead, instead, replace(policy, score=other))
+    score: Score = "random" if policy.score != "random" else "low_norm"
+    instead = f"{score} instead of {policy.score}"
+    yield change("choice", instead, instead, replace(policy, score=score))
     compressed = [layer for layer in range(layers) if layer not in policy.skip_layers]
     for layer in compressed if len(compressed) > 1 else ():
         spared = replace(policy, skip_layers=(*policy.skip_layers, layer))

@@ -17,7 +17,7 @@ from knorm.policy import Policy, whole
 
 
 class Changes(TypedDict, total=False):
-    """What one run may have different from the policy's own; arguments of perplexity.exact_run.
+    """Name what one run may do differently from its policy; arguments of perplexity.exact_run.
 
     position_ids   int64 [T], the same for every window
     schedule       overrides the policy's evictions

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from knorm.evaluation.damage import Damage, PerToken, compare, head_of, summed
 from knorm.evaluation.windows import Windows, check_prompt
-from knorm.methods.caches import CacheMethod
+from knorm.methods.caches import CacheMethod, stored_bytes
 from knorm.methods.method import Method, Session, Tokenizer
 from knorm.model_attention import cache_keyword
 from knorm.perplexity import check_ids, exact_hidden, refuse_unready
@@ -28,7 +28,7 @@ _SEED = 0
 
 
 class Pass(NamedTuple):
-    """One run over a batch of windows.
+    """Hold one run over a batch of windows.
 
     states    hidden states that predict the scored tokens, [batch, scored, width]
     seen      tokens that a query after the prompt sees, on average, float64 [layers, kv_heads]
@@ -45,18 +45,24 @@ class Evaluation:
     """Hold what a method costs on a text, beside the full cache on the same tokens.
 
     Attributes:
-        method: its name.
+        method: the method's name.
         budget: what one compression retains, as it was given; None where the method has its own.
         how: the way it was run: "schedule", "two calls" or "loop".
         check: how that way was checked, in words; empty where there was nothing to check.
-        changed: False where no token's prediction is other than the full cache's, beyond rounding.
+        changed: False where every token's prediction is the full cache's, up to rounding.
         per_token: what is compared for each scored token, [windows, scored].
-        damage: the same, summed up.
-        tokens_seen: by a query after the prompt, on average, float64 [layers, kv_heads].
-        tokens_before: the same for the full cache, a number.
-        bytes_stored: by the cache for one window, on average over those queries.
+        damage: the sums of per_token.
+        tokens_seen: tokens that a query after the prompt sees, on average, float64 [layers, kv_heads].
+        tokens_before: the same for the full cache, one number.
+        bytes_stored: bytes that the cache stores for one window, on average over those queries.
         bytes_full: the same for the full cache.
         seconds: wall time of the method's own runs.
+
+    Example:
+        >>> model, tokenizer = load_embedded()
+        >>> ids = tokenizer("The cat sat on the mat, and the dog lay by the door.", return_tensors="pt").input_ids
+        >>> evaluate(model, ids, method(Policy(0.5)), prompt_length=8).label
+        'Policy 0.5'
     """
 
     method: str
@@ -74,12 +80,12 @@ class Evaluation:
 
     @property
     def label(self) -> str:
-        """The method and its budget, as tables name them."""
+        """Name the method and its budget, as tables do."""
         return self.method if self.budget is None else f"{self.method} {self.budget}"
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes stored for each token that had been fed."""
+        """Divide the bytes stored by the tokens that had been fed."""
         return self.bytes_stored / self.tokens_before
 
 
@@ -128,7 +134,7 @@ class Ways:
         self.batch, self.tokenizer = whole("batch", batch, 1), tokenizer
         self.ids = windows.input_ids.to(model.device, torch.int64)
         self._full: list[Pass] = []
-        self._noise: tuple[Rounding, float] | None = None
+        self._noise: dict[str, tuple[Rounding, float]] = {}  # by the way of the run
 
     def full(self) -> list[Pass]:
         """Run the full cache by one plain pass a batch; once, whatever asks for it."""
@@ -138,12 +144,12 @@ class Ways:
 
     def control(self) -> Evaluation:
         """Run the full cache again, in batches of another size: what differs is noise."""
-        begin, other = time.perf_counter(), 2 if self.batch == 1 else 1
-        ids = self.ids if len(self.ids) > 1 or other == 1 else self.ids.repeat(2, 1)
-        states = torch.cat([self._plain(part).states for part in ids.split(other)])[: len(self.ids)]
+        begin, batch = time.perf_counter(), 2 if self.batch == 1 else 1
+        ids = self.ids if len(self.ids) > 1 or batch == 1 else self.ids.repeat(2, 1)
+        states = torch.cat([self._plain(part).states for part in ids.split(batch)])[: len(self.ids)]
         first = self.full()[0]
         passes = [first._replace(states=part) for part in states.split(self.batch)]
-        check = f"the full cache again, in batches of {other}"
+        check = f"the full cache again, in batches of {batch}"
         return self._evaluation("full cache, again", None, "one pass", check, passes, time.perf_counter() - begin)
 
     def evaluate(self, method: Method, how: How = "auto", *, on_batch: Callable[[], None] = lambda: None) -> Evaluation:
@@ -193,13 +199,13 @@ class Ways:
         tokens = self._compared([two], [loop], ids)
         change = tokens.nll - tokens.nll_full
         where = "window 1" if len(ids) == 1 else f"windows 1 to {len(ids)}"
-        if self._covers(tokens):
+        if self._covers(tokens, "loop"):
             acted = self._acted(self._compared([loop], self.full()[:1], ids), loop, 0)
             said = f"checked on {where}: equal to the loop within {float(change.abs().max()):.1e}"
             if not acted:
                 said += f"; did not act in {ids.shape[1]} tokens"
             return [two], "two calls", said
-        bound = self._noise[0].largest if self._noise else ROUNDING
+        bound = self._noise["loop"][0].largest if "loop" in self._noise else ROUNDING
         beyond = (change.abs() > bound).any(0)
         first = int(beyond.nonzero()[0]) if bool(beyond.any()) else 0
         largest = float(change.abs().max())
@@ -209,34 +215,34 @@ class Ways:
         why = "acts again after the prompt" if again else "rounds otherwise in one call than in many"
         return [loop], "loop", f"{why}: {said}"
 
-    def _covers(self, tokens: PerToken) -> bool:
-        """Tell whether rounding alone may set two runs of one method so far apart.
+    def _covers(self, tokens: PerToken, how: str) -> bool:
+        """Tell whether rounding alone may set two runs so far apart, one of which was made in the way `how`.
 
-        What it does here is measured on the full cache, one pass against its own loop, where the usual bound of float32
+        What it does here is measured on the full cache, one pass against the same way, where the usual bound of float32
         is exceeded; and always in half precision.
         """
         change = tokens.nll - tokens.nll_full
-        if self.model.dtype in (torch.float32, torch.float64) and self._noise is None:
+        if self.model.dtype in (torch.float32, torch.float64) and how not in self._noise:
             largest = float(change.abs().max())
             if not ROUNDING < largest <= 100 * ROUNDING:  # nothing to measure: far from where it is in doubt
                 return largest <= ROUNDING
-        return self._measured()[0].covers(change)
+        return self._measured(how)[0].covers(change)
 
-    def _measured(self) -> tuple[Rounding, float]:
-        """Measure what rounding does to a token's NLL and KL: at most twice what the full cache's own loop shows."""
-        if self._noise is None:
+    def _measured(self, how: str) -> tuple[Rounding, float]:
+        """Measure what rounding does to a token's NLL and KL: at most twice what the full cache shows in that way."""
+        if how not in self._noise:
             ids = self.ids[: self.batch]
-            loop = self._run(CacheMethod("full cache", DynamicCache, None, {}), ids, "loop")
-            tokens = self._compared([loop], self.full()[:1], ids)
+            run = self._run(CacheMethod("full cache", DynamicCache, None, {}), ids, how)
+            tokens = self._compared([run], self.full()[:1], ids)
             noise = Rounding.measured(2 * (tokens.nll - tokens.nll_full))
-            self._noise = noise, max(ROUNDING, 2 * float(tokens.kl.max()))
-        return self._noise
+            self._noise[how] = noise, max(ROUNDING, 2 * float(tokens.kl.max()))
+        return self._noise[how]
 
     def _acted(self, tokens: PerToken, run: Pass, index: int) -> bool:
         """Tell whether a run differs from the full cache's, in a prediction or in what its queries see."""
         full = self.full()[index]
         fewer = bool((run.seen < full.seen - 1e-9).any())
-        return fewer or not self._covers(tokens)
+        return fewer or not self._covers(tokens, "loop")
 
     def _compared(self, runs: Sequence[Pass], full: Sequence[Pass], ids: Tensor) -> PerToken:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
@@ -260,8 +266,9 @@ class Ways:
             sum(getattr(run, column) * weight for run, weight in zip(passes, weights, strict=True)) / sum(weights)
             for column in ("seen", "stored")
         )
-        most = ROUNDING if self._noise is None else self._noise[1]
-        changed = not self._covers(tokens) or float(tokens.kl.max()) > most
+        way = "loop" if how == "loop" else "two calls"
+        covered = self._covers(tokens, way)
+        changed = not covered or float(tokens.kl.max()) > self._noise.get(way, (None, ROUNDING))[1]
         return Evaluation(
             method=name,
             budget=None if budget is None else str(budget),
@@ -350,7 +357,7 @@ def evaluate(
     batch: int = 1,
     tokenizer: Tokenizer | None = None,
 ) -> Evaluation:
-    """Say what a method costs: run it on texts, and compare each prediction after the prompt with the full cache's.
+    """Run a method on texts, and compare each prediction after the prompt with the full cache's.
 
     Args:
         model: a causal language model of transformers in eval mode, which attends by "sdpa" or "eager".
@@ -359,38 +366,21 @@ def evaluate(
         prompt_length: tokens of the prompt, 2 to T - 1; those after it are scored.
         how: "auto", "schedule", "two calls" or "loop"; see Ways.evaluate.
         batch: texts at a time.
-        tokenizer: of the model, for methods that read text.
+        tokenizer: the model's, for methods that read text.
 
     Returns:
         An Evaluation: per_token [texts, T - prompt_length], damage, tokens seen by layer and head, bytes stored, and
         how it was run and checked.
 
     Raises:
-        MethodError: what the method's own code raised, with the place.
-        ValueError: for texts and models that cannot be run so.
+        MethodError: the method's own code raised an exception; the message says which, and where.
+        ValueError: texts or a model that cannot be run so.
 
     Example:
-        costs = knorm.evaluate(model, input_ids, knorm.method(compress_keys, keep_ratio=0.5), prompt_length=256)
-        costs.damage.kl, costs.check
+        >>> model, tokenizer = load_embedded()
+        >>> ids = tokenizer("The cat sat on the mat, and the dog lay by the door.", return_tensors="pt").input_ids
+        >>> evaluate(model, ids, method(Policy(1.0)), prompt_length=8).damage.same_top
+        1.0
     """
     ways = Ways(model, Windows(input_ids), prompt_length, batch=batch, tokenizer=tokenizer)
     return ways.evaluate(method, how)
-
-
-def stored_bytes(cache: Any) -> int:
-    """Count the bytes of all tensors that a cache reaches: those that it stores, whatever they are called."""
-    todo, done, tensors = [cache], set(), 0
-    while todo:
-        value = todo.pop()
-        if id(value) in done:
-            continue
-        done.add(id(value))
-        if isinstance(value, Tensor):
-            tensors += value.nbytes
-        elif isinstance(value, dict):
-            todo += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            todo += value
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)) and not callable(value):
-            todo += vars(value).values()
-    return tensors

@@ -19,7 +19,7 @@ _LONGEST_WORD, _MOST_CHARACTERS = 2**20, 2**25  # of what is tokenised: beyond t
 
 @dataclass(frozen=True)
 class Windows:
-    """A text cut into windows of equal length, each evaluated as a sequence of its own.
+    """Hold a text cut into windows of equal length, each evaluated as a sequence of its own.
 
     input_ids   int64 [windows, tokens]
     byte_ends   int64 [windows, tokens]: where each token ends in the text's UTF-8; None for tokens of no text
@@ -36,10 +36,25 @@ class Windows:
 
 
 def cut_windows(tokenizer: PreTrainedTokenizerFast, text: str, length: int = 512, most: int | None = None) -> Windows:
-    """The first windows of a text; what is left over at its end is not used, unless the text is shorter than a window.
+    """Cut the first windows out of a text; its end is not used, unless the text is shorter than a window.
 
-    Each window starts with the tokenizer's own beginning-of-sequence token where it adds one. Raises ValueError for a
-    text shorter than two tokens, and for settings below two tokens or one window.
+    Each window starts with the tokenizer's own beginning-of-sequence token where it adds one.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        text: at least two tokens long.
+        length: tokens of a window.
+        most: windows at most; by default as many as there are.
+
+    Returns:
+        The windows.
+
+    Raises:
+        ValueError: a text below two tokens, or settings below two tokens or one window.
+
+    Example:
+        >>> cut_windows(knorm.load_embedded()[1], "The cat sat on the mat.", 4, 1).input_ids.shape
+        torch.Size([1, 4])
     """
     length, most = whole("length", length), None if most is None else whole("most", most)
     if length < 2 or (most is not None and most < 1):

@@ -22,7 +22,7 @@ _METRICS = r"(?:([a-z0-9][a-z0-9_-]*):|(?![a-z0-9][a-z0-9_-]*:))(.+)"  # a case,
 
 @dataclass(frozen=True)
 class Permission:
-    """What a person allows some metrics of one case.
+    """Hold what a person allows some metrics of one case.
 
     text      as it was typed
     case      whose metrics; None: those of the only golden that is accepted
@@ -73,7 +73,7 @@ def parse_permissions(allow_worse: Iterable[str] = (), allow_gate: Iterable[str]
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a candidate is refused.
+    """Say why a candidate is refused.
 
     text    in one line
     flags   what solves it, all of them
@@ -159,7 +159,7 @@ def approve(
         goldens.append((candidate, tensors, before[0] if before else None))
     if problems:
         raise Refused(problems)
-    return [_approved(*each, why) for each in goldens]
+    return [_approved(*parts, why) for parts in goldens]
 
 
 def _one_line(reason: str) -> str:
@@ -238,11 +238,11 @@ def _origin_problems(store: Store, candidate: Golden, now: Checkout) -> list[Pro
         problems.append(Problem(f"{text}{now.commit[:12]}): record it again at this commit", stale=(golden,)))
     elif origin.commit != now.commit:
         try:
-            other = git(store.folder, "diff", "--name-only", origin.commit, now.commit, "--", ":/", ":(exclude).")
+            changed = git(store.folder, "diff", "--name-only", origin.commit, now.commit, "--", ":/", ":(exclude).")
         except ValueError:
-            other = "unknown here"
-        if other:
+            changed = "unknown here"
+        if changed:
             text = f"{name}: the candidate was made at another commit, {origin.commit[:12]}, but this is "
-            text += f"{now.commit[:12]} ({other.splitlines()[0]}): record it again"
+            text += f"{now.commit[:12]} ({changed.splitlines()[0]}): record it again"
             problems.append(Problem(text, stale=(golden,)))
     return problems

@@ -39,7 +39,7 @@ NOISE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One case: what it pins in a sentence, what it is configured by, and on which kinds of device it is measured.
+    """Define one case: what it pins in a sentence, its configuration, and the kinds of device that measure it.
 
     optional   it needs what is not in the box: without that, or without a golden, it is not compared
     timed      it is measured by a clock: only where it is asked for by name, with the machine to itself
@@ -62,7 +62,7 @@ def _as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
 
 
 def find_case(name: str) -> Case:
-    """The case of that name. Raises ValueError where there is none."""
+    """Look up a case by its name. Raises ValueError for an unknown one."""
     if name not in CASES:
         raise ValueError(f"no case is named {name!r}; there are {', '.join(sorted(CASES))}")
     return CASES[name]
@@ -79,7 +79,7 @@ def _embedded(device: str) -> tuple[Any, Any]:
 def _sums() -> dict[str, str]:
     """File of the box -> its sha256."""
     lines = (ASSETS / "SHA256SUMS").read_text("ascii").splitlines()
-    return {name: found for found, name in (line.split() for line in lines)}
+    return {name: digest for digest, name in (line.split() for line in lines)}
 
 
 def _embedded_configuration() -> dict[str, Any]:
@@ -92,18 +92,18 @@ def _embedded_configuration() -> dict[str, Any]:
 
 
 def _digest_of(model: Any) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for weight in model.parameters():
-        found.update(weight.detach().cpu().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(weight.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @lru_cache(maxsize=2)
 def _random(device: str) -> Any:
     model: Any = random_gpt_neox()
-    if (found := _digest_of(model)) != RANDOM_SHA256:
+    if (digest := _digest_of(model)) != RANDOM_SHA256:
         raise ValueError(
-            f"the random GPT-NeoX has sha256 {found[:12]}, but should have {RANDOM_SHA256[:12]}: NumPy's "
+            f"the random GPT-NeoX has sha256 {digest[:12]}, but should have {RANDOM_SHA256[:12]}: NumPy's "
             "PCG64 or transformers' order of its weights changed"
         )
     return model.to(device)
@@ -208,7 +208,7 @@ RANDOM_SHA256 = "4fbb090fc3a4fc5332a6a9fbe86e9b2c1904a203029c6fdcaaccff3b2a4a428
 
 
 def random_tokens(windows: int, window: int, vocabulary: int = 50304) -> Tensor:
-    """Token ids int64 [windows, window] from NumPy's PCG64: the same on every machine."""
+    """Draw token ids int64 [windows, window] from NumPy's PCG64: the same on every machine."""
     return torch.from_numpy(np.random.Generator(np.random.PCG64(70)).integers(0, vocabulary, (windows, window)))
 
 
@@ -218,10 +218,10 @@ def _streaming(prune_after: int, **options: Any) -> tuple[Policy, ...]:
 
 def _protected(prune_after: int) -> tuple[Policy, ...]:
     """The newest half of each budget is protected."""
-    each = (Policy(ratio, prune_after, protocol="streaming", skip_layers=(0,)) for ratio in RATIOS)
+    policies = (Policy(ratio, prune_after, protocol="streaming", skip_layers=(0,)) for ratio in RATIOS)
     return tuple(
         Policy(p.keep_ratio, prune_after, (0,), protect_recent=p.budget(prune_after) // 2, protocol="streaming")
-        for p in each
+        for p in policies
     )
 
 
@@ -274,10 +274,10 @@ def _pythia(device: str, how: How) -> Measured:
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, text in texts.items():
         ids = seed_ids(tokenizer, text, protocol.streamed_tokens)
-        found = curve(how.model(model), ids, _pythia_policies(), 1, how)
+        measured = curve(how.model(model), ids, _pythia_policies(), 1, how)
         metrics.append(fingerprint(f"{name}/text", digest(text.encode())))
-        metrics += [m.model_copy(update={"name": f"{name}/{m.name}"}) for m in found.metrics]
-        tensors |= {f"{name}/{key}": tensor for key, tensor in found.tensors.items()}
+        metrics += [m.model_copy(update={"name": f"{name}/{m.name}"}) for m in measured.metrics]
+        tensors |= {f"{name}/{key}": tensor for key, tensor in measured.tensors.items()}
     return Measured(tuple(metrics), tensors)
 
 

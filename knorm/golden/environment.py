@@ -22,7 +22,7 @@ from knorm.policy import Policy
 
 @dataclass(frozen=True)
 class How:
-    """How a case is run. What differs from the default must not matter, or is an injected change: docs/golden-power.md.
+    """Say how a case is run. What differs from the default must not matter, or is an injected change (golden-power.md).
 
     batch     windows at a time
     order     of the windows
@@ -41,14 +41,14 @@ class How:
 
 
 def device_class(device: str) -> str:
-    """The exact class that a golden is for: cpu-x86_64, nvidia-h200 ...: goldens never cross it."""
+    """Name the exact class that a golden is for: cpu-x86_64, nvidia-h200 ...: goldens never cross it."""
     if torch.device(device).type == "cpu":
         return f"cpu-{platform.machine().lower()}"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
 
 
 def environment(device: str, how: How | None = None) -> Environment:
-    """What this process' numbers may depend on besides the code."""
+    """Collect what this process' numbers may depend on besides the code."""
     cuda = torch.device(device).type == "cuda"
     return Environment(
         device=torch.cuda.get_device_name(device) if cuda else _processor(),
@@ -84,10 +84,10 @@ def _products(cuda: bool) -> str:
 def _processor() -> str:
     """The CPU's model, as Linux names it: kernels are chosen by it."""
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

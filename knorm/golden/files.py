@@ -23,7 +23,7 @@ SCHEMA = 1
 
 
 class Damaged(ValueError):
-    """A golden that cannot be trusted: which file, and which field."""
+    """Say that a golden cannot be trusted: which file, and which field."""
 
 
 def _seals(fields: Mapping[str, Any]) -> dict[str, str]:

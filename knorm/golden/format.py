@@ -17,7 +17,7 @@ Tensors = Mapping[str, np.ndarray[Any, Any]]
 
 
 class Noise(Strict):
-    """What runs showed that differed in nothing that matters (docs/golden-power.md).
+    """Hold what runs showed that differed in nothing that matters (docs/golden-power.md).
 
     runs      how many
     sigma     standard deviation of a metric's mean shift between environments, nats a token
@@ -36,7 +36,7 @@ class Noise(Strict):
 
 
 class Gate(Strict):
-    """How a metric is judged.
+    """Say how a metric is judged.
 
     rule        one of `gates.RULES`: its class says where it speaks and what it lets pass
     threshold   what the rule takes for its bound, in the rule's own unit; None where it needs none
@@ -49,7 +49,7 @@ class Gate(Strict):
 
 
 class Metric(Strict):
-    """One number, or hash, of a case.
+    """Hold one number, or hash, of a case.
 
     direction   which way is better; "same": neither
     anchor      the first accepted value: small accepted drifts add up in sight
@@ -67,7 +67,7 @@ class Metric(Strict):
 
 
 class Environment(Strict):
-    """What numbers may depend on besides the code; numerics: batches and attention. No host is named."""
+    """Hold what numbers may depend on besides the code; numerics: batches and attention. No host is named."""
 
     device: str
     driver: str | None
@@ -82,7 +82,7 @@ class Environment(Strict):
 
 
 class Provenance(Strict):
-    """Where a golden comes from: the commit and a hash of knorm's sources, when, how many agreeing runs, and why."""
+    """Say where a golden comes from: commit, hash of knorm's sources, date, how many runs agree, and why."""
 
     knorm: str
     commit: str = Field(pattern=r"^[0-9a-f]{40}$")
@@ -94,7 +94,7 @@ class Provenance(Strict):
 
 
 class Golden(Strict):
-    """An accepted result, or a candidate for one.
+    """Hold an accepted result, or a candidate for one.
 
     tensors   sha256 of the .safetensors file: the NLL of each token by metric; None where there is none
     seal      of each other field a hash: an edit by hand is noticed, and where
@@ -111,17 +111,17 @@ class Golden(Strict):
     seal: dict[str, str]
 
     def metric(self, name: str) -> Metric | None:
-        """The metric of that name, if there is one."""
+        """Look up the metric of that name, if there is one."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
     def text(self) -> str:
-        """What its file holds."""
+        """Return the contents of its file."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run of a case gave: metrics with their gates, and tensors by metric."""
+    """Hold what one run of a case gave: metrics with their gates, and tensors by metric."""
 
     metrics: tuple[Metric, ...]
     tensors: Tensors = field(default_factory=dict)
@@ -132,9 +132,9 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names of the entries in which two mappings differ."""
-    return [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def environment_changes(then: Environment, now: Environment) -> list[str]:

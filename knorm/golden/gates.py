@@ -34,7 +34,7 @@ _WORST = 1e9  # per cent; what was 0 and is something, or is not finite, is wors
 
 @dataclass(frozen=True)
 class Results:
-    """What a case gave, and in which environment: a golden, a candidate or a run."""
+    """Hold what a case gave, and in which environment: a golden, a candidate or a run."""
 
     metrics: tuple[Metric, ...]
     tensors: Tensors
@@ -52,7 +52,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Pair:
-    """One metric, accepted and measured again.
+    """Hold one metric, accepted and measured again.
 
     before, now   the metric then and now; it is judged by the gate of `before`
     old, new      its tensors then and now; None where there are none
@@ -70,7 +70,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a rule says of a pair: the verdict, the evidence, and the interval of the difference where it has one."""
+    """Hold what a rule says of a pair: the verdict, the evidence, and the interval of the difference if it has one."""
 
     verdict: Literal["holds", "moved", "inconclusive"]
     evidence: str = ""
@@ -80,7 +80,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one metric, and the evidence.
+    """Hold the verdict on one metric, and the evidence.
 
     verdict      "holds"; "moved"; "shown": it differs where its gate does not speak; "inconclusive": noise hides it
     difference   measured minus golden; None where they are no numbers
@@ -104,7 +104,7 @@ class Finding:
 
 
 class Rule(ABC):
-    """How the metrics of one kind of gate are judged.
+    """Define how the metrics of one kind of gate are judged.
 
     name      as the gate in a file names it
     speaks    in which environments its verdict counts; in the others a difference is shown
@@ -127,7 +127,7 @@ class Rule(ABC):
 
 
 class Exact(Rule):
-    """The value is equal, everywhere."""
+    """Require the same value, everywhere."""
 
     name = "exact"
 
@@ -141,21 +141,21 @@ class Exact(Rule):
 
 
 class SameEnvironment(Exact):
-    """The value is equal in the golden's own environment."""
+    """Require the same value in the golden's own environment."""
 
     name = "same_environment"
     speaks = ("same",)
 
 
 class SameVersions(Exact):
-    """The value is equal with the golden's torch and transformers."""
+    """Require the same value with the golden's torch and transformers."""
 
     name = "same_versions"
     speaks = ("same", "versions")
 
 
 class AtMost(Rule):
-    """The value is at most the golden's x (1 + threshold), everywhere."""
+    """Require a value of at most the golden's x (1 + threshold), everywhere."""
 
     name = "at_most"
     numbers = True
@@ -176,7 +176,7 @@ class AtMost(Rule):
 
 
 class Tokens(Rule):
-    """Token NLLs [windows, tokens], nats, stay within the noise that was measured.
+    """Require token NLLs [windows, tokens], nats, within the noise that was measured.
 
     In the same environment: no token by more than noise.largest, all by at most 1e-4 on average. In another one of the
     same device class: the mean by at most the slack, unless its interval, clustered by window, contains 0; the typical
@@ -222,7 +222,7 @@ class Tokens(Rule):
 
 
 class Timing(Rule):
-    """A ratio of times is not shown to have risen, in the golden's own environment.
+    """Require that a ratio of times has not been shown to rise, in the golden's own environment.
 
     Its tensors are the log-ratios of blocks [blocks, 1]. It moved where it rose, by the threshold or more for all one
     knows; the metrics of a golden share the error rate.

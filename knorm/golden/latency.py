@@ -44,23 +44,23 @@ def measure_latency(model: Any, tokenizer: Any) -> Measured:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other, and for whatever else runs
     try:
-        found = bench(model, prompts, POLICIES.values(), margin=MARGIN[device], blocks=BLOCKS[device])
+        times = bench(model, prompts, POLICIES.values(), margin=MARGIN[device], blocks=BLOCKS[device])
     finally:
         torch.set_num_threads(threads)
     metrics: list[Metric] = []
     tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for name, row in zip(POLICIES, found.rows[1:], strict=True):
+    for name, row in zip(POLICIES, times.rows[1:], strict=True):
         for metric in GATED:
             label = f"{metric}/{name}"
             tensors[label] = np.asarray(row.logs[metric])[:, None]
             metrics.append(time_ratio(label, float(np.exp(tensors[label].mean())), MARGIN[device]))
-        if row.peak and found.rows[0].peak:
-            metrics.append(memory_ratio(f"peak_memory/{name}", row.peak / found.rows[0].peak, "uncompressed"))
+        if row.peak and times.rows[0].peak:
+            metrics.append(memory_ratio(f"peak_memory/{name}", row.peak / times.rows[0].peak, "uncompressed"))
     return Measured(tuple(metrics), tensors)
 
 
 def measure_counters(model: Any, tokenizer: Any) -> Measured:
-    """Tokens retained, bytes, operators and, on CUDA, kernel launches of the uncompressed cache and each policy."""
+    """Count tokens, bytes, operators and, on CUDA, kernel launches of the uncompressed cache and each policy."""
     (prompt,) = make_prompts(tokenizer, TEXTS[:1], CHARACTERS[:1], (COUNTED_TOKENS,), device=str(model.device)).values()
     metrics: list[Metric] = []
     with attending(model), torch.no_grad():
@@ -70,13 +70,13 @@ def measure_counters(model: Any, tokenizer: Any) -> Measured:
     return Measured(tuple(metrics))
 
 
-def _counts(name: str, found: Counters) -> Iterable[Metric]:
+def _counts(name: str, counters: Counters) -> Iterable[Metric]:
     operators = partial(counted, rule="same_versions", direction="lower")
     launches = partial(counted, rule="same_environment", direction="lower")
-    yield counted(f"retained/{name}", ", ".join(map(str, found.retained)), "tokens per layer")
-    yield counted(f"cache_bytes/{name}", found.cache_bytes, "bytes", kind="memory", direction="lower")
-    yield operators(f"prompt_operators/{name}", found.prompt_operators, "operators")
-    yield operators(f"step_operators/{name}", found.step_operators, f"operators / {found.steps} steps")
-    if found.prompt_launches is not None and found.step_launches is not None:
-        yield launches(f"prompt_launches/{name}", found.prompt_launches, "kernels")
-        yield launches(f"step_launches/{name}", found.step_launches, f"kernels / {found.steps} steps")
+    yield counted(f"retained/{name}", ", ".join(map(str, counters.retained)), "tokens per layer")
+    yield counted(f"cache_bytes/{name}", counters.cache_bytes, "bytes", kind="memory", direction="lower")
+    yield operators(f"prompt_operators/{name}", counters.prompt_operators, "operators")
+    yield operators(f"step_operators/{name}", counters.step_operators, f"operators / {counters.steps} steps")
+    if counters.prompt_launches is not None and counters.step_launches is not None:
+        yield launches(f"prompt_launches/{name}", counters.prompt_launches, "kernels")
+        yield launches(f"step_launches/{name}", counters.step_launches, f"kernels / {counters.steps} steps")

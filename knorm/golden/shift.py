@@ -13,7 +13,7 @@ from knorm.statistics import interval
 
 @dataclass(frozen=True)
 class Shift:
-    """How token NLLs [windows, tokens] differ from others, nats.
+    """Hold how token NLLs [windows, tokens] differ from others, in nats.
 
     mean          of all tokens; low, high: its interval at one-sided alpha each, clustered by window
     absolute      mean absolute difference; typical: its median over windows; worst: of any window

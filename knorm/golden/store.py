@@ -32,7 +32,7 @@ _READS, _PAUSE_SECONDS = 50, 0.01  # of a changing golden; a pause outlasts a ti
 
 @dataclass(frozen=True)
 class Checkout:
-    """The state of the sources: commit, clean (nothing changed outside golden/), hash of the package's code."""
+    """Hold the state of the sources: commit, clean (nothing changed outside golden/), hash of the package's code."""
 
     commit: str
     clean: bool
@@ -40,14 +40,14 @@ class Checkout:
 
 
 def hash_of_code(package: Path = PACKAGE) -> str:
-    """A hash of knorm's sources: a candidate is accepted only where the same code is."""
+    """Hash knorm's sources: a candidate is accepted only where the same code is."""
     files = sorted(package.rglob("*.py"))
     lines = [f"{file.relative_to(package).as_posix()} {digest(file.read_bytes())}" for file in files]
     return digest("\n".join(lines).encode())
 
 
 def checkout(folder: Path) -> Checkout:
-    """The state of the checkout that a golden folder lies in.
+    """Read the state of the checkout that a golden folder lies in.
 
     An exported tree without git (a CUDA runner's) names its commit in KNORM_COMMIT; its code is compared on acceptance.
     Raises ValueError where neither is there, and where the folder is the checkout itself.
@@ -75,7 +75,7 @@ def checkout(folder: Path) -> Checkout:
 
 
 class Store:
-    """A folder of goldens. Raises ValueError where there is none. Only `write_candidate` and `accept` write."""
+    """Read and write a folder of goldens, which must exist; only `write_candidate` and `accept` write."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or goldens()
@@ -88,8 +88,8 @@ class Store:
     @cached_property
     def files(self) -> dict[tuple[str, str], Path]:
         """(case, device class) -> its file."""
-        found = sorted(self.folder.glob("*/*.json"))
-        return {(f.parent.name, f.stem): f for f in found if f.parent.name != REPORTED and f.name[0] != "."}
+        paths = sorted(self.folder.glob("*/*.json"))
+        return {(f.parent.name, f.stem): f for f in paths if f.parent.name != REPORTED and f.name[0] != "."}
 
     @property
     def device_classes(self) -> set[str]:
@@ -97,7 +97,7 @@ class Store:
         return {device for _, device in self.files}
 
     def file(self, case: str, device_class: str) -> Path:
-        """Where a golden is, or would be."""
+        """Return the path of a golden, whether or not it exists."""
         return self.folder / case / f"{device_class}.json"
 
     def read(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
@@ -156,13 +156,13 @@ class Store:
         return self.folder / golden.case / f"{golden.device_class}-{(golden.tensors or '')[:12]}.safetensors"
 
     def orphans(self, cases: Sequence[str]) -> list[str]:
-        """What lies there and belongs to no case: folders with goldens in them, and goldens beside the folders."""
+        """Find what belongs to no case: folders with goldens in them, and goldens beside the folders."""
         folders = {file.parent.name for ending in ("json", "safetensors") for file in self.folder.glob(f"*/*.{ending}")}
         loose = [file.name for file in self.folder.glob("*.json")]
         return sorted(folders - {REPORTED, *cases}) + sorted(loose)
 
     def leftovers(self) -> list[Path]:
-        """What an interrupted write of a golden left behind; the next accept of that golden removes it."""
+        """Find what an interrupted write of a golden left behind; the next accept of that golden removes it."""
         return [file for case, device in self.files for file in self._stale(case, device)]
 
     def _stale(self, case: str, device_class: str) -> list[Path]:
@@ -174,13 +174,13 @@ class Store:
             return []
         name = re.escape(device_class)
         own = re.compile(rf"{name}-[0-9a-f]{{12}}\.safetensors|\.{name}[.-][\w.-]*\.\d+{re.escape(_TEMPORARY)}")
-        found = sorted(f for f in file.parent.iterdir() if own.fullmatch(f.name) and f.is_file() and not f.is_symlink())
-        return [f for f in found if f != self._tensors_file(golden)]
+        paths = sorted(f for f in file.parent.iterdir() if own.fullmatch(f.name) and f.is_file() and not f.is_symlink())
+        return [f for f in paths if f != self._tensors_file(golden)]
 
     # Candidates
 
     def candidates(self) -> list[Path]:
-        """The candidates that wait beside their goldens."""
+        """Find the candidates that wait beside their goldens."""
         return sorted(self.folder.glob(f"*/*{_CANDIDATE}"))
 
     def write_candidate(self, golden: Golden, tensors: Tensors) -> Path:
@@ -227,7 +227,7 @@ def _state(file: Path) -> tuple[int, int] | None:
 
 
 def read_candidate(file: Path) -> tuple[Golden, Tensors]:
-    """A candidate and its tensors. Raises Damaged, in one line, for a file that is none or not whole."""
+    """Read a candidate and its tensors. Raises Damaged, in one line, for a file that is none or not whole."""
     if not file.is_file():
         raise ValueError(f"there is no candidate {file}: knorm golden record makes one")
     try:

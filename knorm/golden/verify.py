@@ -22,7 +22,7 @@ RUNS = 3  # that agree, at least, before anything is recorded
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """Hold the verdict on a case.
 
     verdict    "holds"; "moved", "missing", "damaged" or "orphan": a failure; "not compared": no golden of this device
                class at all; "inconclusive": too noisy to say
@@ -39,12 +39,12 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether somebody has to act."""
+        """Tell whether somebody has to act."""
         return self.compared and self.verdict != "holds"
 
     @property
     def compared(self) -> bool:
-        """Whether there is a golden, or should be, and its gates could decide."""
+        """Tell whether a golden exists, or should, and its gates could decide."""
         return self.verdict not in ("not compared", "inconclusive")
 
 
@@ -53,7 +53,7 @@ def verify_goldens(
 ) -> Iterator[Outcome]:
     """Measure each case and compare it with its golden of exactly this device class; by default all of the device's.
 
-    Orphans are looked for where all cases are. Nothing is written. Raises ValueError for a case that there is not.
+    Orphans are looked for where all cases are. Nothing is written. Raises ValueError for an unknown case.
     """
     chosen = [find_case(name) for name in cases] if cases is not None else list(CASES.values())
     kind, mine = torch.device(device).type, device_class(device)

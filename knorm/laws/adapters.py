@@ -76,7 +76,7 @@ class _Source(NamedTuple):
 
 
 def adapt(target: Any, traits: Traits | Mapping[str, Any] | None = None, *, kind: str | None = None) -> Subject:
-    """A Subject of whatever the target is; a Subject itself comes back as it is.
+    """Make a Subject of whatever the target is; a Subject itself comes back as it is.
 
     target   of one of these kinds:
              function         (keys, values, keep_ratio[, layer]) -> keys, values[, mask]
@@ -117,8 +117,8 @@ def _subject(
         raise ValueError(f"kind={kind!r}, but should be one of {', '.join(KINDS)}")
     if not callable(target):
         raise TypeError(f"{name} is not callable, but should be called as {name}{CALLED_AS['function']}")
-    told = _kind_of(target)
-    kind = kind or told
+    own_kind = _kind_of(target)
+    kind = kind or own_kind
     own = any(target is mine for mine in (compress, KnormCache, exact_nll, stream_nll))
     base = METHOD if kind in ("cache", "press") else None
     if base is not None:
@@ -134,7 +134,7 @@ def _subject(
     made: dict[str, Any] = {"given": target}
     # not a closure written beside the text: what is shown would be another than what ran
     exec(_with_imports(body.format(given="given", **blanks)), made)
-    code = _code(source, kind, kind != told, body, blanks) if source else ""
+    code = _code(source, kind, kind != own_kind, body, blanks) if source else ""
     return Subject(name, promised, made.get("compress"), made.get("make_cache"), made.get("evaluate"), code)
 
 
@@ -244,7 +244,7 @@ def _filled(target: Any, kind: str, traits: Traits, name: str) -> tuple[str, dic
     """The body for a target of that kind, and what fills it. Raises TypeError for a signature that does not fit."""
     signature = signature_of(target)
     parameters = signature.parameters if signature else {}
-    positional = [x for x, one in parameters.items() if one.kind is not inspect.Parameter.KEYWORD_ONLY]
+    positional = [x for x, parameter in parameters.items() if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]
     word = next((x for x in _RATIOS if x in parameters and parameters[x].kind != inspect.Parameter.POSITIONAL_ONLY), "")
     options: dict[str, Any] = {"prune_after": traits.prune_after, "skip_layers": list(traits.skip_layers)}
     options = {option: value for option, value in options.items() if kind == "legacy" and option in parameters}
@@ -269,10 +269,10 @@ def _fit(name: str, signature: inspect.Signature, kind: str, *arguments: Any, **
     try:
         signature.bind(*arguments, **named)
     except TypeError:
-        found, target = " ".join(f"{name}{signature}".split()), name.removesuffix(".__call__")
+        given, target = " ".join(f"{name}{signature}".split()), name.removesuffix(".__call__")
         raise TypeError(
-            f"{found} does not fit: a target of kind {kind!r} is called as {target}{CALLED_AS[kind]}. "
-            f"The other kinds are {', '.join(other for other in KINDS if other != kind)}"
+            f"{given} does not fit: a target of kind {kind!r} is called as {target}{CALLED_AS[kind]}. "
+            f"The other kinds are {', '.join(word for word in KINDS if word != kind)}"
         ) from None
 
 
@@ -286,14 +286,14 @@ def _ratio(kind: str, word: str, traits: Traits) -> str:
 
 
 def _source(target: Any) -> _Source | None:
-    """Of what can be imported again, and of instances of kvpress' own presses; otherwise None."""
+    """Find the code of what can be imported again, and of instances of kvpress' own presses; otherwise None."""
     if type(target).__module__.startswith("kvpress."):
         return _Source("press", lambda root, alias: f"from kvpress import *\n{alias} = {target!r}")
     module, path = str(getattr(target, "__module__", "")), str(getattr(target, "__qualname__", ""))
-    found: Any = sys.modules.get(module)
+    value: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None)
-    return _importable(module, path) if found is target and module != "__main__" else None
+        value = getattr(value, part, None)
+    return _importable(module, path) if value is target and module != "__main__" else None
 
 
 def _importable(module: str, path: str) -> _Source:

@@ -15,7 +15,7 @@ from knorm.methods.targets import load_target as load
 
 
 def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str, Any] | None = None) -> Subject:
-    """The Subject that a command line names.
+    """Load the Subject that a command line names.
 
     spec           path/to/file.py:name, package.module:name or kvpress:PressName; the name may be dotted. Modules are
                    looked for in the current folder too, those that a file imports beside it

@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 @lru_cache(maxsize=2)
 def small_model(device: str) -> PreTrainedModel:
-    """A Llama of two layers with grouped heads, in float64: what differs, differs by more than rounding."""
+    """Build a Llama of two layers with grouped heads, in float64: what differs, differs by more than rounding."""
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -71,6 +71,6 @@ def steps(prompt: int, length: int, chunk: int) -> list[int]:
     return [prompt, *[chunk] * -(-(length - prompt) // chunk)]
 
 
-def gap(one: Tensor, other: Tensor) -> float:
-    """The largest absolute difference; infinite where a number is none."""
-    return float((one - other).abs().nan_to_num(torch.inf).amax())
+def gap(first: Tensor, second: Tensor) -> float:
+    """Compute the largest absolute difference; infinite where a number is none."""
+    return float((first - second).abs().nan_to_num(torch.inf).amax())

@@ -25,7 +25,7 @@ _WORD = 2**64 - 1
 
 @dataclass(frozen=True)
 class Rules:
-    """What a Policy is asked for, as plain values: the oracle reads these, never what a Policy makes of them."""
+    """Hold what a Policy is asked for, as plain values: the oracle reads these, never what a Policy makes of them."""
 
     keep_ratio: Any = 1.0
     prune_after: int = 0
@@ -77,7 +77,7 @@ def scores_of(keys: Tensor, rules: Rules, layer: int) -> list[list[list[float]]]
 
 
 class Life(NamedTuple):
-    """What became of the tokens of one row and head.
+    """Follow the tokens of one row and head through a run.
 
     lost       for each token the first query that no longer sees it; the number of tokens if there is none
     alive      the tokens that are left after the last call
@@ -131,7 +131,7 @@ def attending(model: PreTrainedModel, attention: Any) -> Iterator[None]:
 
 
 class Truth(NamedTuple):
-    """What a run must come to.
+    """Hold what a run must come to.
 
     logits   [batch, T, vocabulary]
     lost     by layer, int64 [batch, kv_heads, T], as Life.lost

@@ -309,7 +309,7 @@ def _check_in_half() -> None:
 def recount(both: Agreement) -> None:
     """Raise Refuted where an agreement of one pass and loop says other than its two runs do."""
     pairs = zip(both.exact.evicted_at, both.stream.evicted_at, strict=True)
-    evictions = sum(int((one != other).sum()) for one, other in pairs)
+    evictions = sum(int((first != second).sum()) for first, second in pairs)
     _differs("the number of evictions that differ", both.evictions, evictions)
     if not evictions:
         _differs("the largest difference of a token's NLL", both.difference, gap(both.exact.nll, both.stream.nll))

@@ -76,8 +76,8 @@ def check_generation(model: PreTrainedModel, ids: Tensor, new: int = 10) -> str:
             truth = oracle.run(model, text, rules, [prompt - lead] + [1] * (new - 1))
             should = truth.logits[0, prompt - lead - 1 :]
             if "num_beams" in options:
-                each = should.log_softmax(-1).gather(1, tokens[prompt:, None]).sum()
-                difference = gap(out.sequences_scores[row].double(), each)
+                chosen = should.log_softmax(-1).gather(1, tokens[prompt:, None]).sum()
+                difference = gap(out.sequences_scores[row].double(), chosen)
             else:
                 difference = gap(torch.stack(out.logits, 1)[row].double(), should)
                 _compare_positions(cache, row, truth, f"generate(), {what}")
@@ -290,7 +290,7 @@ def check_cache_refusals() -> str:
     feed(whole, ids)
     sliding = MistralForCausalLM(MistralConfig(**CONFIG, sliding_window=9)).eval()
     feed(window, ids[:, :8], sliding)
-    other = torch.cat([torch.ones_like(padded[:, :8]), padded[:, 8:9]], 1)
+    wrong = torch.cat([torch.ones_like(padded[:, :8]), padded[:, 8:9]], 1)
     deeper = LlamaForCausalLM(LlamaConfig(**{**CONFIG, "num_hidden_layers": 3})).double().eval()
     refused: list[tuple[str, KnormCache, Callable[[], None]]] = [
         ("a padded batch outside attention()", outside,
@@ -309,7 +309,7 @@ def check_cache_refusals() -> str:
             raise Refuted(f"{what} was refused, but only after something had been written to the cache")
     with attention(model):
         must_raise(
-            "another padding than the cache's", ValueError, lambda: feed(inside, ids[:, 8:9], attention_mask=other)
+            "another padding than the cache's", ValueError, lambda: feed(inside, ids[:, 8:9], attention_mask=wrong)
         )
     broken = model.model.layers[0].register_forward_hook(lambda *_: 1 / 0)
     try:

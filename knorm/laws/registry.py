@@ -13,15 +13,28 @@ Reads = Literal["drawn", "rows", "real"]
 
 
 class Refuted(AssertionError):
-    """A law does not hold; the message is the sentence with the evidence."""
+    """Say that a law does not hold; the message is the sentence with the evidence.
+
+    Example:
+        >>> from knorm.laws import Refuted
+        >>> raise Refuted("time_order: positions [1, 0]")
+        Traceback (most recent call last):
+        knorm.laws.registry.Refuted: time_order: positions [1, 0]
+    """
 
 
 class Malformed(Refuted):
-    """An answer that is no compressed cache at all: the laws `accepts` and `shape` speak of it, the others skip it."""
+    """Say that an answer is no compressed cache: the laws `accepts` and `shape` speak of it, all others skip it.
+
+    Example:
+        >>> from knorm.laws import Malformed, Refuted
+        >>> issubclass(Malformed, Refuted)
+        True
+    """
 
 
 class Vacuous(Exception):
-    """A case on which a law has nothing to say: it does not count as tried."""
+    """Say that a law does not speak of a case, which then does not count as tried."""
 
 
 class Refusal(Exception):
@@ -30,10 +43,16 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Condition:
-    """A condition on traits that values alone do not state, such as a sum or a size.
+    """State a condition on traits that their values alone do not express, as a sum or a size does.
 
-    traits   the names of the traits that it concerns, any of which may fulfil it
-    holds    decides it
+    Attributes:
+        traits: the names of the traits that it concerns, any of which may fulfil it.
+        holds: decides it.
+
+    Example:
+        >>> from knorm.laws import Condition, Traits
+        >>> Condition(("protect_first", "protect_recent"), lambda traits: traits.protected > 0).holds(Traits())
+        False
     """
 
     traits: tuple[str, ...]
@@ -42,19 +61,26 @@ class Condition:
 
 @dataclass(frozen=True)
 class Check:
-    """An entry of the catalogue.
+    """Hold an entry of the catalogue.
 
-    function   check_<name>(subject, case), raises Refuted
-    family     the module it stands in
-    surface    what it is run on: "compressor", tensors; "cache", a
-               transformers cache of the target's own; "witness", what attention sees of a cache or of a press;
-               "nll", the token NLLs of any of them, or of an evaluator; "evaluator", an evaluator's only
-    needs      trait -> the values with which the check applies; empty: it applies to every compressor
-    applies    a further condition, for the few that values do not state
-    exact      draws only keys whose norms are exact in every dtype
-    first      of a subject's traits: cases that are tried before any is drawn
-    reads      what the witness reads: "drawn" keys, several "rows", or "real" keys that positions turn
-    evicts     it speaks of eviction: a case in which nothing was evicted is none
+    Attributes:
+        name: what the command line calls it.
+        function: check_<name>(subject, case), which raises Refuted.
+        family: the module in which it stands.
+        surface: what it is run on: "compressor", tensors; "cache", a transformers cache of the target's own; "witness",
+            what attention sees of a cache or of a press; "nll", the token NLLs of any of them, or of an evaluator;
+            "evaluator", the token NLLs of an evaluator only.
+        needs: trait -> the values with which the check applies; empty: it applies to every compressor.
+        applies: a further condition, for the few that values do not express.
+        exact: True to draw only keys whose norms are exact in every dtype.
+        first: makes, from a subject's traits, the cases that are tried before any is drawn.
+        reads: what the witness reads: "drawn" keys, several "rows", or "real" keys that positions turn.
+        evicts: True for a law that speaks of eviction: a case in which nothing was evicted does not count.
+
+    Example:
+        >>> from knorm.laws import find
+        >>> find("time_order").law
+        'Retained positions ascend.'
     """
 
     name: str
@@ -70,15 +96,22 @@ class Check:
 
     @property
     def law(self) -> str:
-        """The sentence that the check tries to refute."""
+        """Return the sentence that the check tries to refute."""
         return (self.function.__doc__ or "").strip().splitlines()[0]
 
     def missing(self, traits: Traits) -> tuple[str, ...]:
-        """Name the traits that keep the check from applying; none where it applies.
+        """Name the traits that keep the check from applying.
 
-        >>> from knorm.laws import Traits, find
-        >>> find("time_order").missing(Traits(time_order=False))
-        ('time_order',)
+        Args:
+            traits: what a compressor promises.
+
+        Returns:
+            Their names; none where the check applies.
+
+        Example:
+            >>> from knorm.laws import Traits, find
+            >>> find("time_order").missing(Traits(time_order=False))
+            ('time_order',)
         """
         names = tuple(name for name, values in self.needs.items() if getattr(traits, name) not in values)
         if self.applies is None or self.applies.holds(traits):
@@ -86,11 +119,18 @@ class Check:
         return (*names, *(name for name in self.applies.traits if name not in names))
 
     def in_words(self, among: Iterable[str] | None = None) -> str:
-        """Say which traits the check needs, or what it needs of those named.
+        """Say which traits the check needs.
 
-        >>> from knorm.laws import find
-        >>> find("nesting").in_words(["scores"])
-        'scores=key_norm or keys'
+        Args:
+            among: names of traits to speak of; by default all that the check needs.
+
+        Returns:
+            The words, as a command line would have them.
+
+        Example:
+            >>> from knorm.laws import find
+            >>> find("nesting").in_words(["scores"])
+            'scores=key_norm or keys'
         """
         wanted = {*self.needs, *(self.applies.traits if self.applies else ())} if among is None else {*among}
         said = [_in_words(name, values) for name, values in self.needs.items() if name in wanted]
@@ -119,19 +159,25 @@ def check(
     """Enter a check_<law>(subject, case) into the catalogue.
 
     Args:
-        surface: What the check is run on, as Check says.
-        needs: Trait -> the value with which the check applies, or several in a tuple: {"scores": "key_norm"}.
-        applies: A further condition, for the few that values do not state.
-        exact: Draw only keys whose norms are exact in every dtype.
-        first: Cases of a subject's traits that are tried before any is drawn.
-        reads: What the witness reads, as Check says.
-        evicts: The law speaks of eviction.
+        surface: what the check is run on, as Check says.
+        needs: trait -> the value with which the check applies, or several in a tuple: {"scores": "key_norm"}.
+        applies: a further condition, for the few that values do not express.
+        exact: draw only keys whose norms are exact in every dtype.
+        first: makes, from a subject's traits, the cases that are tried before any is drawn.
+        reads: what the witness reads, as Check says.
+        evicts: the law speaks of eviction.
 
     Returns:
         The decorator of the function, which it leaves as it is.
 
     Raises:
-        ValueError: For a name that is taken, and for a trait or a value of one that there is not.
+        ValueError: a name that is taken, or an unknown trait or value of one.
+
+    Example:
+        >>> from knorm.laws import check
+        >>> check(needs={"rounding": "upwards"})
+        Traceback (most recent call last):
+        ValueError: trait rounding='upwards', but should be ceil, floor, half_even, None
     """
     known = {field.name for field in fields(Traits)}
     if wrong := [name for name in (*(needs or {}), *(applies.traits if applies else ())) if name not in known]:
@@ -153,12 +199,27 @@ def check(
 
 
 def find(name: str) -> Check:
-    """The check of that name. Raises ValueError where there is none."""
+    """Look up a check by its name.
+
+    Args:
+        name: as the command line calls it.
+
+    Returns:
+        The check.
+
+    Raises:
+        ValueError: no check has that name; the message lists those that there are.
+
+    Example:
+        >>> from knorm.laws import find
+        >>> find("time_order").family
+        'order'
+    """
     if name not in CHECKS:
         raise unknown(name, CHECKS)
     return CHECKS[name]
 
 
 def unknown(name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that no check has."""
+    """Make the error for a name that no check has."""
     return ValueError(f"no check is named {name!r}; there are {', '.join(sorted(known))}")

@@ -15,8 +15,16 @@ MOST_TEXT, MOST_CODE = 10_000, 200_000  # characters
 def shortened(text: str, most: int = MOST_TEXT) -> str:
     """Cut the middle out of a long text, and say so: what a target raises may have any length.
 
-    >>> shortened("abcdefgh", 4)
-    'ab ... [4 characters are cut] ... gh'
+    Args:
+        text: the text.
+        most: characters to keep.
+
+    Returns:
+        The text, or its two ends around a count of what is cut.
+
+    Example:
+        >>> shortened("abcdefgh", 4)
+        'ab ... [4 characters are cut] ... gh'
     """
     if len(text) <= most:
         return text
@@ -26,21 +34,29 @@ def shortened(text: str, most: int = MOST_TEXT) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one check. Texts longer than MOST_TEXT are shortened, a snippet longer than MOST_CODE is dropped.
+    """Hold the result of one check. Texts over MOST_TEXT are shortened, a snippet over MOST_CODE is dropped.
 
-    check, law, family   which
-    verdict              "refuted" or "unexpectedly holds": the target failed. "holds", "expected failure": it did not.
-                         "untested": too few cases were answered, or evicted anything.
-                         "does not apply": its traits do not ask it
-    examples             cases tried
-    answered, evicted    of these, on which the law had something to say, and in which something was evicted
-    fault                knorm itself broke off: nothing is said of the target
-    seconds              until the verdict, making the counterexample smaller included
-    counterexample       the sentence with the evidence, of the smallest case found
-    given                that case: shapes, dtype, ratio
-    snippet              Python that shows it
-    reason               why it does not apply or is untested, or why a failure was expected
-    needs                the traits that keep it from applying: with other values of these it would
+    Attributes:
+        check: the check's name.
+        law: the sentence that it tried to refute.
+        family: the family of the law.
+        verdict: "refuted" or "unexpectedly holds": the target failed. "holds", "expected failure": it did not.
+            "untested": too few cases were answered, or evicted anything. "does not apply": its traits do not ask for
+            the law.
+        examples: how many cases were tried.
+        answered: of these, on how many the law had something to say.
+        evicted: of these, in how many something was evicted.
+        fault: True where knorm itself broke off: nothing is said of the target.
+        seconds: time to the verdict, making the counterexample smaller included.
+        counterexample: the sentence with the evidence, of the smallest case that refutes the law.
+        given: shapes, dtype and ratio of that case.
+        snippet: Python that shows it.
+        reason: why the check does not apply or is untested, or why a failure was expected.
+        needs: the traits that keep it from applying: with other values of these it would.
+
+    Example:
+        >>> Result("time_order", "Retained positions ascend.", "order", "refuted").failed
+        True
     """
 
     check: str
@@ -68,12 +84,24 @@ class Result:
 
     @property
     def failed(self) -> bool:
-        """Whether the target is to be mended."""
+        """Tell whether the target is to be mended."""
         return self.verdict in ("refuted", "unexpectedly holds")
 
 
 def judged(result: Result, expected: Mapping[str, str]) -> Result:
-    """Judge a result by the failures that were expected: check -> why."""
+    """Judge a result by the failures that were expected.
+
+    Args:
+        result: of one check.
+        expected: check -> why it may fail.
+
+    Returns:
+        The result, its verdict changed where the check is among them.
+
+    Example:
+        >>> judged(Result("time_order", "", "order", "refuted"), {"time_order": "sorted by norm"}).verdict
+        'expected failure'
+    """
     if result.check not in expected or result.verdict not in ("refuted", "holds"):
         return result
     verdict: Verdict = "expected failure" if result.verdict == "refuted" else "unexpectedly holds"

@@ -28,7 +28,7 @@ from knorm.laws.witness import Reading, Witnessed
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
+    """Say how hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
 
     examples: int
     shrinks: int
@@ -42,7 +42,7 @@ EFFORT: dict[Profile, dict[bool, Effort]] = {  # by profile, and by whether a mo
 
 
 def applies(check: Check, subject: Subject) -> bool:
-    """Whether a subject has the surface that a check is run on, and promises what it needs."""
+    """Tell whether a subject has the surface that a check is run on, and promises what the check needs."""
     surfaces = {
         # a cache is judged by what attention sees; by what it stores only where it promises what that depends on
         "compressor": subject.compress is not None and (not subject.has_cache or subject.traits.scores is not None),
@@ -115,7 +115,7 @@ class _Search:
                 raise
 
     def try_case(self, case: Any) -> bool:
-        """Whether a case refutes the law; keeps the smallest that does."""
+        """Tell whether a case refutes the law; keeps the smallest that does."""
         self.tried += self.worst is None
         self.subject.calls.clear()
         self.subject.evicted = False
@@ -164,10 +164,25 @@ class _Search:
 def run_check(
     check: Check, subject: Subject, *, profile: Profile = "quick", seed: int = 0, device: str = "cpu"
 ) -> Result:
-    """Try to refute one law on drawn cases, then make what refutes it smaller.
+    """Try to refute one law on drawn cases, then make the case that refutes it smaller.
 
-    The same seed draws the same cases. Whatever the subject raises refutes a law, or is a refusal; what comes out of
-    here is knorm's own fault.
+    Whatever the subject raises refutes a law, or is a refusal. What comes out of here is a fault of knorm's own.
+
+    Args:
+        check: the law.
+        subject: what is judged.
+        profile: "quick" or "thorough".
+        seed: the same seed draws the same cases.
+        device: "cpu" or "cuda", where the drawn tensors lie.
+
+    Returns:
+        The result.
+
+    Example:
+        >>> from knorm.laws import Subject, Traits, find, run_check
+        >>> halved = Subject("halved", Traits(), compress=lambda k, v, ratio: (k / 2, v))
+        >>> run_check(find("pairing"), halved).verdict
+        'refuted'
     """
     begin = time.perf_counter()
     search = _Search(check, subject, device)
@@ -181,16 +196,16 @@ def run_check(
     else:
         _draw_cases(search, profile, seed)
     worst = search.worst
-    found: dict[str, Any] = {"verdict": "holds"}
+    fields: dict[str, Any] = {"verdict": "holds"}
     if search.counted < LEAST:
-        found = {"verdict": "untested", "reason": search.reason}
+        fields = {"verdict": "untested", "reason": search.reason}
     if worst is not None:
         case, error, calls = worst
         said = str(error) if isinstance(error, Refuted) else f"{check.name}: {in_words(error)}"
         script = snippet(check, subject, case, calls)
-        found = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
-    found |= {"examples": search.tried, "answered": search.answered, "evicted": search.evicted}
-    return Result(check.name, check.law, check.family, seconds=time.perf_counter() - begin, **found)
+        fields = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
+    fields |= {"examples": search.tried, "answered": search.answered, "evicted": search.evicted}
+    return Result(check.name, check.law, check.family, seconds=time.perf_counter() - begin, **fields)
 
 
 MOST_TURNS = 3  # of reading, and
@@ -212,14 +227,14 @@ def _draw_cases(search: _Search, profile: Profile, seed: int) -> None:
     for turn in range(MOST_ROUNDS):
         if not search.worst and (not turn or search.counted < LEAST):
             search.run(draw(long=effort.long), seed + turn, effort.examples)
-    if search.worst:  # a small one, if there is any; else the one that was found is made smaller
+    if search.worst:  # a small one, if there is any; else the one that was fields is made smaller
         search.run(draw(small=True), seed, effort.examples, effort.shrinks)
     if search.worst and not search.small:
         search.run(draw(long=effort.long), seed, effort.examples, effort.shrinks)
 
 
 def _chosen(select: Iterable[str] | None) -> list[Check]:
-    """Checks by name or family, in the catalogue's order. Raises ValueError for a name that there is not."""
+    """Choose checks by name or family, in the catalogue's order. Raises ValueError for an unknown name."""
     if select is None:
         return list(CHECKS.values())
     families = {check.family for check in CHECKS.values()}
@@ -238,7 +253,28 @@ def iter_results(
     seed: int = 0,
     device: str = "cpu",
 ) -> Iterator[Result]:
-    """One result after another, as they come: see check_compressor."""
+    """Run a subject through the laws, and yield each result as it comes.
+
+    Args:
+        subject: what is judged.
+        expected_failures: check -> why it may fail; one that holds is reported.
+        select: names of checks or families; by default all.
+        profile: "quick" or "thorough".
+        seed: the same seed draws the same cases.
+        device: "cpu" or "cuda", where the drawn tensors lie.
+
+    Yields:
+        A Result for every check.
+
+    Raises:
+        ValueError: an unknown name of a check, a family or a profile.
+
+    Example:
+        >>> from knorm.laws import Subject, Traits, iter_results
+        >>> first = Subject("first token", Traits(), compress=lambda k, v, ratio: (k[:, :, :1], v[:, :, :1]))
+        >>> [result.verdict for result in iter_results(first, select=["order"])]
+        ['holds']
+    """
     expected = dict(expected_failures or {})
     for name in expected:
         find(name)
@@ -252,7 +288,7 @@ def iter_results(
 
 
 def unasked(check: Check, subject: Subject) -> Result:
-    """The result of a check that does not apply: which traits, or which surface, it needs."""
+    """Make the result of a check that does not apply: it says which traits, or which surface, the check needs."""
     surface = {
         "cache": "a transformers cache",
         "witness": "a transformers cache or a press",
@@ -275,16 +311,29 @@ def check_compressor(
 ) -> list[Result]:
     """Run a compressor through every law that its traits ask of it.
 
-    compressor          a callable (keys, values, keep_ratio) -> (keys, values[, mask]), or anything that adapters.adapt
-                        takes: a class, a transformers cache, a function of one, a kvpress press, an evaluator
-    traits              what it promises (traits.Traits, or a dict); by default its own __knorm_traits__
-    expected_failures   check -> why it may fail; one that holds is reported
-    select              names of checks or families; by default all
-    profile             "quick" or "thorough"
-    seed                the same seed draws the same cases
-    device              "cpu" or "cuda", of the tensors drawn
+    Args:
+        compressor: a callable (keys, values, keep_ratio) -> (keys, values[, mask]), or anything that adapters.adapt
+            takes: a class, a transformers cache, a function of one, a kvpress press, an evaluator.
+        traits: what it promises (Traits, or a dict); by default its own __knorm_traits__.
+        expected_failures: check -> why it may fail; one that holds is reported.
+        select: names of checks or families; by default all.
+        profile: "quick" or "thorough".
+        seed: the same seed draws the same cases.
+        device: "cpu" or "cuda", where the drawn tensors lie.
 
-    Returns a Result for every check. Raises ValueError or TypeError for unknown names, and for what cannot be adapted.
+    Returns:
+        A Result for every check.
+
+    Raises:
+        ValueError: an unknown name of a check, a family, a trait or a profile.
+        TypeError: a compressor that cannot be adapted.
+
+    Example:
+        >>> from knorm.laws import check_compressor
+        >>> def first(keys, values, keep_ratio):
+        ...     return keys[:, :, :1], values[:, :, :1]
+        >>> [result.verdict for result in check_compressor(first, {"rounding": "ceil"}, select=["retained_count"])]
+        ['refuted']
     """
     subject = adapt(compressor, traits)
     return list(
@@ -308,7 +357,20 @@ def assert_holds(subject: Subject, check: Check, **options: Any) -> None:
 
 
 def describe(result: Result) -> str:
-    """A refuted law in full: the law, what was given, what came out beside what should have, and a snippet."""
+    """Describe a refuted law in full: the law, what was given, what came out beside what should have, and a snippet.
+
+    Args:
+        result: one with the verdict "refuted".
+
+    Returns:
+        The lines.
+
+    Example:
+        >>> from knorm.laws import Subject, Traits, describe, find, run_check
+        >>> halved = Subject("halved", Traits(), compress=lambda k, v, ratio: (k / 2, v))
+        >>> describe(run_check(find("pairing"), halved)).startswith(find("pairing").law)
+        True
+    """
     lines = [f"{result.law}", f"  {result.counterexample}", f"  given: {result.given} (example {result.examples})"]
     return "\n".join([*lines, "", *(f"    {line}" for line in (result.snippet or "").splitlines())])
 
@@ -320,17 +382,26 @@ def parametrize_with_checks(
     profile: Profile | None = None,
     seed: int | None = None,
 ) -> Any:
-    """Decorator: a pytest test per compressor and law that applies to it.
+    """Decorate a test: pytest runs it for each compressor with each law that applies to it.
 
-        @parametrize_with_checks([my_compressor])
-        def test_my_compressor(compressor, check):
-            check(compressor)
+    Args:
+        compressors: what adapters.adapt takes.
+        expected_failures: returns, for a compressor, check -> why it may fail; marked xfail(strict).
+        profile: by default that of --knorm-profile.
+        seed: by default that of --knorm-seed.
 
-    compressors         what adapters.adapt takes
-    expected_failures   of a compressor: check -> why it may fail; marked xfail(strict)
-    profile, seed       by default those of --knorm-profile and --knorm-seed
+    Returns:
+        The decorator, of a test with the arguments `compressor` and `check`.
 
-    Raises ValueError for unknown names of checks.
+    Raises:
+        ValueError: an unknown name of a check.
+
+    Example:
+        >>> import knorm
+        >>> from knorm.laws import parametrize_with_checks
+        >>> @parametrize_with_checks([knorm.compress])
+        ... def test_compress(compressor, check):
+        ...     check(compressor)
     """
     import pytest
 

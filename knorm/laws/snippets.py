@@ -39,17 +39,17 @@ def _layout(strides: tuple[int, ...], tensor: Tensor) -> str:
     return ".transpose(1, 2).contiguous().transpose(1, 2)"
 
 
-def _same(one: Call, other: Call) -> bool:
+def _same(first: Call, second: Call) -> bool:
     return (
-        (one.keep_ratio, one.layer, one.keys.dtype) == (other.keep_ratio, other.layer, other.keys.dtype)
-        and one.keys.shape == other.keys.shape
-        and bool(((one.keys == other.keys) | (one.keys.isnan() & other.keys.isnan())).all())
-        and torch.equal(one.values, other.values)
+        (first.keep_ratio, first.layer, first.keys.dtype) == (second.keep_ratio, second.layer, second.keys.dtype)
+        and first.keys.shape == second.keys.shape
+        and bool(((first.keys == second.keys) | (first.keys.isnan() & second.keys.isnan())).all())
+        and torch.equal(first.values, second.values)
     )
 
 
 def snippet(check: Check, subject: Subject, case: Cache | Text | Reading, calls: list[Call]) -> str:
-    """The calls that the check made on its smallest counterexample; for laws about models, the check itself."""
+    """Write the calls that the check made on its smallest counterexample; for laws about models, the check itself."""
     if isinstance(case, Reading):
         return "\n".join(
             [
@@ -74,7 +74,7 @@ def snippet(check: Check, subject: Subject, case: Cache | Text | Reading, calls:
     again = check.family == "independence"  # what is called twice, and in which order, is the point
     shown: list[Call] = []
     for call in calls:
-        if again or not any(_same(call, other) for other in shown):
+        if again or not any(_same(call, earlier) for earlier in shown):
             shown.append(call)
     most = len(shown) if again else MOST_CALLS
     own = "\n".join(line for line in subject.code.splitlines() if line != "target = compress")
@@ -108,7 +108,23 @@ def _promises(subject: Subject) -> str:
 
 
 def reproduce(name: str, target: object, case: Cache | Text | Reading, **traits: Any) -> None:
-    """Run one check on one case; raises Refuted, with the evidence, where the target breaks the law."""
+    """Run one check on one case.
+
+    Args:
+        name: the check's.
+        target: what adapters.adapt takes.
+        case: the case, as a counterexample shows it.
+        traits: what the target promises.
+
+    Raises:
+        Refuted: the target breaks the law; the message has the evidence.
+
+    Example:
+        >>> import knorm
+        >>> from knorm.laws import reproduce
+        >>> from knorm.laws.strategies import Text
+        >>> reproduce("one_pass", knorm.exact_nll, Text(torch.arange(8)[None], 2, 1, 0.5))
+    """
     from knorm.laws.adapters import adapt
 
     find(name).function(adapt(target, traits or None), case)

@@ -25,7 +25,7 @@ LONG = (63, 64, 65, 127, 128, 129, 257, 300)
 
 @dataclass(frozen=True)
 class Cache:
-    """One layer's cache and how much of it to keep.
+    """Hold one layer's cache and how much of it to keep.
 
     keys         [batch, kv_heads, length, 4], small integers times a power of two: where the power is 1, squares and
                  sums are exact in every dtype
@@ -42,11 +42,11 @@ class Cache:
         return int(self.keys.shape[2])
 
     def norms(self) -> Tensor:
-        """The exact squared norm of each key: float64 [batch, kv_heads, length]."""
+        """Compute the exact squared norm of each key: float64 [batch, kv_heads, length]."""
         return self.keys.double().square().sum(-1)
 
     def positions(self, kept: Any) -> Tensor:
-        """Where each of kept.values says it came from, -1 where kept.mask says it is none: int64 [b, h, kept]."""
+        """Find where each of kept.values says it came from, -1 where kept.mask says it is none: int64 [b, h, kept]."""
         tags = kept.values.double().nan_to_num(-1.0)
         positions = (tags[..., 2] * 256 + tags[..., 3]).long()
         mask = getattr(kept, "mask", None)
@@ -56,11 +56,11 @@ class Cache:
         """Which tokens are retained: bool [batch, kv_heads, length]."""
         positions = self.positions(kept)
         real = (positions >= 0) & (positions < self.length)
-        found = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=positions.device)
-        return found.scatter_(-1, positions.where(real, self.length), True)[..., : self.length]
+        seen = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=positions.device)
+        return seen.scatter_(-1, positions.where(real, self.length), True)[..., : self.length]
 
     def on(self, device: str) -> Cache:
-        """The same on another device."""
+        """Move the cache to a device."""
         return replace(self, keys=self.keys.to(device), values=self.values.to(device))
 
     def __repr__(self) -> str:
@@ -81,7 +81,7 @@ USUAL = (0.5, 1.0, 0.55, 0.1, 0.25, 0.75, 0.3, 0.7, 0.9, 0.05, 0.95, 0.333, 0.99
 def ratios(length: int) -> tuple[float, ...]:
     """Ratios in (0, 1] to draw from, most often those whose product with `length` binary arithmetic rounds wrongly.
 
-    As ceil or floor of ratio x length, where there are such (25 tokens: 0.28; 50: 0.14; 100: 0.55), and by way of the
+    As ceil or floor of ratio x length, if any exists (25 tokens: 0.28; 50: 0.14; 100: 0.55), and by way of the
     complement, 1 - (1 - ratio). 0.25 and 0.75 give products that lie half-way.
     """
     hundredths = [n / 100 for n in range(1, 100)]
@@ -107,8 +107,8 @@ def _sizes(traits: Traits | None, long: bool, small: bool) -> tuple[tuple[int, t
     lengths += [enough + n for n in (0, 1, 2, 5, 9, 20)] * 3 if enough else []
     if small:
         lengths = [length for length in sorted(set(lengths)) if length <= max(3, enough + 2)]
-    each = ((n, tuple(r for r in ratios(n) if traits is None or traits.affords(n, r))) for n in lengths)
-    return tuple((length, affordable) for length, affordable in each if affordable)
+    pairs = ((n, tuple(r for r in ratios(n) if traits is None or traits.affords(n, r))) for n in lengths)
+    return tuple((length, affordable) for length, affordable in pairs if affordable)
 
 
 STYLES = ("any", "any", "constant blocks", "zeros")
@@ -118,7 +118,7 @@ NEAR_ZERO = tuple(sorted(range(-8, 9), key=lambda n: (abs(n), n < 0)))  # 0, 1, 
 class _Choices:
     """Choices made one after another by one drawn number.
 
-    Of several draws alike Hypothesis would try many variations, and into integers it mixes constants that it finds in
+    Hypothesis would try many variations of several equal draws, and into integers it mixes constants that it finds in
     the modules loaded: bytes it leaves alone, so that a seed draws the same cases everywhere.
     """
 
@@ -136,7 +136,7 @@ def caches(
 ) -> Cache:
     """Caches of one layer.
 
-    - `traits`: only such lengths and ratios whose budget covers what is protected.
+    - `traits`: only lengths and ratios whose budget covers what is protected.
     - `exact`: no scale but 1.
     - `long`: also lengths around 64 and 128.
     - `small`: what a person can read: 1 to 3 tokens (beyond what is protected), 1 or 2 rows and heads.
@@ -165,7 +165,7 @@ def caches(
 
 
 def larger_ratio(keep_ratio: float) -> float:
-    """The ratio half-way from the given one to 1, exactly."""
+    """Return the ratio half-way from the given one to 1, exactly."""
     return float((Decimal(str(keep_ratio)) + 1) / 2)
 
 
@@ -192,7 +192,7 @@ def beyond_a_byte(traits: Traits) -> Iterator[Cache]:
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens for a tiny model, and how they are fed to it.
+    """Hold tokens for a tiny model, and how they are fed to it.
 
     input_ids    int64 [batch, length]
     prompt       tokens of the first call
@@ -208,7 +208,7 @@ class Text:
     pads: tuple[int, ...] = ()
 
     def on(self, device: str) -> Text:
-        """The same on another device."""
+        """Move the text to a device."""
         return replace(self, input_ids=self.input_ids.to(device))
 
     def __repr__(self) -> str:
@@ -226,7 +226,7 @@ VOCABULARY = 97
 def texts(draw: Any, traits: Traits | None = None) -> Text:
     """Texts of 4 to 20 tokens in 1 to 3 rows.
 
-    - `traits`: only such prompts and ratios whose budget covers what is protected.
+    - `traits`: only prompts and ratios whose budget covers what is protected.
 
     Shrinks towards one row, a short prompt, one token a call, tokens 1, 2, 3 ... Rows have left padding in about half
     of the draws; only the laws on padding use it.
@@ -245,6 +245,6 @@ def texts(draw: Any, traits: Traits | None = None) -> Text:
 
 
 def distinct(ids: Tensor) -> Tensor:
-    """Tokens of which none stands twice in a row of up to 96: of two alike, with one norm, either may be evicted."""
+    """Draw tokens of which none stands twice in a row of up to 96: of two alike, either may be evicted."""
     places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return places * 7 % (VOCABULARY - 1) + 1

@@ -20,10 +20,16 @@ from knorm.methods.method import Method
 
 
 class Kept(NamedTuple):
-    """What a compressor returned.
+    """Hold what a compressor returned.
 
-    keys, values   [batch, kv_heads, kept, head_dim]
-    mask           bool [batch, kv_heads, kept], False where a shorter head is filled up; None where all is real
+    Attributes:
+        keys: [batch, kv_heads, kept, head_dim].
+        values: the same.
+        mask: bool [batch, kv_heads, kept], False where a shorter head is filled up; None where all is real.
+
+    Example:
+        >>> Kept(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4)).mask is None
+        True
     """
 
     keys: Tensor
@@ -32,7 +38,7 @@ class Kept(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One recorded call: the arguments as they were given."""
+    """Record one call: the arguments as they were given."""
 
     keys: Tensor
     values: Tensor
@@ -42,7 +48,7 @@ class Call(NamedTuple):
 
 
 class Raised(Malformed):
-    """The compressor raised where it should have answered."""
+    """Say that the compressor raised where it should have answered."""
 
 
 Compress = Callable[..., Any]
@@ -53,24 +59,32 @@ Evaluate = Callable[[PreTrainedModel, Tensor, int, float], Tensor]
 
 @dataclass
 class Subject:
-    """A target behind one signature for each surface.
+    """Put a target behind one signature for each surface.
 
-    name         what reports call it
-    traits       what it promises
-    compress     (keys, values, keep_ratio[, layer]) -> keys, values[, mask]; None where it only is an evaluator
-    make_cache   keep_ratio -> a transformers cache that compresses itself; None for a compressor of tensors
-    open_cache   (keep_ratio, model, length, rows) -> a transformers cache that needs to know these; None: make_cache
-    method       keep_ratio -> a methods.Method, opened on a model; None for what a cache can be put around
-    fixed_batch  its cache is made for a number of rows
-    budgeted     it is given a ratio; False for a method with a budget of its own, and for a cache that keeps everything
-    acts_late    it acts while tokens are decoded
-    eager        it reads attention weights, which only eager attention has
-    evaluate     (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator
-    code         lines of Python that import the target and define compress(keys, values, keep_ratio)
-    calls        the calls of the check that runs, for the snippet that reproduces it
-    runs         what attention saw, by reading
-    evicted      a call of the check that runs evicted something
-    announce     told of each call before it is made: what was tried when a process died
+    Attributes:
+        name: what reports call it.
+        traits: what it promises.
+        compress: (keys, values, keep_ratio[, layer]) -> keys, values[, mask]; None where it only is an evaluator.
+        make_cache: keep_ratio -> a transformers cache that compresses itself; None for a compressor of tensors.
+        open_cache: (keep_ratio, model, length, rows) -> a transformers cache that needs to know these; None where
+            make_cache does.
+        method: keep_ratio -> a methods.Method, opened on a model; None for what a cache can be put around.
+        fixed_batch: True where its cache is made for a number of rows.
+        budgeted: True where it is given a ratio; False for a method with a budget of its own, and for a cache that
+            keeps everything.
+        acts_late: True where it acts while tokens are decoded.
+        eager: True where it reads attention weights, which only eager attention has.
+        evaluate: (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator.
+        code: lines of Python that import the target and define compress(keys, values, keep_ratio).
+        calls: the calls of the check that runs, for the snippet that reproduces it.
+        runs: what attention saw, by reading.
+        evicted: True once a call of the check that runs evicted something.
+        announce: is called with the arguments in words before each call, to say what was tried when a process died.
+
+    Example:
+        >>> subject = Subject("first tokens", Traits(), compress=lambda k, v, ratio: (k[:, :, :1], v[:, :, :1]))
+        >>> subject(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4), 0.3).keys.shape
+        torch.Size([1, 1, 1, 4])
     """
 
     name: str
@@ -95,7 +109,21 @@ class Subject:
         return self.raw(keys.clone(), values.clone(), keep_ratio, layer)
 
     def raw(self, keys: Tensor, values: Tensor, keep_ratio: float, layer: int | None = None) -> Kept:
-        """Compress the tensors given. Raises Raised for whatever it raises, Malformed for what is no cache."""
+        """Compress the given tensors themselves, not copies.
+
+        Args:
+            keys: floating [batch, kv_heads, length, head_dim].
+            values: the same.
+            keep_ratio: the share to retain.
+            layer: index of the layer, for a compressor that takes one.
+
+        Returns:
+            What the compressor retained.
+
+        Raises:
+            Raised: the compressor raised an exception.
+            Malformed: it returned what is no compressed cache.
+        """
         assert self.compress is not None
         strides = keys.stride(), values.stride()
         self.calls.append(Call(keys.detach().clone(), values.detach().clone(), keep_ratio, layer, strides))
@@ -114,7 +142,7 @@ class Subject:
 
     @property
     def is_to_evict(self) -> bool:
-        """Whether it is to evict: a cache without a budget may keep everything."""
+        """Tell whether it is to evict: a cache without a budget may keep everything."""
         return self.traits.evicts and (self.budgeted or self.method is not None)
 
     def again(self) -> Subject:
@@ -123,18 +151,28 @@ class Subject:
 
     @property
     def has_cache(self) -> bool:
-        """Whether it is a transformers cache."""
+        """Tell whether it is a transformers cache."""
         return self.make_cache is not None or self.open_cache is not None
 
     def cache(self, keep_ratio: float, model: PreTrainedModel, length: int = 64, rows: int = 1) -> TransformersCache:
-        """A transformers cache for `rows` of `length` tokens: the target's own, or one around its compressor."""
+        """Make a transformers cache: the target's own, or one around its compressor.
+
+        Args:
+            keep_ratio: the share to retain.
+            model: the model that it is for.
+            length: how many tokens it must have room for.
+            rows: how many rows.
+
+        Returns:
+            An empty cache.
+        """
         if self.open_cache:
             return self.open_cache(keep_ratio, model, length, rows)
         return self.make_cache(keep_ratio) if self.make_cache else CompressingCache(self, keep_ratio)
 
 
 def in_words(error: BaseException) -> str:
-    """An error's type and text, even where making the text fails; what is too long is cut."""
+    """Return an error's type and text, even where making the text fails; a text that is too long is cut."""
     try:
         return shortened(f"{type(error).__name__}: {error}", 4000)
     except Exception:
@@ -142,7 +180,7 @@ def in_words(error: BaseException) -> str:
 
 
 def takes_layer(compress: Compress) -> bool:
-    """Whether a compressor takes layer=."""
+    """Tell whether a compressor takes layer=."""
     try:
         return "layer" in inspect.signature(compress).parameters
     except (TypeError, ValueError):
@@ -179,7 +217,7 @@ def _kept(result: Any, keys: Tensor, values: Tensor, given: str) -> Kept:
 
 
 class CompressingLayer(DynamicLayer):
-    """One layer of a transformers cache around a compressor of tensors.
+    """Wrap a compressor of tensors as one layer of a transformers cache.
 
     Compresses after the first call, and after later ones where it then holds `streaming_from` tokens. Positions
     continue from the tokens seen.
@@ -220,7 +258,7 @@ class CompressingLayer(DynamicLayer):
 
 
 class CompressingCache(TransformersCache):
-    """A transformers cache around a compressor of tensors, as CompressingLayer says."""
+    """Wrap a compressor of tensors as a transformers cache, as CompressingLayer says."""
 
     def __init__(self, compress: Compress, keep_ratio: float, *, streaming_from: int | None = None) -> None:
         super().__init__(layers=[])

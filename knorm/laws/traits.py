@@ -25,39 +25,57 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 def exact_share(length: int, keep_ratio: Ratio) -> Fraction:
     """Multiply ratio and length exactly, the ratio being the decimal that it prints as.
 
-    The laws' own arithmetic: knorm's is among what they judge. exact_share(100, 0.55) == 55.
+    This is the laws' own arithmetic: knorm's is among what they judge.
+
+    Args:
+        length: tokens.
+        keep_ratio: the share.
+
+    Returns:
+        The product.
+
+    Example:
+        >>> exact_share(100, 0.55)
+        Fraction(55, 1)
     """
     return Fraction(str(keep_ratio)) * length
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a compressor promises. The defaults are what every compressor owes.
+    """State what a compressor promises; the defaults are what every compressor owes.
 
-    rounding           of keep_ratio x length, at least 1: "ceil", "floor", "half_even"; None: any
-    time_order         what is retained stays in time order
-    scores             what decides: "key_norm" (the lowest stay), "keys", "queries"; None: anything
-    ties               of equal norms the "earlier" position stays; None: any
-    nonfinite          keys that are not finite, or whose squared norm is not in float32, "raise"; None: no promise
-    empty              a cache without tokens is refused: "raise"; None: no promise
-    frees_memory       what is evicted is no longer held
-    merges_values      values of several tokens may be merged into one
-    ragged             heads may retain different counts, told by a boolean mask [batch, kv_heads, kept]
-    batch_independent  rows do not influence one another
-    heads_independent  nor do heads (unless ragged); False for one choice for all heads, or one that depends on the head
-    deterministic      the same input gives the same answer
-    protect_first      tokens at the start that are never evicted
-    protect_recent     newest tokens that are never evicted
-    prune_after        shorter caches are left as they are
-    skip_layers        layers that are left as they are, for a compressor that takes layer=
-    granularity        tokens that are evicted together, as in pages or chunks: counts are asked at this grain
-    acts               after the "prefill", or "streaming": what it retains stays as small while tokens are decoded;
-                       None: no promise
-    positions          "kept", or "renumbered": keys are turned to their places in the cache, and the next token follows
-    evicts             tokens become fewer; False: they become smaller
-    lossy              keys and values are rounded: how far, relative to the largest number of each
+    Attributes:
+        rounding: of keep_ratio x length, at least 1: "ceil", "floor" or "half_even"; None for any.
+        time_order: what is retained stays in time order.
+        scores: what decides: "key_norm" (the lowest stay), "keys" or "queries"; None for anything.
+        ties: of equal norms, the "earlier" position stays; None for any.
+        nonfinite: keys that are not finite, or whose squared norm is not in float32, "raise"; None for no promise.
+        frees_memory: what is evicted is no longer held.
+        merges_values: values of several tokens may be merged into one.
+        ragged: heads may retain different counts, as a boolean mask [batch, kv_heads, kept] says.
+        batch_independent: rows do not influence one another.
+        heads_independent: nor do heads (unless ragged); False for one choice for all heads, or one that depends on
+            the head.
+        deterministic: the same input gives the same answer.
+        protect_first: tokens at the start that are never evicted.
+        protect_recent: newest tokens that are never evicted.
+        prune_after: caches with fewer tokens are left as they are.
+        skip_layers: layers that are left as they are, for a compressor that takes layer=.
+        granularity: tokens that are evicted together, as in pages or chunks: counts are asked at this grain.
+        acts: after the "prefill", or "streaming": what it retains stays as small while tokens are decoded; None for no
+            promise.
+        positions: "kept", or "renumbered": keys are turned to their places in the cache, and the next token follows.
+        lossy: keys and values are rounded: how far, relative to the largest number of each.
+        evicts: tokens become fewer; False for what makes them smaller.
+        empty: a cache without tokens is refused, "raise"; None for no promise.
 
-    Raises ValueError for a value that a trait does not have.
+    Raises:
+        ValueError: a value that a trait does not have.
+
+    Example:
+        >>> Traits(rounding="ceil", protect_first=4).count(100, 0.55)
+        55
     """
 
     rounding: str | None = None
@@ -101,11 +119,19 @@ class Traits:
 
     @property
     def protected(self) -> int:
-        """How many tokens are never evicted."""
+        """Count the tokens that are never evicted."""
         return self.protect_first + self.protect_recent
 
     def count(self, length: int, keep_ratio: Ratio) -> int | None:
-        """How many of `length` tokens are promised to be retained; None where nothing is."""
+        """Count the tokens that are promised to be retained.
+
+        Args:
+            length: tokens of the cache.
+            keep_ratio: the share to retain.
+
+        Returns:
+            The number of tokens; None where no rounding is promised.
+        """
         if length < self.prune_after or (self.protected and length <= self.protected):
             return length
         share = exact_share(length, keep_ratio)
@@ -118,7 +144,15 @@ class Traits:
         return None
 
     def affords(self, length: int, keep_ratio: Ratio) -> bool:
-        """Whether the budget covers what is protected: if not, the compression is to be refused."""
+        """Tell whether the budget covers what is protected: if not, the compression is to be refused.
+
+        Args:
+            length: tokens of the cache.
+            keep_ratio: the share to retain.
+
+        Returns:
+            True where it does.
+        """
         lowest = self.count(length, keep_ratio) or max(1, floor(exact_share(length, keep_ratio)))
         return not self.protected or length <= self.protected or lowest >= self.protected
 
@@ -128,11 +162,22 @@ KNORM = Traits(rounding="ceil", scores="key_norm", ties="earlier", nonfinite="ra
 
 
 def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None, base: Traits | None = None) -> Traits:
-    """A target's own __knorm_traits__ (a dict or Traits), with what is given besides in front.
+    """Collect what a target promises.
 
-    base   what is promised otherwise; by default what every compressor owes
+    Args:
+        target: may have __knorm_traits__, a dict or Traits.
+        given: promises made besides, which come first; Traits replace the target's own.
+        base: what is promised otherwise; by default what every compressor owes.
 
-    Raises ValueError for names and values that there are not.
+    Returns:
+        All of it.
+
+    Raises:
+        ValueError: an unknown name or value.
+
+    Example:
+        >>> traits_of(len, {"rounding": "ceil"}).rounding
+        'ceil'
     """
     own = getattr(target, "__knorm_traits__", {})
     if not isinstance(own, (Mapping, Traits)):
@@ -152,7 +197,21 @@ def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None, b
 
 
 def parse_trait(text: str) -> tuple[str, Any]:
-    """NAME=VALUE as written on a command line: rounding=ceil, time_order=false, protect_first=4, skip_layers=0,1."""
+    """Read a trait as a command line has it.
+
+    Args:
+        text: NAME=VALUE: rounding=ceil, time_order=false, protect_first=4, skip_layers=0,1.
+
+    Returns:
+        The name and the value.
+
+    Raises:
+        ValueError: no "=" in it.
+
+    Example:
+        >>> parse_trait("skip_layers=0,1")
+        ('skip_layers', (0, 1))
+    """
     name, sign, value = text.partition("=")
     if not sign:
         raise ValueError(f"--trait {text}, but should be NAME=VALUE, e.g. rounding=ceil")

@@ -12,16 +12,16 @@ from knorm.policy import Ratio, exact_ratio, whole
 
 
 class NeedsBudget(ValueError):
-    """A method that has no budget of its own was given none."""
+    """Say that a method that has no budget of its own was given none."""
 
 
 class TakesNoBudget(ValueError):
-    """A method was given a budget that it does not take."""
+    """Say that a method was given a budget that it does not take."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one compression retains: a share of the cache, or a number of tokens; never both.
+    """Hold what one compression retains: a share of the cache, or a number of tokens; never both.
 
     Args:
         keep_ratio: in (0, 1], read as a decimal: 0.55 is 11/20.

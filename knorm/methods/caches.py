@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from knorm.methods.budget import Budget, TakesNoBudget, budget_argument
+from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget, budget_argument
 from knorm.methods.kinds import budget_parameter, signature_of
 from knorm.methods.method import Method, Session, Tokenizer
 
+_KNOWN = ("config", "max_cache_len", "max_batch_size", "batch_size", "device", "dtype")  # to each run
+
 
 class CacheMethod(Method):
-    """A cache, made anew for each run; what its constructor needs and the run knows is filled in."""
+    """Make a new cache for each run; what its constructor needs and the run knows is filled in."""
 
     kind = "cache"
 
@@ -26,16 +29,24 @@ class CacheMethod(Method):
         self.word = budget_parameter(self.parameters)
         if budget is not None and (self.word is None or self.word in given):
             raise TakesNoBudget(f"{name} takes no budget: drop keep_ratio and keep_tokens")
+        lacking = [
+            parameter.name
+            for parameter in self.parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and parameter.name not in (*_KNOWN, *given)
+        ]
+        if self.word in lacking and budget is None:
+            raise NeedsBudget(f"{name} is made with a budget: give keep_ratio or keep_tokens")
+        if lacking := [parameter for parameter in lacking if parameter != self.word]:
+            raise TypeError(
+                f"{name} needs {', '.join(lacking)}, but a cache is made from {', '.join(_KNOWN)}, a budget, and what "
+                f"the target gives, as {name.partition('(')[0]}({lacking[0]}=...)"
+            )
 
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
-        known = {
-            "config": model.config.get_text_config(decoder=True),
-            "max_cache_len": length,
-            "max_batch_size": batch,
-            "batch_size": batch,
-            "device": model.device,
-            "dtype": model.dtype,
-        }
+        config = model.config.get_text_config(decoder=True)
+        known = dict(zip(_KNOWN, (config, length, batch, batch, model.device, model.dtype), strict=True))
         filled = {
             name: known[name]
             for name, parameter in self.parameters.items()
@@ -48,3 +59,33 @@ class CacheMethod(Method):
             kind = type(cache).__name__
             raise ValueError(f"{self.name} made a {kind}, but should make a cache of transformers (transformers.Cache)")
         return Session(model, cache)
+
+
+def stored_bytes(cache: Any) -> int:
+    """Count the bytes of all tensors that a cache reaches: those that it stores, whatever they are called.
+
+    Args:
+        cache: any object.
+
+    Returns:
+        The bytes, each tensor counted once.
+
+    Example:
+        >>> stored_bytes({"keys": torch.zeros(2, 3), "more": [torch.zeros(1)]})
+        28
+    """
+    todo, done, tensors = [cache], set(), 0
+    while todo:
+        value = todo.pop()
+        if id(value) in done:
+            continue
+        done.add(id(value))
+        if isinstance(value, Tensor):
+            tensors += value.nbytes
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
+            todo += vars(value).values()
+    return tensors

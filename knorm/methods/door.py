@@ -41,17 +41,17 @@ def method(
             class of transformers caches or a factory of them, a press of kvpress), or its name as a command line has
             it: "knorm", "path/to/file.py:name", "package.module:name", "kvpress:SnapKVPress(window_size=32)".
         keep_ratio: share of the cache that one compression retains, in (0, 1].
-        keep_tokens: or the number of tokens. Neither: the method has a budget of its own.
-        kind: one of kinds.KINDS; by default told from the target's parameters.
-        name: how tables name it; by default the target as it was written.
+        keep_tokens: the number of tokens instead. With neither, the method needs a budget of its own.
+        kind: one of kinds.KINDS; by default it follows from the target's parameters.
+        name: the name that tables show; by default the target as it was written.
 
     Returns:
         A Method, to be opened on a model or given to `knorm.evaluate`.
 
     Raises:
-        ValueError: for a target that does not parse, does not import or is not there; for one that takes no budget
-            where one is given, or needs one; for an unknown kind.
-        TypeError: for a target that cannot be called as its kind is.
+        ValueError: a target that does not parse, does not import or does not exist; a budget for a target that takes
+            none, or none for a target that needs one; an unknown kind.
+        TypeError: a target that cannot be called as its kind is.
 
     Example:
         >>> method(Policy(0.5)).kind

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget, budget_argument
 from knorm.methods.kinds import EXTRAS, budget_parameter, signature_of
 from knorm.methods.method import Method, MethodError, Session, Tokenizer
-from knorm.methods.watch import fitted, watching
+from knorm.methods.watch import fitted, has_windows, watching
 from knorm.model_attention import attention_over, own_attention
 
 QUERIES = 64  # of the prompt's last tokens, which a function is given if it asks for queries
@@ -47,7 +47,7 @@ class _Compressing(Method):
 
 
 class FunctionMethod(_Compressing):
-    """A function of (keys, values, keep_ratio), which may ask for `layer`, `queries` and `attention` by name."""
+    """Run a function of (keys, values, keep_ratio), which may ask for `layer`, `queries` and `attention` by name."""
 
     kind = "function"
 
@@ -60,7 +60,7 @@ class FunctionMethod(_Compressing):
 
 
 class ClassMethod(FunctionMethod):
-    """A class whose constructor takes the budget; one instance serves all layers, called as (keys, values)."""
+    """Run a class whose constructor takes the budget; one instance serves all layers, called as (keys, values)."""
 
     kind = "class"
 
@@ -131,7 +131,7 @@ class _LayerSession(Session):
             self.hidden[layer] = result[2]
 
     def begin_decoding(self) -> None:
-        self._decode.enter_context(watching(self.model, self.seen, self._visible))
+        self._decode.enter_context(watching(self.model, self.seen, self._visible, masked=has_windows(self.model)))
 
     def _visible(self, module: nn.Module, key: Tensor) -> Tensor | None:
         mask = self.hidden.get(int(module.layer_idx))  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def _shown(result: Any) -> str:
 
 
 class CacheFunctionMethod(_Compressing):
-    """A function of (cache, keep_ratio), which changes a transformers cache in place or returns another."""
+    """Run a function of (cache, keep_ratio), which changes a transformers cache in place or returns another."""
 
     kind = "cache function"
 
@@ -177,7 +177,7 @@ class CacheFunctionMethod(_Compressing):
 
 
 class LegacyMethod(CacheFunctionMethod):
-    """A function of a list of (keys, values), one for each layer, as caches were before transformers had classes."""
+    """Run a function of a list of (keys, values), one for each layer, as caches were before transformers had them."""
 
     kind = "legacy"
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from knorm.methods.budget import Budget
 from knorm.methods.restored import restored
-from knorm.methods.watch import Seen, watching
+from knorm.methods.watch import Seen, has_windows, watching
 from knorm.paths import PACKAGE
 from knorm.policy import Policy
 
@@ -25,16 +25,16 @@ Tokenizer = Any
 
 
 class MethodError(ValueError):
-    """A method failed, in its own code: the message names the method, the exception, and the line that raised it."""
+    """Say that a method failed, in its own code: the message names the method, the exception, and the line."""
 
 
 class Session:
-    """A method that is open on a model: first its prompt is read, then the prefill phase is ended, then it decodes.
+    """Hold a method that is open on a model: its prompt is read, then the prefill phase is ended, then it decodes.
 
     Attributes:
         cache: what the model is given as its cache.
         seen: what the queries after the prompt saw.
-        tokens: how many the prompt had.
+        tokens: how many tokens the prompt had.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
@@ -66,7 +66,9 @@ class Session:
 
     def begin_decoding(self) -> None:
         """Open what holds while tokens are decoded."""
-        self._decode.enter_context(watching(self.model, self.seen))
+        # Other caches may want the masks that the model would make; a plain one needs none as large as its text.
+        masked = type(self.cache) is not DynamicCache or has_windows(self.model)
+        self._decode.enter_context(watching(self.model, self.seen, masked=masked))
 
     def next_position(self) -> int:
         """Return the position of the first token after the prompt."""
@@ -93,14 +95,18 @@ def _home(code: Any) -> Path | None:
 
 
 class Method(ABC):
-    """A way to make a cache smaller, with its budget. Make one by `knorm.method`.
+    """Open a way to make a cache smaller on a model, in two phases. `knorm.method` makes one.
 
     Attributes:
-        name: how a table names it: the target as it was written.
+        name: the target as it was written, which tables show.
         kind: one of kinds.KINDS.
         budget: what one compression retains; None where the method has its own.
-        policy: knorm's own, whose runs follow from a schedule; None for all other methods.
+        policy: the Policy of knorm's own methods, whose runs follow from a schedule; None for all other methods.
         home: the file, or the folder of the package, that holds its code; None where that is not known.
+
+    Example:
+        >>> method(Policy(0.5)).policy.keep_ratio
+        0.5
     """
 
     kind: ClassVar[str]
@@ -111,7 +117,7 @@ class Method(ABC):
 
     @property
     def label(self) -> str:
-        """The name and the budget, as tables have them."""
+        """Join the name and the budget, as tables do."""
         return self.name if self.budget is None else f"{self.name} {self.budget}"
 
     @abstractmethod
@@ -119,20 +125,32 @@ class Method(ABC):
         """Open the method on a model, ready for the prompt.
 
         Args:
-            model: in eval mode.
+            model: a causal language model in eval mode.
             length: tokens that the cache will have been fed in the end.
-            batch: rows.
-            tokenizer: of the model, for methods that read text.
+            batch: rows of each call.
+            tokenizer: the model's, for methods that read text.
+
+        Returns:
+            The session, to be closed by the caller.
         """
 
     @contextmanager
     def session(
         self, model: PreTrainedModel, *, length: int, batch: int = 1, tokenizer: Tokenizer | None = None
     ) -> Iterator[Session]:
-        """Open the method; at the end the model is as it was found, whatever happened.
+        """Open the method; at the end the model is as it was before, whatever happened.
+
+        Args:
+            model: a causal language model in eval mode.
+            length: tokens that the cache will have been fed in the end.
+            batch: rows of each call.
+            tokenizer: the model's, for methods that read text.
+
+        Yields:
+            The session.
 
         Raises:
-            MethodError: what the method's own code raised, with the place.
+            MethodError: the method's own code raised an exception; the message says which, and where.
         """
         try:
             with self._opened(model, length, batch, tokenizer) as session:
@@ -166,22 +184,25 @@ class Method(ABC):
     ) -> Iterator[Cache]:
         """Open the method on a model: the first call is the prompt, each later one decodes.
 
+        Whatever the method's own code raises is raised as it is.
+
         Args:
             model: a causal language model of transformers in eval mode, which attends by "sdpa" or "eager".
             length: tokens that the cache will have been fed in the end, for caches that are allocated in advance; by
                 default as many as the model has positions.
             batch: rows of each call.
-            tokenizer: of the model, for methods that read text.
+            tokenizer: the model's, for methods that read text.
 
         Yields:
             The cache to give to the model, with explicit position_ids.
 
-        Whatever the method's own code raises is raised as it is.
-
         Example:
-            with knorm.method("kvpress:KnormPress", keep_ratio=0.5).open(model) as cache:
-                model(input_ids=prompt, past_key_values=cache)
-                model(input_ids=rest, past_key_values=cache, position_ids=positions)
+            >>> model, tokenizer = load_embedded()
+            >>> ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
+            >>> with method(Policy(0.5)).open(model) as cache:
+            ...     _ = model(input_ids=ids, **{knorm.cache_keyword(model): cache})
+            ...     cache.layers[0].keys.shape[2] < ids.shape[1]
+            True
         """
         most = length or int(getattr(model.config, "max_position_embeddings", 0) or 4096)
         calls, inside = 0, False
@@ -219,5 +240,12 @@ class Method(ABC):
         return f"{self.name} raised {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno})"
 
     def owns(self, file: str) -> bool:
-        """Tell whether a source file belongs to the method."""
+        """Tell whether a source file belongs to the method.
+
+        Args:
+            file: a path, as a traceback has it.
+
+        Returns:
+            True where it lies in the method's home.
+        """
         return self.home is not None and Path(file).is_relative_to(self.home)

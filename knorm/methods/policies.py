@@ -14,7 +14,7 @@ from knorm.policy import Policy
 
 
 class PolicyMethod(Method):
-    """A Policy; its runs also follow from a schedule (perplexity.exact_run)."""
+    """Run a Policy; its runs also follow from a schedule (perplexity.exact_run)."""
 
     kind = "policy"
     policy: Policy

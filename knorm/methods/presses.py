@@ -38,7 +38,7 @@ def acts_while_decoding(press: Any) -> bool:
 
 
 class PressMethod(Method):
-    """A press, its class or an instance; a copy is opened for each run, with its budget set."""
+    """Run a press, its class or an instance; a copy is opened for each run, with its budget set."""
 
     kind = "press"
 

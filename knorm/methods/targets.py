@@ -25,7 +25,7 @@ _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", r
 
 @dataclass(frozen=True)
 class Call:
-    """A name of the target's package, called with what stands in its parentheses."""
+    """Hold a name of the target's package, and the arguments in its parentheses."""
 
     path: str
     positional: tuple[Any, ...] = ()
@@ -47,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Target:
-    """A target as it was written.
+    """Hold a target as it was written.
 
     Attributes:
         spec: the whole text.
@@ -71,12 +71,15 @@ def parse_target(spec: str) -> Target:
         spec: path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName; the name may be
             dotted, and be called with literals, and with names and calls of the same module.
 
+    Returns:
+        The target's parts, for load_target.
+
     Raises:
-        ValueError: for another form, for a file that is not there, and for a module whose package is not there.
+        ValueError: another form, a missing file, or a module whose package is not installed.
 
     Example:
-        >>> parse_target("kvpress:AdaKVPress(KnormPress())").call.positional
-        (Call(path='KnormPress', positional=(), named={}),)
+        >>> parse_target('transformers:QuantizedCache(backend="fp8")').call.named
+        {'backend': 'fp8'}
     """
     match = _SPEC.fullmatch(spec.strip())
     if match is None or not match["where"] or "\0" in spec:
@@ -233,9 +236,9 @@ def _imported(where: str, file: Path | None) -> ModuleType:
 def _run(file: Path) -> ModuleType:
     """Import a file under a name of its own: it may be called as a module that is loaded already."""
     name = f"knorm_target_{file.stem}"
-    found: Any = spec_from_file_location(name, file)
-    module = sys.modules[name] = module_from_spec(found)
-    found.loader.exec_module(module)
+    spec: Any = spec_from_file_location(name, file)
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

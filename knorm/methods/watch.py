@@ -16,8 +16,18 @@ from knorm.model_attention import attention_over, implementation_of, own_attenti
 Visible = Callable[[nn.Module, Tensor], Tensor | None]
 
 
+_MASK = 2**25  # elements of a mask at most, where it can be made for a part of the queries
+
+
+def has_windows(model: PreTrainedModel) -> bool:
+    """Tell whether some layers of a model attend through a window, whose mask only the model knows."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return bool(kinds - {"full_attention"}) or (not kinds and getattr(config, "sliding_window", None) is not None)
+
+
 class Seen:
-    """How many tokens the queries of a run saw, by layer and key/value head.
+    """Count the tokens that the queries of a run saw, by layer and key/value head.
 
     Attributes:
         queries: number of queries, over all rows.
@@ -69,16 +79,34 @@ def watching(
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> tuple[Tensor, Tensor | None]:
-        mask = fitted(attention_mask, query, key, visible(module, key), added=eager)
-        _count(seen, module, query, key, mask)
-        return own_attention(module)(module, query, key, value, mask, **keywords)
+        own, shown = own_attention(module), visible(module, key)
+        queries, slots = query.shape[2], key.shape[2]
+        size = max(1, _MASK // slots)
+        if attention_mask is not None or queries <= size or (queries == slots and shown is None and not eager):
+            mask = fitted(attention_mask, query, key, shown, added=eager)
+            _count(seen, module, query, key, mask)
+            return own(module, query, key, value, mask, **keywords)
+        outputs = []  # a mask of the whole text would take more memory than the cache
+        for start in range(0, queries, size):
+            block = query[:, :, start : start + size]
+            mask = fitted(None, block, key, shown, added=eager, first=slots - queries + start, always=True)
+            _count(seen, module, block, key, mask)
+            outputs.append(own(module, block, key, value, mask, **keywords)[0])
+        return torch.cat(outputs, 1), None
 
     with attention_over(model, attend, masked=masked):
         yield
 
 
 def fitted(
-    mask: Tensor | None, query: Tensor, key: Tensor, visible: Tensor | None, *, added: bool = False
+    mask: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor | None,
+    *,
+    added: bool = False,
+    first: int | None = None,
+    always: bool = False,
 ) -> Tensor | None:
     """Return a mask for the slots that there are, with what `visible` hides hidden.
 
@@ -88,14 +116,17 @@ def fitted(
         key: [batch, kv_heads, slots, head_dim].
         visible: boolean [batch, kv_heads, slots], or None.
         added: the mask is to be added to scores, as eager attention does, which knows no other rule.
+        first: slot of the first query; by default the queries are the last slots.
+        always: make a mask even where PyTorch's own causal rule would do.
 
     Returns:
         None where PyTorch's own causal rule, or no mask at all, is right; otherwise a mask, boolean or to be added.
     """
     queries, slots = query.shape[2], key.shape[2]
-    if (mask is not None and mask.shape[-1] != slots) or (mask is None and (1 < queries < slots or added)):
+    first = slots - queries if first is None else first
+    if (mask is not None and mask.shape[-1] != slots) or (mask is None and (1 < queries < slots or added or always)):
         places = torch.arange(slots, device=key.device)
-        mask = (places <= places[slots - queries :, None])[None, None]
+        mask = (places <= places[first : first + queries, None])[None, None]
     if visible is not None:
         if mask is None and queries == slots:
             mask = torch.ones(queries, slots, dtype=torch.bool, device=key.device).tril()[None, None]

@@ -147,6 +147,12 @@ def test_budgets_that_do_not_fit_are_refused(mine):
         method("transformers:DynamicCache", keep_ratio=0.5)
     with pytest.raises(TakesNoBudget, match="keeps a share of the cache"):
         method("knorm", keep_tokens=3)
+    with pytest.raises(NeedsBudget, match="is made with a budget"):
+        method(f"{mine}:Window")
+    with pytest.raises(TypeError, match=r"newest needs keys, values, but a cache is .*newest\(keys=...\)"):
+        method(f"{mine}:newest", kind="cache", keep_ratio=0.5)
+    with pytest.raises(TypeError, match=r"needs backend, but .*QuantizedCache\(backend=...\)"):
+        method("transformers:QuantizedCache")
     with pytest.raises(ValueError, match="has no parameter sinkz; it has keys, values, keep_ratio, sinks"):
         method(f"{mine}:newest(sinkz=3)", keep_ratio=0.5)
     with pytest.raises(TypeError, match="number is a int, but should be called as"):
@@ -160,7 +166,7 @@ def test_objects_are_methods_too():
     assert method("knorm", keep_ratio="0.25").policy == Policy("0.25")
     assert method(DynamicCache).kind == "cache"
     assert method(lambda: DynamicCache()).kind == "cache"
-    assert method(method, kind="cache").name == "method"
+    assert method(DynamicCache).name == "DynamicCache"
 
 
 def test_a_cache_that_is_none_is_refused():

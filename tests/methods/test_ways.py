@@ -13,9 +13,10 @@ from transformers import DynamicCache, QuantizedCache, StaticCache
 import knorm
 from knorm import KnormCache, Policy, exact_nll
 from knorm.evaluation.damage import head_of
-from knorm.evaluation.ways import Ways, stored_bytes
+from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import Windows
 from knorm.methods.budget import Budget
+from knorm.methods.caches import stored_bytes
 from knorm.methods.door import method
 from knorm.methods.method import MethodError
 
@@ -338,6 +339,22 @@ def test_the_last_tokens_alone_may_be_scored(llama):
     assert torch.equal(last.per_token.kl, whole.per_token.kl[:, -5:])
     with pytest.raises(ValueError, match="scored=30, but only 24 tokens follow a prompt of 40"):
         Ways(llama, Windows(IDS), PROMPT, scored=30)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_long_calls_are_masked_a_part_of_the_queries_at_a_time(llama, attention, monkeypatch):
+    def evaluated():
+        llama.set_attn_implementation(attention)
+        chosen = method(keep_newest, keep_ratio=0.5)
+        found = knorm.evaluate(llama, IDS, chosen, prompt_length=PROMPT, how="two calls", batch=2)
+        llama.set_attn_implementation("sdpa")
+        return found
+
+    whole = evaluated()
+    monkeypatch.setattr("knorm.methods.watch._MASK", 100)  # two queries of 50 slots
+    parts = evaluated()
+    assert (whole.per_token.nll - parts.per_token.nll).abs().max() <= 1e-5
+    assert torch.equal(whole.tokens_seen, parts.tokens_seen)
 
 
 def test_budgets():

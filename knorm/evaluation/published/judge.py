@@ -21,7 +21,7 @@ _SUFFIXES = {"nats": " nats", "ratio": "x", "s": " s", "tokens/s": " /s"}
 
 @dataclass(frozen=True)
 class Judged:
-    """What came of a claim: the reported number, the measured one (None where none is), and why, in a few words."""
+    """Hold the verdict on a claim: the reported number, the measured one (None without one), and why, in few words."""
 
     claim: Claim
     verdict: Verdict
@@ -32,12 +32,12 @@ class Judged:
 
     @property
     def unexpected(self) -> bool:
-        """Whether the verdict is another than the one that is right."""
+        """Tell whether the verdict differs from the one that is right."""
         return self.claim.expected is not None and self.verdict != self.claim.expected
 
 
 class UnexpectedVerdict(AssertionError):
-    """A claim came out otherwise than it should; the message is the table."""
+    """Say that a claim's verdict is not the one that is right; the message is the table."""
 
 
 def _judge(claim: Claim, measured: float) -> tuple[bool, str]:
@@ -55,7 +55,7 @@ def _judge(claim: Claim, measured: float) -> tuple[bool, str]:
 
 
 def judge_claims(claims: Iterable[Claim], measured: Mapping[str, float]) -> list[Judged]:
-    """A verdict per claim. What was not measured, is not finite, or is said to be untestable cannot be tested."""
+    """Judge each claim. What was not measured, is not finite, or is said to be untestable cannot be tested."""
     judged = []
     for claim in claims:
         value = measured.get(claim.quantity)
@@ -87,22 +87,22 @@ def _tolerance(claim: Claim) -> str:
 
 
 def claims_table(judged: Sequence[Judged], title: str | None = None) -> Table:
-    """A line per claim. What came out otherwise than expected is marked and comes first."""
+    """Make a table with a line for each claim; unexpected verdicts are marked and come first."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("verdict", "claim", "what is claimed", "reported", "measured", "tolerance", "why"):
         number = name in ("reported", "measured", "tolerance")
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for each in sorted(judged, key=lambda each: not each.unexpected):
-        claim = each.claim
+    for judgement in sorted(judged, key=lambda judgement: not judgement.unexpected):
+        claim = judgement.claim
         table.add_row(
-            f"{each.verdict.upper()}, should be: {claim.expected}" if each.unexpected else each.verdict,
+            f"{judgement.verdict.upper()}, should be: {claim.expected}" if judgement.unexpected else judgement.verdict,
             claim.id,
             claim.statement,
-            _show(each.reported, claim.unit),
-            _show(each.measured, claim.unit),
+            _show(judgement.reported, claim.unit),
+            _show(judgement.measured, claim.unit),
             _tolerance(claim),
-            each.why,
-            style="bold red" if each.unexpected else "",
+            judgement.why,
+            style="bold red" if judgement.unexpected else "",
         )
     return table
 
@@ -115,9 +115,9 @@ def claims_text(judged: Sequence[Judged], width: int = 250) -> str:
 
 
 def require_expected(judged: Sequence[Judged]) -> None:
-    """The gate. Raises UnexpectedVerdict, with the table, where a claim came out otherwise than expected."""
-    wrong = [each.claim.id for each in judged if each.unexpected]
-    gated = sum(each.claim.expected is not None for each in judged)
+    """Raise UnexpectedVerdict, with the table, where a claim's verdict is not the expected one."""
+    wrong = [judgement.claim.id for judgement in judged if judgement.unexpected]
+    gated = sum(judgement.claim.expected is not None for judgement in judged)
     if not gated:
         raise UnexpectedVerdict("no claim says which verdict is expected: the gate would test nothing")
     if wrong:
@@ -133,7 +133,7 @@ def judge_model(
     device: str | torch.device = "cpu",
     rounds: int = ROUNDS,
 ) -> list[Judged]:
-    """A report's protocol on a model in float32, and a verdict per claim.
+    """Run a report's protocol on a model in float32, and judge each claim.
 
     model     as models.load_model takes it: a folder, or PYTHIA
     sources   as load_seed_texts takes them

@@ -35,7 +35,7 @@ ROUNDS = 7  # blocks of timing, after one for warm-up
 
 
 def load_seed_texts(protocol: Protocol, sources: Mapping[str, str]) -> dict[str, str]:
-    """The texts as the protocol cuts them: name -> text.
+    """Load the texts as the protocol cuts them: name -> text.
 
     sources   name -> "wikitext2" or "pg19" from the Hub, a .parquet with a column text, or a .txt: its lines for
               WikiText, one book for PG-19
@@ -43,7 +43,7 @@ def load_seed_texts(protocol: Protocol, sources: Mapping[str, str]) -> dict[str,
     WikiText stays in its tokenised form, unlike in models.load_text: the report read it so. Raises ValueError for a
     source that is missing or cannot be read, and where no row is long enough.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for text in protocol.texts:
         if text.name not in sources:
             raise ValueError(f"no source of {text.name}: give {text.what}")
@@ -51,8 +51,8 @@ def load_seed_texts(protocol: Protocol, sources: Mapping[str, str]) -> dict[str,
         row = next((row for row in rows if len(row.strip()) >= text.least), None)
         if row is None:
             raise ValueError(f"{sources[text.name]} has no row of {text.least} characters, but should be {text.what}")
-        found[text.name] = row[: text.characters]
-    return found
+        texts[text.name] = row[: text.characters]
+    return texts
 
 
 def _text_rows(source: str, whole: bool) -> Iterable[str]:
@@ -69,7 +69,7 @@ def _text_rows(source: str, whole: bool) -> Iterable[str]:
 
 
 def seed_ids(tokenizer: PreTrainedTokenizerFast, text: str, most: int) -> Tensor:
-    """The first tokens of a text: int64 [1, at most `most`]. Raises ValueError for fewer than two."""
+    """Return the first tokens of a text: int64 [1, at most `most`]. Raises ValueError for fewer than two."""
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :most]
     if ids.shape[1] < 2:
         raise ValueError(f"the text has {ids.shape[1]} tokens, but needs at least two: {text[:40]!r}")
@@ -103,7 +103,7 @@ class _NormOrderedCache(KnormCache):
 
 @torch.no_grad()
 def norm_ordered_nll(model: PreTrainedModel, input_ids: Tensor, policy: Policy) -> Tensor:
-    """Token NLLs by the report's loop before its fix, whose slots stand in the order of norms.
+    """Compute token NLLs by the report's loop before its fix, whose slots stand in the order of norms.
 
     input_ids int64 [batch, T] -> float32 [batch, T-1], nats. Only prune_after, skip_layers and the ratio count.
     """
@@ -120,7 +120,7 @@ def _ppl(nll: Tensor) -> float:
 
 def _largest(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Largest difference of any token; nan, not the rest, where one is nan."""
-    return float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())
+    return float(torch.stack([(first - second).abs().max() for first, second in pairs]).max())
 
 
 def _as_in(run: Run) -> Schedule:
@@ -129,41 +129,42 @@ def _as_in(run: Run) -> Schedule:
 
 
 def _perplexities(model: PreTrainedModel, ids: Mapping[str, Tensor], protocol: Protocol) -> dict[str, float]:
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     shuffled: list[tuple[Tensor, Tensor]] = []
     loops: list[tuple[Tensor, Tensor]] = []
     for name, tokens in ids.items():
-        found[f"ppl/{name}/{FULL}"] = _ppl(exact_run(model, tokens, Policy()).nll)
+        values[f"ppl/{name}/{FULL}"] = _ppl(exact_run(model, tokens, Policy()).nll)
         streamed = tokens[:, : protocol.streamed_tokens]
         for ratio in protocol.ratios:
             policy = protocol.policy(ratio)
             run = exact_run(model, streamed, policy)
-            found[f"ppl/{name}/{ratio}"] = _ppl(run.nll)
-            other = exact_run(model, streamed, policy, schedule=_as_in(run), attend=attend_shuffled)
-            shuffled.append((run.nll, other.nll))
+            values[f"ppl/{name}/{ratio}"] = _ppl(run.nll)
+            turned = exact_run(model, streamed, policy, schedule=_as_in(run), attend=attend_shuffled)
+            shuffled.append((run.nll, turned.nll))
             if ratio in protocol.before:
                 before = norm_ordered_nll(model, streamed, policy)
-                found[f"ppl_before/{name}/{ratio}"] = _ppl(before)
+                values[f"ppl_before/{name}/{ratio}"] = _ppl(before)
                 loops.append((run.nll, before))
-    found["order"] = _largest(shuffled)
+    values["order"] = _largest(shuffled)
     if loops:
-        found["order_loop"] = _largest(loops)
+        values["order_loop"] = _largest(loops)
     for kind, ratios in (("ppl", (FULL, *protocol.ratios)), ("ppl_before", protocol.before)):
         for ratio in ratios:
-            found[f"{kind}/mean/{ratio}"] = statistics.fmean(found[f"{kind}/{name}/{ratio}"] for name in ids)
-    return found
+            values[f"{kind}/mean/{ratio}"] = statistics.fmean(values[f"{kind}/{name}/{ratio}"] for name in ids)
+    return values
 
 
-def _conclusions(found: Mapping[str, float], protocol: Protocol) -> dict[str, float]:
+def _conclusions(values: Mapping[str, float], protocol: Protocol) -> dict[str, float]:
     """What the report concludes from its perplexities."""
     more = {
-        f"fix/{ratio}": found[f"ppl/mean/{ratio}"] / found[f"ppl_before/mean/{ratio}"] - 1 for ratio in protocol.before
+        f"fix/{ratio}": values[f"ppl/mean/{ratio}"] / values[f"ppl_before/mean/{ratio}"] - 1
+        for ratio in protocol.before
     }
-    means = {ratio: found[f"ppl/mean/{ratio}"] for ratio in sorted(protocol.ratios, key=Fraction, reverse=True)}
+    means = {ratio: values[f"ppl/mean/{ratio}"] for ratio in sorted(protocol.ratios, key=Fraction, reverse=True)}
     down = [ppl for ratio, ppl in means.items() if Fraction(ratio) >= Fraction("0.5")]
     more["monotone"] = max(b / a for a, b in pairwise(down))
     more["paradox"] = means[min(means, key=Fraction)] / means["0.9"]
-    rise = [found[f"ppl/{name}/0.9"] / found[f"ppl/{name}/{FULL}"] for name in ("pg19", "wikitext")]
+    rise = [values[f"ppl/{name}/0.9"] / values[f"ppl/{name}/{FULL}"] for name in ("pg19", "wikitext")]
     more["long_text"] = rise[0] / rise[1]
     return more
 
@@ -179,12 +180,12 @@ def _untouched(model: PreTrainedModel, ids: Mapping[str, Tensor], protocol: Prot
 def time_quantities(
     samples: Sequence[Sequence[Sample]], ratios: Sequence[str], new_tokens: Sequence[int]
 ) -> dict[str, float]:
-    """What measure_claims says of time, from latency.measure's blocks [block][arm].
+    """Compute what measure_claims says of time, from latency.measure's blocks [block][arm].
 
     ratios       of the arms, the uncompressed one first
     new_tokens   of each prompt
     """
-    found, prompts = {}, range(len(new_tokens))
+    values, prompts = {}, range(len(new_tokens))
     ways = {metric: [[s.seconds(metric) for s in block] for block in samples] for metric in METRICS}
 
     def mean_of_medians(metric: str, arm: int, of: Callable[[float, int], float] = lambda x, _: x) -> float:
@@ -193,24 +194,24 @@ def time_quantities(
         return statistics.fmean(map(statistics.median, columns))
 
     for arm, ratio in enumerate(ratios):
-        found[f"ttft_s/{ratio}"] = mean_of_medians("ttft", arm)
-        found[f"tpot_s/{ratio}"] = mean_of_medians("tpot", arm)
-        found[f"tokens_per_s/{ratio}"] = mean_of_medians("throughput", arm, lambda seconds, new: new / seconds)
+        values[f"ttft_s/{ratio}"] = mean_of_medians("ttft", arm)
+        values[f"tpot_s/{ratio}"] = mean_of_medians("tpot", arm)
+        values[f"tokens_per_s/{ratio}"] = mean_of_medians("throughput", arm, lambda seconds, new: new / seconds)
     tenth = mean_of_medians("throughput", 0, lambda seconds, _: 0.1 * seconds)
     for arm, ratio in list(enumerate(ratios))[1:]:
         pairs = [block[arm][p] / block[0][p] for block in ways["ttft"] for p in prompts]
-        found[f"ttft_gain/{ratio}"] = 1 - statistics.median(pairs)
-        found[f"ttft_by_a_tenth/{ratio}"] = 1 - found[f"ttft_s/{ratio}"] / tenth
-    return found
+        values[f"ttft_gain/{ratio}"] = 1 - statistics.median(pairs)
+        values[f"ttft_by_a_tenth/{ratio}"] = 1 - values[f"ttft_s/{ratio}"] / tenth
+    return values
 
 
 def _times(model: PreTrainedModel, prompts: Mapping[str, Tensor], protocol: Protocol, rounds: int) -> dict[str, float]:
     new: dict[str, int] = {text.name: text.new_tokens for text in protocol.texts}
-    each = [Prompt(ids, new[name]) for name, ids in prompts.items()]
-    arms = [Arm(model, each, None), *(Arm(model, each, protocol.policy(ratio)) for ratio in protocol.timed)]
+    asked = [Prompt(ids, new[name]) for name, ids in prompts.items()]
+    arms = [Arm(model, asked, None), *(Arm(model, asked, protocol.policy(ratio)) for ratio in protocol.timed)]
     with attending(model):
-        samples = measure(arms, [prompt.new_tokens for prompt in each], blocks=rounds)
-    return time_quantities(samples, (FULL, *protocol.timed), [prompt.new_tokens for prompt in each])
+        samples = measure(arms, [prompt.new_tokens for prompt in asked], blocks=rounds)
+    return time_quantities(samples, (FULL, *protocol.timed), [prompt.new_tokens for prompt in asked])
 
 
 def measure_claims(
@@ -246,7 +247,7 @@ def measure_claims(
         text.name: seed_ids(tokenizer, texts[text.name][: text.prompt_characters], protocol.plain_tokens)
         for text in protocol.texts
     }
-    found = _perplexities(model, ids, protocol)
-    found |= _conclusions(found, protocol)
-    found["untouched"] = _untouched(model, ids, protocol)
-    return found | _times(model, {name: prompt.to(model.device) for name, prompt in prompts.items()}, protocol, rounds)
+    values = _perplexities(model, ids, protocol)
+    values |= _conclusions(values, protocol)
+    values["untouched"] = _untouched(model, ids, protocol)
+    return values | _times(model, {name: prompt.to(model.device) for name, prompt in prompts.items()}, protocol, rounds)

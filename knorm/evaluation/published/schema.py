@@ -28,7 +28,7 @@ Ratios = tuple[Annotated[str, AfterValidator(_written_ratio)], ...]
 
 
 class Source(Strict):
-    """The model of a report: a Hub id, and the commit that stands for it."""
+    """Name the model of a report: a Hub id, and the commit that stands for it."""
 
     name: str
     revision: str = Field(pattern=r"^[0-9a-f]{40}$")
@@ -36,7 +36,7 @@ class Source(Strict):
 
 
 class Excerpt(Strict):
-    """How one text is cut: the first row of a data set that has `least` characters, its first `characters`.
+    """Say how one text is cut: the first row of a data set that has `least` characters, its first `characters`.
 
     prompt_characters, new_tokens   of the timed generation
     """
@@ -50,7 +50,7 @@ class Excerpt(Strict):
 
 
 class Protocol(Strict):
-    """How the numbers came about; what is measured follows it.
+    """Hold how the numbers were made; what is measured follows it.
 
     plain_tokens   at most so many in the plain pass at ratio 1; streamed_tokens: in compressed runs
     ratios         at which perplexity is measured, 0.9 among them
@@ -77,12 +77,12 @@ class Protocol(Strict):
         return self
 
     def policy(self, ratio: str) -> Policy:
-        """The streaming policy at a ratio."""
+        """Make the streaming policy at a ratio."""
         return Policy(ratio, self.prune_after, self.skip_layers, protocol="streaming")
 
 
 class Figures(Strict):
-    """One table as it was published; null where a cell is empty."""
+    """Hold one table as it was published; null where a cell is empty."""
 
     id: str
     what: str
@@ -98,7 +98,7 @@ class Figures(Strict):
 
 
 class Claim(Strict):
-    """One number that was reported, and how near a measured one has to come.
+    """Hold one number that was reported, and how near a measured one has to come.
 
     kind         "baseline", "compressed": within `tolerance`, relative. "change": within it, absolute. "difference": at
                  most it. "gain": at least what was reported, less it. "trend": on the same side of 1, by more than it.
@@ -126,7 +126,7 @@ class Claim(Strict):
 
 
 class Reported(Strict):
-    """A report: where it comes from, how it was made, what it says, and what is known to be inconsistent in it."""
+    """Hold a report: where it comes from, how it was made, what it says, and its known inconsistencies."""
 
     schema_version: Literal[1]
     source: str
@@ -150,7 +150,7 @@ def bug_report() -> Reported:
 
 
 def read_claims(file: Path) -> Reported:
-    """A report from its .json. Raises ValueError, in one line that names the field, for anything but a Reported."""
+    """Read a report from its .json. Raises ValueError, in one line that names the field, for any other file."""
     try:
         text = file.read_text(encoding="utf-8")
         json.loads(text, object_pairs_hook=no_field_twice)

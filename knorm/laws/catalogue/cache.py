@@ -31,8 +31,8 @@ def _run(subject: Subject, text: Text, ids: Tensor | None = None, **options: Any
     return cache, logits[:, text.prompt :]
 
 
-def _equal(one: Tensor, other: Tensor, what: str, most: float = 1e-8) -> None:
-    if (difference := gap(one, other)) > most:
+def _equal(got: Tensor, should: Tensor, what: str, most: float = 1e-8) -> None:
+    if (difference := gap(got, should)) > most:
         raise Refuted(f"{what}: logits differ by {difference:.3g}, but should be equal")
 
 

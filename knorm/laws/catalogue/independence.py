@@ -9,10 +9,10 @@ from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Kept, Subject
 
 
-def _differ(one: Kept, other: Kept) -> bool:
+def _differ(first: Kept, second: Kept) -> bool:
     return not all(
         (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
-        for a, b in zip(one, other, strict=True)
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -29,8 +29,8 @@ def check_rows_alone(compressor: Subject, cache: Cache) -> None:
     """A row compressed in a batch equals the row compressed alone."""
     together = compressor(cache.keys, cache.values, cache.keep_ratio)
     for row in {0, cache.keys.shape[0] - 1}:
-        one = slice(row, row + 1)
-        alone, there = compressor(cache.keys[one], cache.values[one], cache.keep_ratio), _part(together, one)
+        rows = slice(row, row + 1)
+        alone, there = compressor(cache.keys[rows], cache.values[rows], cache.keep_ratio), _part(together, rows)
         if _differ(alone, there):
             raise Refuted(
                 f"rows alone: row {row} alone retains positions {_places(cache, alone)[0]}, "
@@ -43,11 +43,11 @@ def check_heads_alone(compressor: Subject, cache: Cache) -> None:
     """A head compressed among others equals the head compressed alone."""
     together = compressor(cache.keys, cache.values, cache.keep_ratio)
     for head in {0, cache.keys.shape[1] - 1}:
-        one = (slice(None), slice(head, head + 1))
-        alone, there = compressor(cache.keys[one], cache.values[one], cache.keep_ratio), _part(together, *one)
+        part = (slice(None), slice(head, head + 1))
+        alone, there = compressor(cache.keys[part], cache.values[part], cache.keep_ratio), _part(together, *part)
         if _differ(alone, there):
             both = list(zip(_places(cache, alone), _places(cache, there), strict=True))
-            row = next((i for i, (one_way, other) in enumerate(both) if one_way != other), 0)
+            row = next((i for i, (apart, among) in enumerate(both) if apart != among), 0)
             raise Refuted(
                 f"heads alone: head {head} alone retains positions {both[row][0]}, but among others {both[row][1]} "
                 f"(row {row})"
@@ -57,10 +57,11 @@ def check_heads_alone(compressor: Subject, cache: Cache) -> None:
 @check(needs={"deterministic": True})
 def check_repeatable(compressor: Subject, cache: Cache) -> None:
     """Calling twice gives the same."""
-    one, two = (compressor(cache.keys, cache.values, cache.keep_ratio) for _ in range(2))
-    if _differ(one, two):
+    first, second = (compressor(cache.keys, cache.values, cache.keep_ratio) for _ in range(2))
+    if _differ(first, second):
         raise Refuted(
-            f"repeatable: the first call retained positions {_places(cache, one)}, but the second {_places(cache, two)}"
+            f"repeatable: the first call retained positions {_places(cache, first)}, but the second "
+            f"{_places(cache, second)}"
         )
 
 
@@ -84,11 +85,11 @@ def check_generator_left_alone(compressor: Subject, cache: Cache) -> None:
     """The global generator is not reset: what is drawn afterwards still depends on the caller's seed."""
     devices = [cache.keys.device] if cache.keys.is_cuda else []
     with torch.random.fork_rng(devices):
-        one, two = (_drawn_after(seed, compressor, cache) for seed in (1, 2))
-    if torch.equal(one, two):
+        first, second = (_drawn_after(seed, compressor, cache) for seed in (1, 2))
+    if torch.equal(first, second):
         raise Refuted(
-            f"generator left alone: torch.rand gives {one.tolist()} after a compression, whether torch.manual_seed(1) "
-            "or (2) came before it, but should differ: seed a torch.Generator of your own"
+            f"generator left alone: torch.rand gives {first.tolist()} after a compression, whether "
+            "torch.manual_seed(1) or (2) came before it, but should differ: seed a torch.Generator of your own"
         )
 
 
@@ -102,9 +103,9 @@ def _drawn_after(seed: int, compressor: Subject, cache: Cache) -> torch.Tensor:
 def check_values_ignored(compressor: Subject, cache: Cache) -> None:
     """Values do not influence the selection of a method that scores keys."""
     kept = compressor(cache.keys, cache.values, cache.keep_ratio)
-    other = compressor(cache.keys, -3 * cache.values.flip(2), cache.keep_ratio)
-    if not torch.equal(kept.keys, other.keys):
+    changed = compressor(cache.keys, -3 * cache.values.flip(2), cache.keep_ratio)
+    if not torch.equal(kept.keys, changed.keys):
         raise Refuted(
             f"values ignored: keys {kept.keys[0, 0].tolist()} retained (row 0, head 0), "
-            f"but with other values {other.keys[0, 0].tolist()}"
+            f"but with other values {changed.keys[0, 0].tolist()}"
         )

@@ -82,22 +82,22 @@ def check_layout(compressor: Subject, cache: Cache) -> None:
     """Non-contiguous and expanded tensors give the same answer, bit for bit."""
     wide = torch.cat([cache.keys.new_full(cache.keys.shape, 7), cache.keys], -1)[..., cache.keys.shape[3] :]
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (cache.keys, cache.values)]
-    one = Cache(cache.keys[:1], cache.values[:1], cache.keep_ratio)
+    row = Cache(cache.keys[:1], cache.values[:1], cache.keep_ratio)
     layouts = {
         "transposed": (turned[0], turned[1]),
         "sliced": (wide, torch.cat([cache.values, cache.values], 2)[:, :, : cache.length]),
-        "expanded": (one.keys.expand(2, -1, -1, -1), one.values.expand(2, -1, -1, -1)),
+        "expanded": (row.keys.expand(2, -1, -1, -1), row.values.expand(2, -1, -1, -1)),
     }
     for name, (keys, values) in layouts.items():
         plain = compressor(keys.contiguous(), values.contiguous(), cache.keep_ratio)
         try:
-            other = compressor.raw(keys, values, cache.keep_ratio)
+            strided = compressor.raw(keys, values, cache.keep_ratio)
         except Raised as raised:
             raise Refuted(f"layout: contiguous tensors are answered, but the same {name} raised {raised}") from None
-        if not (torch.equal(plain.keys, other.keys) and torch.equal(plain.values, other.values)):
+        if not (torch.equal(plain.keys, strided.keys) and torch.equal(plain.values, strided.values)):
             raise Refuted(
                 f"layout: positions {cache.positions(plain).tolist()} retained of contiguous tensors, "
-                f"but {cache.positions(other).tolist()} of the same {name}"
+                f"but {cache.positions(strided).tolist()} of the same {name}"
             )
 
 

@@ -36,15 +36,15 @@ def _nll(subject: Subject, text: Text, keep_ratio: float) -> Tensor:
     return nll
 
 
-def _compare(one: Tensor, other: Tensor, prompt: int, what: str) -> None:
-    if one.shape != other.shape:
-        raise Refuted(f"{what}: {list(one.shape)} NLLs, but should be {list(other.shape)}")
-    difference = (one - other).abs()[:, prompt - 1 :].nan_to_num(torch.inf)
+def _compare(got: Tensor, should: Tensor, prompt: int, what: str) -> None:
+    if got.shape != should.shape:
+        raise Refuted(f"{what}: {list(got.shape)} NLLs, but should be {list(should.shape)}")
+    difference = (got - should).abs()[:, prompt - 1 :].nan_to_num(torch.inf)
     if difference.max() > EQUAL:
         row, at = (difference == difference.max()).nonzero()[0].tolist()
         at += prompt - 1
         raise Refuted(
-            f"{what}: the NLL of token {at + 1} of row {row} is {one[row, at]:.5f}, but should be {other[row, at]:.5f}"
+            f"{what}: the NLL of token {at + 1} of row {row} is {got[row, at]:.5f}, but should be {should[row, at]:.5f}"
         )
 
 

@@ -35,8 +35,8 @@ def check_replay(compressor: Subject, cache: Cache) -> None:
         should = (lost > token + 1) & (torch.arange(length, device=lost.device) <= token)
         if token + 1 < length and not torch.equal(stored, should):
             row, head = (stored != should).any(-1).nonzero()[0].tolist()
-            one, other = (x[row, head].nonzero()[:, 0].tolist() for x in (stored, should))
+            got, wanted = (x[row, head].nonzero()[:, 0].tolist() for x in (stored, should))
             raise Refuted(
-                f"replay: after token {token} the growing cache holds positions {one}, but a list of living tokens "
-                f"{other} (row {row}, head {head}, prune_after {after})"
+                f"replay: after token {token} the growing cache holds positions {got}, but a list of living tokens "
+                f"{wanted} (row {row}, head {head}, prune_after {after})"
             )

@@ -26,7 +26,7 @@ def evictable(traits: Traits, length: int, device: torch.device) -> Tensor:
 
 
 def out_of_rank(compressor: Subject, cache: Cache) -> str | None:
-    """What is wrong where a dropped key has a norm smaller than a retained one's, near-ties apart."""
+    """Say what is wrong where a dropped key has a norm smaller than a retained one's, near-ties apart."""
     kept = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
     free = evictable(compressor.traits, cache.length, kept.device)
     norms = cache.norms().sqrt()
@@ -108,9 +108,11 @@ def check_scaling(compressor: Subject, cache: Cache) -> None:
         after = cache.retained(compressor(cache.keys * factor, cache.values, cache.keep_ratio))
         if not torch.equal(before, after):
             at = first_place(before != after)
-            one, other = (x[at].nonzero()[:, 0].tolist() for x in (before, after))
+            plainly, larger = (x[at].nonzero()[:, 0].tolist() for x in (before, after))
             norms = [float(f"{n:.6g}") for n in cache.norms()[at].sqrt()]
-            raise Refuted(f"scaling: positions {one} retained of norms {norms}, but {other} of {factor:g} times those")
+            raise Refuted(
+                f"scaling: positions {plainly} retained of norms {norms}, but {larger} of {factor:g} times those"
+            )
 
 
 @check(needs=_BY_NORM, exact=True)
@@ -118,8 +120,10 @@ def check_rotation(compressor: Subject, cache: Cache) -> None:
     """Rotating each key, by quarter turns that leave its norm exact, changes nothing."""
     half = cache.keys.shape[3] // 2
     quarter = torch.arange(cache.length, device=cache.keys.device) % 4  # quarter turns are exact in every dtype
-    one, two = cache.keys[..., :half], cache.keys[..., half:]
-    turns = torch.stack([torch.cat(pair, -1) for pair in ((one, two), (-two, one), (-one, -two), (two, -one))])
+    left, right = cache.keys[..., :half], cache.keys[..., half:]
+    turns = torch.stack(
+        [torch.cat(pair, -1) for pair in ((left, right), (-right, left), (-left, -right), (right, -left))]
+    )
     turned = turns[quarter, :, :, torch.arange(cache.length, device=cache.keys.device)].permute(1, 2, 0, 3)
     before = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
     after = cache.retained(compressor(turned.contiguous(), cache.values, cache.keep_ratio))
@@ -142,6 +146,8 @@ def check_permutation(compressor: Subject, cache: Cache) -> None:
     turned = cache.retained(compressor(keys.flip(2), cache.values.flip(2), cache.keep_ratio))
     if not torch.equal(plain, turned):
         at = first_place(plain != turned)
-        one, other = (x[at].nonzero()[:, 0].tolist() for x in (plain, turned))
+        plainly, permuted = (x[at].nonzero()[:, 0].tolist() for x in (plain, turned))
         norms = [int(n) for n in keys[(*at, slice(None), 0)]]
-        raise Refuted(f"permutation: positions {one} retained of norms {norms}, but {other} where time is reversed")
+        raise Refuted(
+            f"permutation: positions {plainly} retained of norms {norms}, but {permuted} where time is reversed"
+        )

@@ -35,7 +35,7 @@ class Junk(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """What to check: the arguments of `knorm check`, as they were given.
+    """Say what to check: the arguments of `knorm check`, as they were given.
 
     target, kind   what loading.load_target takes
     like           "knorm" for all that its own core promises, or None
@@ -61,7 +61,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Start:
-    """The parent's only message: a worker's token, the descriptors that it inherits, and what it is to do."""
+    """Start a worker: the parent's only message, with a token, the descriptors that it inherits, and what to do."""
 
     token: str
     channel: int
@@ -71,7 +71,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Wrong:
-    """A worker's answer to a wrong request, or to a target that cannot be loaded."""
+    """Answer a wrong request, or one whose target cannot be loaded."""
 
     message: str
     trace: str
@@ -84,7 +84,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Plan:
-    """A loaded target: its traits, the code that imports it, and an entry for each check, tried or not."""
+    """Describe a loaded target: its traits, the code that imports it, and an entry for each check, tried or not."""
 
     traits: Traits
     code: str
@@ -94,7 +94,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a check; survived: False where the worker is of no more use, as after an error of CUDA's."""
+    """Report the result of a check; survived: False if the worker is of no more use, as after an error of CUDA's."""
 
     result: Result
     survived: bool = True
@@ -130,7 +130,7 @@ class Frames:
         self._waiting += data
 
     def next(self) -> Message | None:
-        """The next message; None where it is not there in full. Raises Junk for what is none."""
+        """Return the next message; None if it is not there in full. Raises Junk for what is no message."""
         began = self._waiting[:TOKEN_BYTES]
         if began != self._token[: len(began)]:
             raise Junk("bytes that no worker sends")
@@ -164,7 +164,7 @@ def write_start(descriptor: int, start: Start) -> None:
 
 
 def read_start(descriptor: int) -> Start:
-    """What the parent told. Raises EOFError where it is gone."""
+    """Read the parent's message. Raises EOFError where the parent is gone."""
 
     def exactly(count: int) -> bytes:
         data = b""
@@ -194,13 +194,13 @@ class Board(ctypes.Structure):
 
 
 def map_board(descriptor: int) -> Board:
-    """The board in a file's memory; the file is not needed any longer."""
+    """Map the board in a file's memory; the file is not needed any longer."""
     return Board.from_buffer(mmap.mmap(descriptor, ctypes.sizeof(Board)))
 
 
 @contextmanager
 def new_board() -> Iterator[tuple[Board, int]]:
-    """A board and a descriptor of its file, which has no name and is closed at the end of the block."""
+    """Make a board and a descriptor of its file, which has no name and is closed at the end of the block."""
     with tempfile.TemporaryFile() as file:
         file.truncate(ctypes.sizeof(Board))
         yield map_board(file.fileno()), file.fileno()
@@ -212,7 +212,7 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True)
 class Packed:
-    """A call whose tensors are bytes: (dtype, shape, data) of keys and of values."""
+    """Hold a call whose tensors are bytes: (dtype, shape, data) of keys and of values."""
 
     keep_ratio: float
     layer: int | None
@@ -220,13 +220,13 @@ class Packed:
 
 
 def pack_call(call: Packed) -> bytes:
-    """A call in bytes, in microseconds: most are never read."""
+    """Pack a call into bytes, in microseconds: most are never read."""
     head = json.dumps([call.keep_ratio, call.layer, [[dtype, shape] for dtype, shape, _ in call.tensors]]).encode()
     return b"".join([_LENGTH.pack(len(head)), head, *(data for _, _, data in call.tensors)])
 
 
 def unpack_call(data: bytes) -> Packed | None:
-    """What pack_call packed; None for anything else, since a target can write to the board."""
+    """Unpack what pack_call packed; None for anything else, since a target can write to the board."""
     try:
         (length,) = _LENGTH.unpack_from(data)
         begin = _LENGTH.size + length
@@ -250,7 +250,7 @@ def unpack_call(data: bytes) -> Packed | None:
 
 
 def _numbers(shape: Sequence[int]) -> int:
-    """How many numbers a cache of that shape has. Raises ValueError for what is no such shape."""
+    """Count the numbers of a cache of that shape. Raises ValueError for any other shape."""
     if len(shape) != 4 or not all(type(size) is int and 0 <= size < 2**20 for size in shape):
         raise ValueError(shape)
     return math.prod(shape)

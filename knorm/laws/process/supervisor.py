@@ -45,7 +45,7 @@ MAIN = "from knorm.laws.process.start import main; main()"
 
 
 class Lost(Exception):
-    """A worker died, hangs or sends what is no message; the message says how."""
+    """Say that a worker died, hangs or sends what is no message; the message says how."""
 
 
 class _Told(Exception):
@@ -80,7 +80,7 @@ class Relay:
 
 
 class Worker:
-    """A process that loads a target and checks it, and what is heard from there."""
+    """Run a process that loads a target and checks it, and hear what it sends."""
 
     def __init__(self, request: Request, relay: Relay | None = None) -> None:
         self._relay = relay or Relay()
@@ -113,7 +113,7 @@ class Worker:
                 self._selector.register(pipe.fileno(), selectors.EVENT_READ, name)
 
     def hear(self, limit: float) -> Message:
-        """The next message.
+        """Return the next message.
 
         Args:
             limit: Seconds in which the worker has to send it or to begin another call.
@@ -201,13 +201,13 @@ def end_marked(mark: str, before: Collection[int] = (), rounds: int = 100) -> No
     """
     wanted = f"{MARK}={mark}".encode()
     for _ in range(rounds):
-        found = {process: _environment_of(process) for process in running() if process not in before}
-        for process, environment in found.items():
+        environments = {process: _environment_of(process) for process in running() if process not in before}
+        for process, environment in environments.items():
             if wanted in environment:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(process, signal.SIGKILL)
         # one that is becoming another program has an empty environment for a moment
-        if not any(wanted in environment or environment == [b""] for environment in found.values()):
+        if not any(wanted in environment or environment == [b""] for environment in environments.values()):
             return
         time.sleep(0.01)
 
@@ -244,7 +244,7 @@ class Supervisor:
         self.relay = Relay()
 
     def results(self) -> Generator[Result, None, None]:
-        """A Result for each check, as they come.
+        """Yield a Result for each check, as they come.
 
         The check that runs when a worker is lost is refuted, and the next goes on in a fresh one; after three in a row
         the rest is untested.
@@ -302,8 +302,8 @@ class Supervisor:
             from knorm.laws.process.worker import last_call
 
             seconds, survived = time.monotonic() - begin, False
-            found = last_call(self.worker.board, entry.check, str(lost), self.code)
-            result = replace(entry, verdict="refuted", seconds=seconds, **found)
+            fields = last_call(self.worker.board, entry.check, str(lost), self.code)
+            result = replace(entry, verdict="refuted", seconds=seconds, **fields)
         if not survived:
             self._end()
         return result, survived

@@ -17,8 +17,8 @@ def check_request(request: Request) -> None:
     """Refuse a request that no target can make right.
 
     Raises:
-        ValueError: For a trait, a value of one, a kind, a profile or a check that there is not, and for a target whose
-            file or package is not there.
+        ValueError: an unknown trait, value of a trait, kind, profile or check, or a target whose file or package does
+            not exist.
     """
     promised(request)
     if request.profile not in PROFILES:
@@ -31,7 +31,7 @@ def check_request(request: Request) -> None:
 
 
 def promised(request: Request) -> Traits | dict[str, Any]:
-    """What a request says that the target promises. Raises ValueError for traits and values that there are not."""
+    """Collect what a request says that the target promises. Raises ValueError for unknown traits and values."""
     named = dict(map(parse_trait, request.traits))
     traits_of(None, named)
     if request.like is None:

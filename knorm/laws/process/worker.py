@@ -67,18 +67,19 @@ def cuda_is_broken() -> bool:
 
 
 def _run(check: Check, subject: Subject, board: Board, request: Request) -> Result:
-    found: dict[str, Any]
+    fields: dict[str, Any]
     try:
         return run_check(check, subject, profile=request.profile, seed=request.seed, device=request.device)
     except MemoryError as error:  # what knorm itself needs is little
-        found = {"verdict": "refuted", **last_call(board, check.name, f"raised {in_words(error)}", subject.code)}
+        fields = {"verdict": "refuted", **last_call(board, check.name, f"raised {in_words(error)}", subject.code)}
     except Exception as error:
         if request.verbose:
             traceback.print_exc()
-        found = {"verdict": "untested", "fault": True, "reason": f"knorm could not run it: {in_words(error)}"}
+        reason = f"knorm could not run it: {in_words(error)}"
+        fields = {"verdict": "untested", "fault": True, "reason": reason}
     except BaseException as error:  # the target's own: nothing else raises one
-        found = {"verdict": "refuted", **last_call(board, check.name, f"raised {in_words(error)}", subject.code)}
-    return Result(check.name, check.law, check.family, **found)
+        fields = {"verdict": "refuted", **last_call(board, check.name, f"raised {in_words(error)}", subject.code)}
+    return Result(check.name, check.law, check.family, **fields)
 
 
 def _announce(board: Board, given: str, call: bytes = b"") -> None:
@@ -103,16 +104,16 @@ def _packed(call: Call, takes_layer: bool) -> bytes:
 
 
 def last_call(board: Board, check: str, what: str, code: str) -> dict[str, Any]:
-    """The counterexample, what was given and the snippet of a call that did not come back; code: the subject's."""
+    """Describe a call that did not come back: the counterexample, what was given, a snippet; code: the subject's."""
     given = board.given.decode("utf-8", "replace")
     said = f"{check.replace('_', ' ')}: {what}" + (f" [{given}]" if given else "")
-    found: dict[str, Any] = {"counterexample": said, "given": given or None, "snippet": None}
+    fields: dict[str, Any] = {"counterexample": said, "given": given or None, "snippet": None}
     if packed := unpack_call(bytes(board.call[: board.size])):
         keys, values = (_unpacked(*tensor) for tensor in packed.tensors)
         subject = Subject("", Traits(), compress=lambda keys, values, keep_ratio, layer=None: None, code=code)
         call = Call(keys, values, packed.keep_ratio, packed.layer, (keys.stride(), values.stride()))
-        found["snippet"] = snippet(find(check), subject, Cache(keys, values, packed.keep_ratio), [call])
-    return found
+        fields["snippet"] = snippet(find(check), subject, Cache(keys, values, packed.keep_ratio), [call])
+    return fields
 
 
 def _unpacked(dtype: str, shape: tuple[int, ...], data: bytes) -> torch.Tensor:
@@ -154,12 +155,12 @@ class _Defaults:
 
     @staticmethod
     def _swap(wanted: tuple[torch.dtype, torch.device]) -> tuple[torch.dtype, torch.device]:
-        found = torch.get_default_dtype(), torch.get_default_device()
-        if found[0] != wanted[0]:
+        before = torch.get_default_dtype(), torch.get_default_device()
+        if before[0] != wanted[0]:
             torch.set_default_dtype(wanted[0])
-        if found[1] != wanted[1]:
+        if before[1] != wanted[1]:
             torch.set_default_device(None if wanted[1].type == "cpu" else wanted[1])
-        return found
+        return before
 
     def of_target(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)

@@ -16,7 +16,7 @@ from knorm.evaluation.published.measure import _largest, load_seed_texts, measur
 from knorm.evaluation.published.schema import PYTHIA, Claim, read_claims
 from knorm.models import ASSETS, load_model
 
-FILE = Path(__file__).parents[1] / "golden" / "reported" / "kv-cache-order.json"
+FILE = Path(__file__).parents[2] / "golden" / "reported" / "kv-cache-order.json"
 SOURCES = {"wikitext": str(ASSETS / "encyclopedia.txt"), "pg19": str(ASSETS / "narrative.txt")}
 
 

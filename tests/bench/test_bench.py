@@ -198,13 +198,13 @@ def test_the_command_names_the_checkout_that_lacks_the_reference(run_bench, proj
     monkeypatch.chdir(project)
     code, out, err = run_bench("--against", "no/such")
     assert (code, out) == (2, "")
-    assert f"--against no/such, but {project.resolve()} has no such commit, branch or tag" in err
+    assert f"--against no/such, but {project.resolve()} has no commit, branch or tag of that name" in err
 
 
 @pytest.mark.parametrize("ref", ["nope", "--help", "HEAD~99", ""])
 def test_a_reference_that_does_not_exist(project, ref):
     assert len(resolve(project, "good")) == 40
-    with pytest.raises(ValueError, match="no such commit, branch or tag: git fetch it, or see git log"):
+    with pytest.raises(ValueError, match="no commit, branch or tag of that name: git fetch it, or see git log"):
         resolve(project, ref)
 
 

@@ -14,7 +14,7 @@ from knorm import compress, retained_count
 from knorm.laws import CHECKS, KNORM, Subject, Traits, check_compressor, describe, iter_results, run_check
 from knorm.laws.runner import EFFORT, applies
 
-LAWS = (Path(__file__).parents[1] / "docs" / "laws.md").read_text(encoding="utf-8")
+LAWS = (Path(__file__).parents[2] / "docs" / "laws.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

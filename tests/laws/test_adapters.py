@@ -216,7 +216,8 @@ def test_the_lines_of_code_work_in_a_fresh_interpreter(folder, tmp_path_factory)
         (folder / name).write_text(FILE)
         subjects.append(load_target(f"{folder / name}:Holder.window"))
     given = json.dumps([KEYS.tolist(), VALUES.tolist(), [subject.code for subject in subjects]])
-    environment, elsewhere = new_environment(Path(__file__).parent), tmp_path_factory.mktemp("elsewhere")
+    here = Path(__file__).parent
+    environment, elsewhere = new_environment(here, here.parent, here.parents[1]), tmp_path_factory.mktemp("elsewhere")
     done = in_a_new_process(RUN, input=given, cwd=elsewhere, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [str(positions(subject(KEYS, VALUES, 0.5))) for subject in subjects]

@@ -261,7 +261,10 @@ def until(condition, seconds):
 
 def test_ctrl_c_ends_the_worker_and_exits_with_130(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = "from knorm.cli import main; main()"  # without a guard: a worker must not run it again
+    heeding = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a job in the background does not
+    )
+    code = f"{heeding}\nfrom knorm.cli import main; main()"  # without a guard: a worker must not run it again
     Path("script.py").write_text(code, encoding="utf-8")
     command = [sys.executable, "script.py", "check", target(HANGS), "--limit", "60"]
     with subprocess.Popen(command, env=new_environment(), stderr=subprocess.PIPE, text=True) as process:

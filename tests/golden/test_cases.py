@@ -391,7 +391,7 @@ def test_a_candidate_of_an_unrelated_case_is_refused(run_golden, few, monkeypatc
         monkeypatch.setattr(module, "CASES", {"selections": few["selections"]})
     code, _, err = run_golden("accept", f"golden/tiny/{CPU}.candidate", "--reason", "x")
     assert code == 2
-    assert "is of case 'tiny', which there is not; there are selections" in err
+    assert "is of case 'tiny', which is unknown; known are selections" in err
 
 
 def test_two_candidates_for_one_golden_are_refused(run_golden):
