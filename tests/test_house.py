@@ -23,7 +23,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation.published": "schema measure judge",
     "golden": "format shift gates files environment store approval metrics latency cases verify",
     "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
-    "readings known adapters loading snippets "
+    "readings known adapters loading snippets search "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",

@@ -38,7 +38,7 @@ class Vacuous(Exception):
 
 
 class Refusal(Exception):
-    """The target declined a case in a sentence of its own: it was not answered, and nothing is refuted."""
+    """Say that the target declined a case in a sentence of its own: it was not answered, and nothing is refuted."""
 
 
 @dataclass(frozen=True)

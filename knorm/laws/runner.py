@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as with_seed
-from hypothesis.errors import UnsatisfiedAssumption
-
 import knorm.laws.catalogue  # noqa: F401  enters every check
 from knorm.laws.adapters import adapt
-from knorm.laws.blame import is_ours
-from knorm.laws.readings import LEAST, readings
-from knorm.laws.registry import CHECKS, Check, Malformed, Refusal, Refuted, Vacuous, find
+from knorm.laws.readings import LEAST
+from knorm.laws.registry import CHECKS, Check, Refuted, find
 from knorm.laws.results import PROFILES, Profile, Result, judged
+from knorm.laws.search import Search, draw_cases, read_cases
 from knorm.laws.snippets import snippet
-from knorm.laws.strategies import Cache, Text, caches, texts
-from knorm.laws.subjects import Call, Subject, in_words
+from knorm.laws.subjects import Subject, in_words
 from knorm.laws.traits import Traits
-from knorm.laws.witness import Reading, Witnessed
-
-
-@dataclass(frozen=True)
-class Effort:
-    """Say how hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
-
-    examples: int
-    shrinks: int
-    long: bool = False
-
-
-EFFORT: dict[Profile, dict[bool, Effort]] = {  # by profile, and by whether a model has to run
-    "quick": {False: Effort(60, 250), True: Effort(10, 25)},
-    "thorough": {False: Effort(600, 1500, long=True), True: Effort(100, 150)},
-}
 
 
 def applies(check: Check, subject: Subject) -> bool:
@@ -55,110 +32,8 @@ def applies(check: Check, subject: Subject) -> bool:
 
 
 def _has_nll(subject: Subject) -> bool:
-    """Whether the laws on perplexity can be asked: they hold bit for bit."""
+    """Tell whether the laws on perplexity can be asked: they hold bit for bit."""
     return subject.evaluate is not None or not subject.traits.lossy
-
-
-Case = Cache | Text | Reading
-
-
-def _size(case: Case) -> int:
-    return case.keys.numel() if isinstance(case, Cache) else case.input_ids.numel()
-
-
-class _Search:
-    """One check's hunt for a case that refutes it.
-
-    worst      the smallest case found, what it raised, and the calls that led there
-    tried      cases drawn until the first one that refutes
-    answered   cases on which the law had something to say
-    evicted    of those, the ones in which something was evicted
-    reasons    why the others were not answered, and how often
-    """
-
-    def __init__(self, check: Check, subject: Subject, device: str) -> None:
-        self.check, self.subject, self.device = check, subject, device
-        self.tried = self.answered = self.evicted = 0
-        self.reasons: Counter[str] = Counter()
-        self.worst: tuple[Case, Exception, list[Call]] | None = None
-
-    @property
-    def small(self) -> bool:
-        return self.worst is not None and isinstance(self.worst[0], Cache) and self.worst[0].length <= 3
-
-    def run(self, cases: Any, seed: int, examples: int, shrinks: int = 0) -> None:
-        """Draw cases until one refutes; then spend `shrinks` runs on smaller ones."""
-        found, left = False, shrinks
-
-        def attempt(case: Any) -> None:
-            nonlocal found, left
-            if found and (left := left - 1) < 0:
-                return  # enough: what is left of the search passes at once
-            if self.try_case(case):
-                found = True
-                raise Refuted
-
-        search = with_seed(seed)(
-            settings(
-                max_examples=examples,
-                database=None,
-                deadline=None,
-                report_multiple_bugs=False,
-                phases=(Phase.generate, Phase.shrink) if shrinks else (Phase.generate,),
-                suppress_health_check=list(HealthCheck),
-            )(given(cases)(attempt))
-        )
-        try:
-            search()
-        except Exception:
-            if not found:
-                raise
-
-    def try_case(self, case: Any) -> bool:
-        """Tell whether a case refutes the law; keeps the smallest that does."""
-        self.tried += self.worst is None
-        self.subject.calls.clear()
-        self.subject.evicted = False
-        try:
-            self.check.function(self.subject, case if isinstance(case, Reading) else case.on(self.device))
-        except UnsatisfiedAssumption:
-            raise
-        except Vacuous:
-            self.reasons["it has nothing to say of them"] += 1
-            return False
-        except Refusal as refusal:
-            self.reasons[f"refused: {refusal}"] += 1
-            return False
-        except Exception as error:
-            if isinstance(error, Malformed) and (self.subject.compress is not None or isinstance(case, Reading)):
-                self.reasons[str(error)] += 1
-                return False  # whether a target answers at all, and with a cache, is for other laws
-            if not isinstance(error, Refuted) and (isinstance(case, Reading) or is_ours(error)):
-                raise  # the witness has told what the subject raised
-            if self.worst is None or _size(case) <= _size(self.worst[0]):
-                self.worst = (case, error, self.subject.calls.copy())
-            return True
-        evicted = self.subject.evicted
-        if isinstance(case, Reading):
-            run = self.subject.runs.get(case)
-            evicted = isinstance(run, Witnessed) and run.evicted
-        self.answered += 1
-        self.evicted += evicted
-        if not evicted:
-            self.reasons["nothing was evicted"] += 1
-        return False
-
-    @property
-    def counted(self) -> int:
-        """Cases that count for the verdict: in which something was evicted, where the law speaks of that."""
-        wanted = self.check.evicts and self.subject.is_to_evict
-        return self.evicted if wanted else self.answered
-
-    @property
-    def reason(self) -> str:
-        """Why too few cases counted, by the commonest reason."""
-        (reason, count), *_ = [*self.reasons.most_common(1), ("too few cases were drawn", self.tried)]
-        return f"{self.counted} of {self.tried} cases counted; in {count}: {reason}"
 
 
 def run_check(
@@ -185,16 +60,11 @@ def run_check(
         'refuted'
     """
     begin = time.perf_counter()
-    search = _Search(check, subject, device)
+    search = Search(check, subject, device)
     if check.surface == "witness":
-        for turn in range(MOST_TURNS):
-            if turn and (search.worst or search.counted >= LEAST or not search.counted):
-                break
-            for reading in readings(subject, check.reads, seed + turn, profile):
-                if search.try_case(reading):
-                    break
+        read_cases(search, profile, seed)
     else:
-        _draw_cases(search, profile, seed)
+        draw_cases(search, profile, seed)
     worst = search.worst
     fields: dict[str, Any] = {"verdict": "holds"}
     if search.counted < LEAST:
@@ -206,31 +76,6 @@ def run_check(
         fields = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
     fields |= {"examples": search.tried, "answered": search.answered, "evicted": search.evicted}
     return Result(check.name, check.law, check.family, seconds=time.perf_counter() - begin, **fields)
-
-
-MOST_TURNS = 3  # of reading, and
-MOST_ROUNDS = 8  # of drawing, until enough cases are answered
-
-
-def _draw_cases(search: _Search, profile: Profile, seed: int) -> None:
-    """Draw cases until enough are answered or one refutes; then draw smaller ones."""
-    check, subject = search.check, search.subject
-    effort = EFFORT[profile][check.surface != "compressor"]
-    if check.surface != "compressor":
-        for turn in range(MOST_ROUNDS):
-            if not search.worst and (not turn or search.counted < LEAST):
-                search.run(texts(subject.traits), seed + turn, effort.examples, effort.shrinks)
-        return
-    draw = partial(caches, subject.traits, exact=check.exact)
-    for case in check.first(subject.traits):
-        search.try_case(case)
-    for turn in range(MOST_ROUNDS):
-        if not search.worst and (not turn or search.counted < LEAST):
-            search.run(draw(long=effort.long), seed + turn, effort.examples)
-    if search.worst:  # a small one, if there is any; else the one that was fields is made smaller
-        search.run(draw(small=True), seed, effort.examples, effort.shrinks)
-    if search.worst and not search.small:
-        search.run(draw(long=effort.long), seed, effort.examples, effort.shrinks)
 
 
 def _chosen(select: Iterable[str] | None) -> list[Check]:

@@ -42,7 +42,7 @@ IN_WORDS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read: a prompt, then calls of given sizes.
+    """Say what is read: a prompt, then calls of given sizes.
 
     Attributes:
         prompt: tokens of the first call.
@@ -68,12 +68,12 @@ class Reading:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Count the tokens in all."""
         return self.prompt + sum(self.calls)
 
     @property
     def input_ids(self) -> Tensor:
-        """The tokens, int64 [rows, length]."""
+        """Draw the tokens, int64 [rows, length]."""
         ids = self._tokens(self.seed)
         if self.row is None:
             return ids
@@ -109,7 +109,7 @@ def _runs(sizes: list[str]) -> str:
 
 @dataclass
 class Look:
-    """What the attention of one layer was given in one call.
+    """Record what the attention of one layer was given in one call.
 
     Attributes:
         call: 0 for the prompt.
@@ -146,7 +146,7 @@ class Look:
 
 @dataclass
 class Witnessed:
-    """A reading, as attention saw it.
+    """Record a reading, as attention saw it.
 
     Attributes:
         reading: what was read.
@@ -164,7 +164,7 @@ class Witnessed:
 
     @property
     def evicted(self) -> bool:
-        """Whether a query after the prompt did not see a token that came before it."""
+        """Tell whether a query after the prompt did not see a token that came before it."""
         for look in self.looks:
             before = int(look.positions[-1]) + 1
             if look.call and not look.seen_by_token(before)[..., -1, :].all():
@@ -173,7 +173,7 @@ class Witnessed:
 
 
 class Opened(Protocol):
-    """A method that is open on a model: a methods.method.Session, or what stands for a bare cache."""
+    """Describe a method that is open on a model: a methods.method.Session, or what stands for a bare cache."""
 
     cache: Any
 
@@ -182,9 +182,10 @@ class Opened(Protocol):
 
 
 class BareCache:
-    """A cache that a model is given without anything around it: transformers' own masks, whatever they are.
+    """Hold a cache that a model is given without anything around it: transformers' own masks, whatever they are.
 
-    renumbered: positions are left to the model, which takes them from the cache.
+    Attributes:
+        renumbered: True where positions are left to the model, which takes them from the cache.
     """
 
     def __init__(self, cache: Any, *, renumbered: bool = False) -> None:
@@ -353,7 +354,7 @@ def held_bytes(cache: Any) -> int:
 
 
 class Unanswered(Malformed):
-    """The method broke off in a reading that it should have answered."""
+    """Say that the method broke off in a reading that it should have answered."""
 
 
 MOST_RUNS = 400  # remembered

@@ -60,7 +60,7 @@ class PressMethod(Method):
 
     @property
     def reads_weights(self) -> bool:
-        """Whether it reads attention weights, which only eager attention has."""
+        """Tell whether it reads attention weights, which only eager attention has."""
         return any(_bases(press) & _EAGER for press in self.parts())
 
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
