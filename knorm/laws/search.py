@@ -134,6 +134,10 @@ class Search:
         wanted = self.check.evicts and self.subject.is_to_evict
         return self.evicted if wanted else self.answered
 
+    def goes_on(self, turn: int) -> bool:
+        """Tell whether another round is worth its time: some cases count, but not enough yet."""
+        return self.worst is None and (not turn or 0 < self.counted < LEAST)
+
     @property
     def reason(self) -> str:
         """Say why too few cases counted, by the commonest reason."""
@@ -144,11 +148,10 @@ class Search:
 def read_cases(search: Search, profile: Profile, seed: int) -> None:
     """Let the witness read until enough cases are answered or one refutes."""
     for turn in range(MOST_TURNS):
-        if turn and (search.worst or search.counted >= LEAST or not search.counted):
-            break
-        for reading in readings(search.subject, search.check.reads, seed + turn, profile):
-            if search.try_case(reading):
-                break
+        if search.goes_on(turn):
+            for reading in readings(search.subject, search.check.reads, seed + turn, profile):
+                if search.try_case(reading):
+                    break
 
 
 def draw_cases(search: Search, profile: Profile, seed: int) -> None:
@@ -157,14 +160,14 @@ def draw_cases(search: Search, profile: Profile, seed: int) -> None:
     effort = EFFORT[profile][check.surface != "compressor"]
     if check.surface != "compressor":
         for turn in range(MOST_ROUNDS):
-            if not search.worst and (not turn or search.counted < LEAST):
+            if search.goes_on(turn):
                 search.run(texts(subject.traits), seed + turn, effort.examples, effort.shrinks)
         return
     draw = partial(caches, subject.traits, exact=check.exact)
     for case in check.first(subject.traits):
         search.try_case(case)
     for turn in range(MOST_ROUNDS):
-        if not search.worst and (not turn or search.counted < LEAST):
+        if search.goes_on(turn):
             search.run(draw(long=effort.long), seed + turn, effort.examples)
     if search.worst:  # a small one, if there is any; else the one that was found is made smaller
         search.run(draw(small=True), seed, effort.examples, effort.shrinks)

@@ -24,7 +24,7 @@ from knorm.laws.process import supervisor
 from knorm.laws.process.protocol import Board, Frames, encode
 from knorm.laws.process.worker import serve
 from knorm.laws.results import PROFILES
-from knorm.laws.runner import EFFORT
+from knorm.laws.search import EFFORT
 
 GOOD = """
 from knorm import compress as core
