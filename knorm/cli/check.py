@@ -54,7 +54,7 @@ def check(
 
     TARGET: path/to/file.py:name, package.module:name, or kvpress:PressName.
     """
-    from knorm.cli.tables import show_result, show_summary
+    from knorm.cli.verdicts import Report
     from knorm.laws.process.protocol import Request
     from knorm.laws.process.supervisor import Supervisor
     from knorm.laws.process.usage import check_request
@@ -69,12 +69,12 @@ def check(
     check_request(request)
     check_device(given["device"])
     supervisor = Supervisor(request, limit)
-    console, results = make_console(quiet), []
+    report = Report(make_console(quiet), _again(given), verbose)
     with closing(supervisor.results()) as heard:  # the worker ends, whatever happens here
         for result in heard:
-            results.append(result)
-            show_result(console, result, verbose)
-    show_summary(console, results)
+            report.add(result)
+    report.close()
+    results = report.results
     tried = {result.check for result in results if result.verdict != "does not apply"}
     if not tried:
         raise ValueError("none of the checks chosen applies to this target: drop --select, or promise more by --trait")
@@ -94,3 +94,15 @@ def _expected(text: str) -> tuple[str, str]:
     if not (name and reason):
         raise ValueError(f"--expect-failure {text}, but should be CHECK=REASON, e.g. time_order='sorts by norm'")
     return name, reason
+
+
+def _again(given: dict[str, Any]) -> list[str]:
+    """Write the command with all that decides what a law is tried on, to be shown with one check selected."""
+    words = ["knorm", "check", given["target"]]
+    for option, name, default in (("--as", "kind", None), ("--like", "like", None), ("--profile", "profile", "quick")):
+        words += [option, given[name]] if given[name] != default else []
+    for trait in given["traits"]:
+        words += ["--trait", trait]
+    for name, unless in (("seed", 0), ("device", "cpu")):
+        words += [f"--{name}", str(given[name])] if given[name] != unless else []
+    return words

@@ -31,6 +31,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 _FIELDS = (("position", 16), ("inverse", 16), ("row", 8), ("head", 8), ("layer", 8), ("fill", 8))
 _FILL = 0x55
+_FIELD_OF = torch.tensor([field for field, (_, count) in enumerate(_FIELDS) for _ in range(count)])
+_BIT_OF = torch.tensor([bit for _, count in _FIELDS for bit in range(count)])
+_WEIGHTS = torch.nn.functional.one_hot(_FIELD_OF).float() * (2.0**_BIT_OF)[:, None]  # what a channel's bit is worth
 
 
 @lru_cache(maxsize=8)
@@ -106,8 +109,8 @@ def tagged(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
         "layer": torch.full_like(place, layer),
         "fill": torch.full_like(place, _FILL),
     }
-    bits = [(parts[name][..., None] >> torch.arange(count)) & 1 for name, count in _FIELDS]
-    return torch.cat(bits, -1).float() * 2 - 1
+    numbers = torch.stack([parts[name] for name, _ in _FIELDS], -1)
+    return ((numbers[..., _FIELD_OF] >> _BIT_OF) & 1).float() * 2 - 1
 
 
 def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -120,9 +123,8 @@ def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         The fields by name, int64 [...], and whether they name a token at all: False for zeros and for mixtures.
     """
     values = values.float()
-    fields = {}
-    for (name, count), part in zip(_FIELDS, values.split([count for _, count in _FIELDS], -1), strict=True):
-        fields[name] = ((part > 0).long() << torch.arange(count)).sum(-1)
+    numbers = ((values > 0).float() @ _WEIGHTS).long()  # sums of powers of two below 2^16: exact
+    fields = dict(zip((name for name, _ in _FIELDS), numbers.unbind(-1), strict=True))
     size = values.abs()
     sound = (fields["position"] + fields["inverse"] == 0xFFFF) & (fields["fill"] == _FILL)
     return fields, sound & (size.amin(-1) > 0.5 * size.amax(-1))

@@ -12,9 +12,10 @@ from knorm.laws.witness import Reading
 LEAST = 20  # answered cases without which nothing is said to hold
 RATIOS = (0.5, 0.3, 0.75, 0.5, 0.1)
 CALLS = ((1, 1, 1, 1), (1, 2, 7), (2, 1, 1, 1), (7, 1, 2), (1,) * 9)
-LATE = ((1,) * 18 + (2, 7), (1,) * 34)  # for what acts every so many calls
+LATE = ((1,) * 18 + (2, 7), (1,) * 34)  # for what acts every so many calls; of several rows, the fewer
 SHORT = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 20, 24, 33, 40, 65, 70)
 LONG = (5, 13, 24, 40, 65, 70, 80, 90, 100, 128, 129, 131, 140, 150, 160, 192, 200, 256, 270, 300)
+LATER = (5, 24, 65, *LONG[LONG.index(100) :])  # for what acts late, often at a number of tokens only
 FAMILIES = ("llama", "llama", "llama", "qwen2", "llama", "mistral", "llama", "qwen3")
 ROUNDS = {"quick": 1, "thorough": 6}
 
@@ -32,6 +33,7 @@ def readings(subject: Subject, reads: Reads, seed: int, profile: Profile) -> lis
     chosen = random.Random(f"{seed} {reads}")
     press = subject.method is not None
     lengths = _lengths(subject, reads)
+    sizes = CALLS if not subject.acts_late else LATE[:1] if reads == "rows" else LATE
     result = []
     for index, prompt in enumerate(sorted(lengths * ROUNDS[profile])):
         ratios = [ratio for ratio in RATIOS if subject.traits.affords(prompt, ratio)] or [1.0]
@@ -40,7 +42,7 @@ def readings(subject: Subject, reads: Reads, seed: int, profile: Profile) -> lis
         result.append(
             Reading(
                 prompt,
-                (LATE if subject.acts_late else CALLS)[index % (len(LATE) if subject.acts_late else len(CALLS))],
+                sizes[index % len(sizes)],
                 keep_ratio=ratios[index % len(ratios)] if subject.budgeted else 1.0,
                 rows=rows,
                 seed=chosen.randrange(10**6),
@@ -55,8 +57,9 @@ def readings(subject: Subject, reads: Reads, seed: int, profile: Profile) -> lis
 def _lengths(subject: Subject, reads: Reads) -> tuple[int, ...]:
     traits = subject.traits
     least = max(traits.prune_after, 2 * traits.protected)
-    lengths: tuple[int, ...] = LONG if subject.method is not None else SHORT
+    lengths: tuple[int, ...] = SHORT if subject.method is None else LATER if subject.acts_late else LONG
     if least:
         lengths = (*lengths, *(least + extra for extra in (0, 1, 2, 5, 9, 20)))
-    # a third more than must be answered: some are refused, and in some nothing is to be evicted
-    return (*lengths, *lengths[len(lengths) // 3 :]) if reads != "rows" else (*lengths, *lengths[-8:])
+    # more than must be answered: some are refused, and in some nothing is to be evicted
+    more = 10 if subject.acts_late else 8 if reads == "rows" else len(lengths) - len(lengths) // 3
+    return (*lengths, *lengths[-more:])

@@ -149,7 +149,8 @@ def read_cases(search: Search, profile: Profile, seed: int) -> None:
     """Let the witness read until enough cases are answered or one refutes."""
     for turn in range(MOST_TURNS):
         if search.goes_on(turn):
-            for reading in readings(search.subject, search.check.reads, seed + turn, profile):
+            cases = readings(search.subject, search.check.reads, seed + turn, profile)
+            for reading in cases[len(cases) // 2 * (turn > 0) :]:  # what the short ones did not show, the long may
                 if search.try_case(reading):
                     break
 

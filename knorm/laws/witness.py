@@ -237,9 +237,10 @@ class _Recorder:
         key_error = torch.zeros(tokens.shape)
         if self.draws.given is not None:
             given = self.draws.given[layer][(*places, real % self.draws.length)]
-            error = (key.float() - given).abs().amax(-1) / given.abs().amax(-1)
-            key_error = torch.where(tokens >= 0, error.nan_to_num(torch.inf), key_error)
-            allowed &= ~_let_through(query, key, given, allowed)
+            error = ((key.float() - given).abs().amax(-1) / given.abs().amax(-1)).nan_to_num(torch.inf)
+            key_error = torch.where(tokens >= 0, error, key_error)
+            if (error > 1e-3).any():  # else all are the keys that were given
+                allowed &= ~_let_through(query, key, given, allowed)
         assert self.draws.start is not None
         positions = self.draws.start + torch.arange(queries)
         return Look(self.call, layer, positions, tokens, allowed, key_error, value_error.nan_to_num(torch.inf))

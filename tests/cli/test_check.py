@@ -105,7 +105,7 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     assert code == 0
     assert "hello from the target\n" in err
     assert "good bye" in err
-    assert "holds    Retained positions ascend. [time_order: 60 tried, " in out
+    assert "holds    order: time_order [60 tried, " in out
     assert out.splitlines()[-2].startswith("2 laws do not apply")
     assert out.splitlines()[-1].startswith("6 hold, 0 refuted, 0 untested, 2 do not apply, in ")
     assert written["environment"]["knorm"] == knorm.__version__
@@ -195,13 +195,14 @@ def compress(keys, values, keep_ratio):
 def test_a_target_that_forks_is_judged_as_another(run_knorm):
     code, out, _ = run_knorm("check", target(COMES_BACK_TWICE), "--select", "accepts,dtype", "--json", "out.json")
     assert (code, verdicts("out.json")) == (0, {"accepts": "holds", "dtype": "holds"})
-    assert out.count("holds ") == 2
+    assert "holds    provenance: accepts [" in out
+    assert "holds    numerics: dtype [" in out
 
 
 def test_a_target_that_writes_everywhere_forges_nothing_and_leaves_no_process(run_knorm):
     code, out, err = run_knorm("check", target(FORGES), "--select", "accepts", "--json", "out.json")
     assert (code, verdicts("out.json")) == (1, {"accepts": "refuted"})
-    assert "accepts: wrote to a file that is knorm's own: bytes that no worker sends" in out
+    assert "wrote to a file that is knorm's own: bytes that no worker sends" in " ".join(out.split())
     assert "9 hold" in err
     assert "9 hold" not in out
     assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"600.125" in file.read_bytes()]
@@ -214,16 +215,21 @@ def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(run_
     (result, other) = strict_json("out.json")["results"]
     lines = out.splitlines()
     assert (code, other["verdict"]) == (1, "does not apply")
-    assert lines[0].startswith("REFUTED  Retained positions ascend. [time_order: example ")
-    assert lines[1] == f"    {result['counterexample']}"
-    assert lines[2] == f"    given: {result['given']}"
-    assert lines[3] == ""
-    end = lines.index("", 4)
-    snippet = textwrap.dedent("\n".join(lines[4:end]))
+    assert lines[0].startswith("REFUTED  time_order: Retained positions ascend. [example ")
+    begin = lines.index("")
+    said = " ".join(" ".join(lines[1:begin]).split())
+    assert f"time order: {said}" == f"{result['counterexample']} given: {result['given']}"
+    assert max(map(len, lines[:begin])) <= 80
+    end = lines.index("", begin + 1)
+    snippet = textwrap.dedent("\n".join(lines[begin + 1 : end]))
     assert snippet == result["snippet"]
-    assert lines[end + 1 : -1] == [
-        f"n/a      {find('nesting').law} [nesting: needs scores=key_norm or keys]",
+    assert " ".join(" ".join(lines[end + 1 : -4]).split()) == (
+        f"n/a nesting: {find('nesting').law} [needs scores=key_norm or keys]"
+    )
+    assert lines[-4:-1] == [
         "1 law does not apply; promise more with --trait: scores",
+        "to be mended: time_order; to see one alone:",
+        "    knorm check target.py:compress --select time_order",
     ]
     assert lines[-1].startswith("0 hold, 1 refuted, 0 untested, 1 do not apply, in ")
     run = in_a_new_process(snippet, check=True)
@@ -347,22 +353,49 @@ def test_what_knorm_stumbles_over_is_no_success_and_no_crash(run_knorm, inline, 
     for verbose in ((), ("-v",)):
         ended, out, err = run_knorm(*verbose, "check", target(GOOD), "--select", "time_order")
         assert ended == 3
-        assert "[time_order: knorm could not run it: ZeroDivisionError: oops; 0.0 s]" in out
+        assert "[knorm could not run it: ZeroDivisionError: oops; 0.0 s]" in " ".join(out.split())
         assert ("Traceback" in err) is bool(verbose)
 
 
-def test_a_result_in_a_terminal_wraps_but_its_snippet_does_not():
+def shown(*results, width=40, verbose=False):
+    """The lines of a report in a terminal."""
     from rich.console import Console
 
-    from knorm.cli.tables import show_result
+    from knorm.cli.verdicts import Report
 
-    console = Console(force_terminal=True, width=40, color_system=None, highlight=False)
-    found = {"counterexample": "word " * 20, "given": "keys", "snippet": "keys = [" + "0.0, " * 30 + "]"}
+    console = Console(force_terminal=True, width=width, color_system=None, highlight=False)
+    report = Report(console, ["knorm", "check", "a b.py:compress"], verbose)
     with console.capture() as captured:
-        show_result(console, Result("time_order", "Law.", "order", "refuted", **found))
-    lines = captured.get().splitlines()
+        for result in results:
+            report.add(result)
+        report.close()
+    return captured.get().splitlines()
+
+
+def test_a_result_in_a_terminal_wraps_but_its_snippet_and_the_command_do_not():
+    found = {"counterexample": "word " * 20, "given": "keys\tand\tvalues", "snippet": "keys = [" + "0.0, " * 30 + "]"}
+    lines = shown(Result("time_order", "Law.", "order", "refuted", **found))
+    again = "    knorm check 'a b.py:compress' --select time_order"
     assert "        " + found["snippet"] in lines
-    assert max(len(line) for line in lines if "keys = [" not in line) <= 40
+    assert again in lines
+    assert max(len(line) for line in lines if "keys = [" not in line and line != again) <= 40
+    assert " ".join(lines[1:5]).split() == ["word"] * 20 + ["given:", "keys", "and", "values"]
+
+
+def test_what_holds_is_a_line_for_each_family_unless_verbose():
+    held = [
+        Result("pairing", "Pairs.", "provenance", "holds", 60, answered=57, evicted=51),
+        Result("shape", "Shapes.", "provenance", "holds", 60, answered=60, evicted=51),
+        Result("time_order", "Order.", "order", "holds", 60, answered=60, evicted=50),
+    ]
+    assert shown(*held, width=100) == [
+        "holds    provenance: pairing, shape [each at least 60 tried, 57 answered, 51 evicted; 0.0 s]",
+        "holds    order: time_order [60 tried, 60 answered, 50 evicted; 0.0 s]",
+        "3 hold, 0 refuted, 0 untested, 0 do not apply, in 0 s",
+    ]
+    assert shown(*held, width=100, verbose=True)[0] == (
+        "holds    pairing: Pairs. [60 tried, 57 answered, 51 evicted; 0.0 s]"
+    )
 
 
 # Bad input.
