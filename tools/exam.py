@@ -5,7 +5,10 @@ or factory `good` that no law may refute and, unless it is a control, a `bug` th
 comments promise are declared in a TOML file, by the file's name. Writes a section of docs/exam.md under HEADING, with
 --write, and prints it.
 
-Exits 1 where a `good` is not held to be correct or a `bug` is, 3 where knorm itself broke off.
+What a person makes of each refutation of a method stands in the same file, under [verdicts].
+
+Exits 1 where a `good` is not held to be correct or a `bug` is, or where a refutation was read by nobody; 3 where knorm
+itself broke off.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import time
 import tomllib
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +37,7 @@ HEAD = (
     "# The exam: what the laws say of real methods\n\nWritten by `tools/exam.py`, quick profile, seed 0. A law counts "
     "as untested where fewer than 20 cases were\nanswered, or evicted anything.\n"
 )
+MOST = 400  # characters of a sentence
 PACKAGES = ("kvpress", "transformers", "torch")
 
 
@@ -74,30 +79,35 @@ def row(target: str, variant: str | None, results: list[Result], why: str, secon
     return f"| {name} | {counts[0]} | {refuted} | {counts[1]} | {evicted} | {seconds:.0f} |"
 
 
-def sentences(target: str, results: list[Result]) -> list[str]:
-    """Write what was found, a line for each law that is refuted or untested."""
+def sentences(target: str, results: list[Result], judged: dict[str, str]) -> list[str]:
+    """Write what came out, a line for each law that is refuted or untested, and what a person makes of it."""
     name = Path(target.partition(":")[0]).stem + ":" + target.rpartition(":")[2] if ".py:" in target else target
     lines = []
     for result in results:
-        said = result.counterexample if result.verdict == "refuted" else result.reason
         if result.verdict != "holds":
-            lines.append(f"- {name}, {result.verdict}: {' '.join((said or '').split())[:400]}")
+            said = " ".join(((result.counterexample if result.failed else result.reason) or "").split())
+            said = said if len(said) <= MOST else f"{said[: MOST - 3]}..."
+            verdict = f" **{judged[result.check]}**" if result.check in judged else ""
+            lines.append(f"- {name}, `{result.check}` {result.verdict}: {said}.{verdict}")
     return lines
 
 
 def section(heading: str, names: list[str], declared: dict[str, dict[str, object]]) -> tuple[str, int]:
     """Examine the targets; returns the section and how many verdicts are not as they should be."""
     rows, notes, wrong, ran, evicting = [], [], 0, 0, 0
+    verdicts = declared.get("verdicts", {})
     for target, name, variant in targets_of(names):
         begin = time.perf_counter()
         results, why = examine(target, declared.get(name, {}))
         rows.append(row(target, variant, results, why, time.perf_counter() - begin))
         print(rows[-1], flush=True)
-        notes += sentences(target, results)
+        judged: Any = verdicts.get(re.sub(r".*?:(\w+).*", r"\1", target), {})
+        notes += sentences(target, results, judged)
         ran += bool(results)
         evicting += any(result.evicted >= 20 for result in results)
         failed = any(result.verdict != "holds" for result in results) or bool(why)
         wrong += (variant == "good" and failed) or (variant == "bug" and not any(r.failed for r in results))
+        wrong += variant is None and any(result.failed and result.check not in judged for result in results)
     versions = ", ".join(f"{package} {version}" for package in PACKAGES if (version := _version(package)))
     lines = [
         f"## {heading}",

@@ -69,7 +69,6 @@ class Subject:
         open_cache: (keep_ratio, model, length, rows) -> a transformers cache that needs to know these; None where
             make_cache does.
         method: keep_ratio -> a methods.Method, opened on a model; None for what a cache can be put around.
-        fixed_batch: True where its cache is made for a number of rows.
         budgeted: True where it is given a ratio; False for a method with a budget of its own, and for a cache that
             keeps everything.
         acts_late: True where it acts while tokens are decoded.
@@ -95,7 +94,6 @@ class Subject:
     code: str = ""
     open_cache: OpenCache | None = None
     method: Callable[[float], Method] | None = None
-    fixed_batch: bool = False
     budgeted: bool = True
     acts_late: bool = False
     eager: bool = False
