@@ -87,8 +87,9 @@ def sentences(target: str, results: list[Result], judged: dict[str, str]) -> lis
         if result.verdict != "holds":
             said = " ".join(((result.counterexample if result.failed else result.reason) or "").split())
             said = said if len(said) <= MOST else f"{said[: MOST - 3]}..."
+            said += "" if said.endswith(".") else "."
             verdict = f" **{judged[result.check]}**" if result.check in judged else ""
-            lines.append(f"- {name}, `{result.check}` {result.verdict}: {said}.{verdict}")
+            lines.append(f"- {name}, `{result.check}` {result.verdict}: {said}{verdict}")
     return lines
 
 

@@ -144,7 +144,11 @@ class Subject:
         return self.traits.evicts and (self.budgeted or self.method is not None)
 
     def again(self) -> Subject:
-        """Return the same subject, which has read nothing yet."""
+        """Forget what was read.
+
+        Returns:
+            The same subject, which has read nothing yet.
+        """
         return replace(self, runs={}, calls=[])
 
     @property
