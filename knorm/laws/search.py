@@ -19,7 +19,7 @@ from knorm.laws.strategies import Cache, Text, caches, texts
 from knorm.laws.subjects import Call, Subject
 from knorm.laws.witness import Reading, Witnessed
 
-MOST_TURNS = 3  # of reading, and
+MOST_TURNS = 5  # of reading, the later ones of the longer half only, and
 MOST_ROUNDS = 8  # of drawing, until enough cases are answered
 
 
