@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from itertools import accumulate
 from textwrap import indent, wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -26,6 +25,12 @@ _HEADS = {
     "does not apply": ("n/a      ", "dim"),
 }
 _WIDTH = 80  # of a log; a terminal has its own
+_AS_IT_IS: dict[str, Any] = {
+    "expand_tabs": False,
+    "replace_whitespace": False,
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
 
 
 class Report:
@@ -102,12 +107,11 @@ class Report:
         start = Text(*_HEADS[head]) if head in _HEADS else Text(head)
         body = Text.assemble(*((visible(text), style) for text, style in parts))
         width = (self.console.width if self.console.is_terminal else _WIDTH) - len(start)
-        lines = wrap(
-            body.plain, width, expand_tabs=False, drop_whitespace=False, break_long_words=False, break_on_hyphens=False
-        )
-        for number, line in enumerate(body.divide([*accumulate(map(len, lines))][:-1])):
-            line.rstrip()
-            print_text(self.console, (Text(" " * len(start)) if number else start) + line, soft_wrap=True)
+        at, before = 0, start
+        for line in wrap(body.plain, width, **_AS_IT_IS):
+            at = body.plain.index(line, at)
+            print_text(self.console, before + body[at : at + len(line)], soft_wrap=True)
+            at, before = at + len(line), Text(" " * len(start))
 
     def _count(self, verdict: str) -> int:
         return sum(result.verdict == verdict for result in self.results)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 
 from knorm.laws.blame import is_refusal
-from knorm.laws.registry import Malformed, Refusal, Refuted
+from knorm.laws.registry import Malformed, Refusal, Refuted, Unfed
 from knorm.laws.strategies import VOCABULARY
 from knorm.laws.subjects import in_words
 from knorm.model_attention import cache_keyword
@@ -60,7 +60,7 @@ def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: I
         except Exception as error:
             if is_refusal(error):
                 raise Refusal(str(error)) from error
-            raise Refuted(f"tokens {start} to {stop - 1} of a text could not be fed: {in_words(error)}") from error
+            raise Unfed(f"tokens {start} to {stop - 1} of a text could not be fed: {in_words(error)}") from error
         parts.append(out.logits)
         start = stop
     return torch.cat(parts, 1)

@@ -33,6 +33,10 @@ class Malformed(Refuted):
     """
 
 
+class Unfed(Refuted):
+    """Say that a cache broke the model off; where the witness saw it break off too, that is the one law refuted."""
+
+
 class Vacuous(Exception):
     """Say that a law does not speak of a case, which then does not count as tried."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -13,12 +14,13 @@ from hypothesis.errors import UnsatisfiedAssumption
 
 from knorm.laws.blame import is_ours
 from knorm.laws.readings import LEAST, readings
-from knorm.laws.registry import Check, Malformed, Refusal, Refuted, Vacuous
+from knorm.laws.registry import Check, Malformed, Refusal, Refuted, Unfed, Vacuous
 from knorm.laws.results import Profile
 from knorm.laws.strategies import Cache, Text, caches, texts
 from knorm.laws.subjects import Call, Subject
-from knorm.laws.witness import Reading, Witnessed
+from knorm.laws.witness import Reading, Unanswered, Witnessed
 
+_NUMBER = re.compile(r"\d+")  # reasons that differ in numbers alone are one
 MOST_TURNS = 5  # of reading, the later ones of the longer half only, and
 MOST_ROUNDS = 8  # of drawing, until enough cases are answered
 
@@ -113,6 +115,9 @@ class Search:
             if isinstance(error, Malformed) and (self.subject.compress is not None or isinstance(case, Reading)):
                 self.reasons[str(error)] += 1
                 return False  # whether a target answers at all, and with a cache, is for other laws
+            if isinstance(error, Unfed) and any(isinstance(run, Unanswered) for run in self.subject.runs.values()):
+                self.reasons[f"as the witness saw: {error}"] += 1
+                return False  # one cause is reported once
             if not isinstance(error, Refuted) and (isinstance(case, Reading) or is_ours(error)):
                 raise  # the witness has told what the subject raised
             if self.worst is None or _size(case) <= _size(self.worst[0]):
@@ -141,7 +146,13 @@ class Search:
     @property
     def reason(self) -> str:
         """Say why too few cases counted, by the commonest reason."""
-        (reason, count), *_ = [*self.reasons.most_common(1), ("too few cases were drawn", self.tried)]
+        kinds: Counter[str] = Counter()
+        for reason, count in self.reasons.items():
+            kinds[_NUMBER.sub("#", reason)] += count
+        if not kinds:
+            return f"{self.counted} of {self.tried} cases counted: too few were drawn"
+        kind, count = kinds.most_common(1)[0]
+        reason = next(reason for reason in self.reasons if _NUMBER.sub("#", reason) == kind)
         return f"{self.counted} of {self.tried} cases counted; in {count}: {reason}"
 
 

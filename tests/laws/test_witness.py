@@ -115,6 +115,10 @@ def test_a_crash_is_refuted_by_one_law():
     subject = Subject("crashing", Traits(), make_cache=Crashing)
     assert run_check(CHECKS["runs"], subject).verdict == "refuted"
     assert run_check(CHECKS["sees_tokens"], subject).verdict == "untested"
+    result = run_check(CHECKS["positions"], subject)
+    assert result.verdict == "untested"
+    assert f"in {result.examples}: as the witness saw: tokens 0 to " in result.reason
+    assert run_check(CHECKS["positions"], subject.again()).verdict == "refuted", "asked alone"
     with pytest.raises(Unanswered, match="IndexError"):
         witnessed(subject, READING)
 
