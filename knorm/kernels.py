@@ -35,7 +35,6 @@ _LEAST = 128  # tokens of a program's share at least
 _FUSED_BYTES = 2**24  # of keys up to which launches are what takes time: one does all
 _SMALL_SCRATCH = 2**19  # int32 entries that stay allocated
 _COARSE_FROM = 16384  # tokens: a search through as many first looks which of 128 parts the cut lies in
-_WORTHWHILE = 2**16  # numbers in the keys: for less, nobody waits seconds for a compiler
 _PASSES = 4  # 7 bits at first, then 12 at a time, of 31
 _POLLS = 10_000  # looks at the host's memory, some 0.1 us each, before other threads get a turn
 _TICKETS = 2**28
@@ -303,13 +302,13 @@ if triton is not None:
 
 
 def available(keys: Tensor, values: Tensor) -> bool:
-    """Tell whether these kernels suit a cache: on CUDA, 16 or 32 bits a number, no gradients, worth compiling."""
+    """Tell whether these kernels suit a cache: on CUDA, 16 or 32 bits a number, no gradients, not empty."""
     return (
         triton is not None
         and keys.is_cuda
         and keys.dtype in DTYPES
         and values.dtype in DTYPES
-        and keys.numel() >= _WORTHWHILE
+        and keys.numel() > 0
         and not (torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad))
     )
 

@@ -50,7 +50,7 @@ def attend_seen(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | Non
 
     if evicted is None:
         return sdpa(query, per_query_head(key), per_query_head(value), is_causal=True, scale=scale)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and length >= _COMPILED_FROM:
+    if compiles(query, length):
         return attend_compiled(query, per_query_head(key), per_query_head(value), per_query_head(evicted), scale)
     size = min(length, _QUERIES.get(query.device.type, 512), max(64, _MASK // (batch * heads * length)))
     fewest = _lost_before(evicted, size) if length > size else [0]
@@ -76,6 +76,11 @@ def attend_seen(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | Non
             )
         )
     return torch.cat(blocks, dim=2)
+
+
+def compiles(states: Tensor, length: int) -> bool:
+    """Tell whether a run over so many tokens waits for a compiler: long texts in half precision on CUDA do."""
+    return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16) and length >= _COMPILED_FROM
 
 
 def _lost_before(evicted: Tensor, size: int) -> list[int]:
@@ -105,33 +110,64 @@ def _compiled() -> Any:
 def attend_compiled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: float | None) -> Tensor:
     """Attend as attend_seen, by FlexAttention: [batch, heads, T, head_dim] thrice, evicted int64 [batch, heads, T].
 
-    Compiles at the first call for a shape and dtype, seconds each.
+    Keys are put in the order of by_lifetime first. Compiles at the first call for a shape and dtype, seconds each.
     """
     length = query.shape[2]
     spare = -length % _TILE
     if spare:  # padded queries see padded keys, and nobody else does
         query, key, value = (functional.pad(x, (0, 0, 0, spare)) for x in (query, key, value))
         evicted = functional.pad(evicted, (0, spare), value=length + spare)
-    return _compiled()(query, key, value, block_mask=block_mask(evicted), scale=scale)[:, :, :length]
+    order = by_lifetime(evicted)
+    key, value = (x.gather(2, order[..., None].expand(x.shape)) for x in (key, value))
+    mask = block_mask(evicted.gather(2, order), order)
+    return _compiled()(query, key, value, block_mask=mask, scale=scale)[:, :, :length]
 
 
-def block_mask(evicted: Tensor) -> BlockMask:
-    """FlexAttention's block mask of a schedule [batch, heads, T], T a multiple of 128.
+def by_lifetime(evicted: Tensor) -> Tensor:
+    """Order keys so that those of a tile live at the same time: int64 [batch, heads, T] -> indices, the same shape.
 
-    From each block's minimum and maximum: which tiles are empty, which are seen whole. No pair is looked at.
+    Few keys that live long are strewn over a long text; in time order nearly every tile of 128 keys holds one, and none
+    is empty. Keys are sorted by the power of two below their lifetime, in time order where that is equal.
+    """
+    length = evicted.shape[-1]
+    places = torch.arange(length, device=evicted.device)
+    lifetime = (evicted - places).float().log2().floor().to(torch.int64)
+    return (lifetime * length + places).argsort(dim=-1)
+
+
+def block_mask(evicted: Tensor, places: Tensor) -> BlockMask:
+    """Make FlexAttention's block mask of a schedule from each tile's extremes; no pair is looked at.
+
+    Args:
+        evicted: for each key the first query that no longer sees it, int64 [batch, heads, T], T a multiple of 128.
+        places: for each key its place in the text, which is the first query that sees it, int64 of the same shape.
+
+    Returns:
+        A mask that says which tiles of 128 queries and 128 keys are empty, which are seen whole, and which are mixed.
+
+    Example:
+        >>> places = torch.arange(256).view(1, 1, 256)
+        >>> block_mask(torch.full((1, 1, 256), 256), places).full_kv_num_blocks.tolist()
+        [[[0, 1]]]
     """
     batch, heads, length = evicted.shape
     blocks = length // _TILE
-    tiles = evicted.view(batch, heads, 1, blocks, _TILE)
-    row = torch.arange(blocks, device=evicted.device)[:, None]
-    column = torch.arange(blocks, device=evicted.device)
-    alive = (column <= row) & (tiles.amax(-1) > row * _TILE)
-    whole = (column < row) & (tiles.amin(-1) >= (row + 1) * _TILE)
+    shape = (batch, heads, 1, blocks, _TILE)
+    lost, first = evicted.view(shape), places.view(shape)
+    row = torch.arange(blocks, device=evicted.device)[:, None] * _TILE
+    alive = (first.amin(-1) < row + _TILE) & (lost.amax(-1) > row)
+    whole = (first.amax(-1) <= row) & (lost.amin(-1) >= row + _TILE)
 
-    def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-        return tiles.sum(-1).int(), tiles.int().argsort(dim=-1, descending=True, stable=True).int()
+    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        slots = torch.where(tiles, tiles.cumsum(-1) - 1, blocks)
+        index = torch.zeros(*tiles.shape[:-1], blocks + 1, dtype=torch.int32, device=tiles.device)
+        columns = torch.arange(blocks, dtype=torch.int32, device=tiles.device).expand(tiles.shape)
+        return tiles.sum(-1, dtype=torch.int32), index.scatter_(-1, slots, columns)[..., :blocks].contiguous()
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < evicted[b, h, key])
+        return (places[b, h, key] <= query) & (query < evicted[b, h, key])
 
-    return BlockMask.from_kv_blocks(*ordered(alive & ~whole), *ordered(whole), BLOCK_SIZE=_TILE, mask_mod=visible)
+    return BlockMask.from_kv_blocks(
+        *listed(alive & ~whole), *listed(whole),
+        BLOCK_SIZE=_TILE, mask_mod=visible, compute_q_blocks=torch.is_grad_enabled(),
+    )  # fmt: skip

@@ -290,6 +290,27 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             _observers.set(tuple(other for other in _observers.get() if other is not entry))
 
 
+@contextmanager
+def attention_beside(model: PreTrainedModel, change: Callable[..., tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let the model attend as it would here, to the keys and values that `change` returns.
+
+    Args:
+        model: one that attends by "sdpa" or "eager", also inside another context of this module.
+        change: called with (module, query, key, value); returns the key and the value to attend to, of their shapes.
+    """
+    outer = _context_of(model.config)
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        key, value = change(module, query, key, value)
+        inner = outer.attention if outer and outer.attention else own_attention(module)
+        return inner(module, query, key, value, attention_mask, **keywords)
+
+    with _open(model, attend, outer.own if outer else None, masked=outer.masked if outer else True):
+        yield
+
+
 def not_a_row_of_ones(mask: Tensor) -> ValueError:
     """Return the error for a mask that somebody has made already, where knorm makes one for each layer."""
     return ValueError(

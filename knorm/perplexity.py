@@ -8,7 +8,9 @@ when its turn comes. Equal up to rounding in float32 and float64, wherever no tw
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 
 from knorm.cache import KnormCache
 from knorm.core import squared_norms, token_scores
-from knorm.masked_attention import Attend, attend_seen
+from knorm.masked_attention import Attend, attend_seen, compiles
 from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
 from knorm.rounding import ROUNDING
@@ -212,14 +214,25 @@ def _score(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Ten
     The head is applied to few tokens at a time: the logits of a long text would not fit.
     """
     head = model.get_output_embeddings()
-    nll, correct = [], []
+    loss = _compiled_loss() if compiles(hidden, targets.numel()) else _loss
     size = max(1, _LOGITS // model.config.vocab_size)
-    for states, wanted in zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True):
-        logits = head(states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll.append(functional.cross_entropy(logits, wanted, reduction="none").float())
-        correct.append(logits.argmax(-1) == wanted)
+    pieces = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*Online softmax is disabled")  # the compiler's: nothing a user could do
+        nll, correct = zip(*(loss(head(states), wanted) for states, wanted in pieces), strict=True)
     return torch.cat(nll).view(targets.shape), torch.cat(correct).view(targets.shape)
+
+
+def _loss(logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL in float32 of each wanted token, and whether it was likeliest: [n, vocabulary], int64 [n] -> both [n]."""
+    likeliest = logits.argmax(-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits, wanted, reduction="none").float(), likeliest == wanted
+
+
+@lru_cache(maxsize=1)
+def _compiled_loss() -> Any:  # reads the logits once, in half precision
+    return torch.compile(_loss, dynamic=True)
 
 
 def _blank(run: Run, padding: Tensor | None) -> Run:

@@ -17,9 +17,10 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
     "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify cli plugin "
     "__main__",
-    "bench": "latency counters worker policies commits",
+    "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
-    "evaluation": "windows damage distinct ways runner curve interventions explain doubts facts published",
+    "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
+    "facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format shift gates files environment store approval metrics latency cases verify",
     "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
@@ -28,7 +29,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "outputs figures options tables timings setting compared verdicts verify check ppl explain bench golden",
+    "cli": "outputs figures options prompts tables timings setting compared explained verdicts verify check ppl "
+    "explain bench golden",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
@@ -90,7 +92,7 @@ METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
     "__init__",
-    *("outputs", "options", "setting", "compared", "verify", "check", "ppl", "explain", "bench", "golden"),
+    *("outputs", "options", "setting", "compared", "prompts", "verify", "check", "ppl", "explain", "bench", "golden"),
 )
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from knorm import Policy, evicted_at, masked_attention
-from knorm.masked_attention import attend_compiled, attend_seen, block_mask
+from knorm.masked_attention import attend_compiled, attend_seen, block_mask, by_lifetime
 
 pytestmark = pytest.mark.cpus
 
@@ -62,10 +62,22 @@ def test_tiles_are_empty_whole_or_mixed_as_minima_and_maxima_say():
     lost = torch.full((1, 1, 512), 512)
     lost[..., :128] = 200  # the first block is gone before the third
     lost[..., 130] = 300
-    mask = block_mask(lost)
+    mask = block_mask(lost, torch.arange(512).expand(lost.shape))
     mixed, whole = mask.kv_num_blocks[0, 0].tolist(), mask.full_kv_num_blocks[0, 0].tolist()
     assert mixed == [1, 2, 2, 2]  # its own; and the first; and the second, twice: token 130 is gone, the others not
     assert whole == [0, 0, 0, 1]  # the third block, seen from the fourth
+
+
+def test_keys_that_live_long_share_tiles():
+    places = torch.arange(4096)
+    lost = torch.where(places % 64 == 0, 4096, (places + 100).clamp(max=4096))[None, None]
+    order = by_lifetime(lost)
+    assert torch.equal(order.sort(-1).values, places.expand(lost.shape))
+    strewn = block_mask(lost, places.expand(lost.shape))
+    packed = block_mask(lost.gather(2, order), order)
+    few, many = (int((m.kv_num_blocks + m.full_kv_num_blocks).sum()) for m in (packed, strewn))
+    assert many == 32 * 33 // 2, "in time order no tile is empty"
+    assert few < many / 2
 
 
 def test_short_texts_and_full_precision_never_wait_for_a_compiler(monkeypatch):

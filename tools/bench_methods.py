@@ -4,6 +4,7 @@ quality   an fp8 cache on the embedded model, read back in three ways: perplexit
 speed     two calls and their metrics, against two plain forward passes
 long      a text of 32,768 tokens on a GPU, random weights of Pythia-70M's shape: seconds and memory
 presses   every press of kvpress that is installed: the way, the check, KL beside the control's, seconds
+compare   knorm's own method and ten others, on embedded-llama and SmolLM2, at half of the cache and a quarter
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from knorm.methods.door import method
 from knorm.methods.method import Method, MethodError
 from knorm.methods.targets import expanded
 from knorm.models import hush, load_model, load_text, random_gpt_neox
+from knorm.policy import Policy
 
 
 def where(part: str) -> str:
@@ -160,6 +162,36 @@ def presses() -> None:
     print()
 
 
+COMPARED = (
+    "knorm", "SnapKVPress", "ExpectedAttentionPress", "TOVAPress", "StreamingLLMPress", "KeyDiffPress",
+    "PyramidKVPress", "LagKVPress", "CURPress", "AdaKVPress(SnapKVPress())", "KVzipPress",
+)  # fmt: skip
+
+
+def compare() -> None:
+    print("## Knorm's own method beside ten others\n\n" + where("compare"))
+    print("4 windows of 512 tokens of the narrative, a prompt of 256, compressed once. Bytes are of a window's cache")
+    print("per token fed; KL is in nats per token, with its 95% interval.\n")
+    for name in ("embedded-llama", "smollm2"):
+        ways = prepared(name, 4, 256)
+        print(f"**{name}**\n\n| method | PPL | KL | same top | bytes per token | s |\n" + "| --- " * 6 + "|")
+        rows = [("full cache, again", ways.control())]
+        for target in COMPARED:
+            for ratio in ("0.5", "0.25"):
+                chosen = method(Policy(ratio)) if target == "knorm" else method(f"kvpress:{target}", keep_ratio=ratio)
+                found = ways.evaluate(chosen)
+                rows.append((f"`{'knorm ' + ratio if target == 'knorm' else chosen.label}`", found))
+        for label, found in rows:
+            d = found.damage
+            between = "" if d.kl_low is None else f" ({d.kl_low:.1e} to {d.kl_high:.1e})"
+            print(
+                f"| {label} | {d.ppl:.2f} | {d.kl:.1e}{between} | {d.same_top:.1%} | {found.bytes_per_token:.0f} | "
+                f"{found.seconds:.1f} |",
+                flush=True,
+            )
+        print()
+
+
 def row(name: str, found: Evaluation) -> None:
     d = found.damage
     print(
@@ -172,7 +204,7 @@ def row(name: str, found: Evaluation) -> None:
 def main() -> None:
     hush()
     for part in sys.argv[1:] or ["quality", "speed", "presses"]:
-        {"quality": quality, "speed": speed, "long": long, "presses": presses}[part]()
+        {"quality": quality, "speed": speed, "long": long, "presses": presses, "compare": compare}[part]()
 
 
 if __name__ == "__main__":

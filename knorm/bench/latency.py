@@ -104,6 +104,9 @@ class Arm:
             if after is not None:
                 after()
             marks.append(self._mark())
+        return self._between(marks)
+
+    def _between(self, marks: list[Any]) -> list[float]:
         if self.cuda:
             torch.cuda.synchronize(self.model.device)
             return [a.elapsed_time(b) / 1000 for a, b in pairwise(marks)]
@@ -136,9 +139,6 @@ class Arm:
         return Stored(tuple(keys.shape[2] for keys, _ in layers), nbytes, peak)
 
 
-# Blocks
-
-
 @dataclass(frozen=True)
 class Sample:
     """Hold one arm's times in one block: for each prompt, seconds of each prompt pass and of each decode step."""
@@ -168,7 +168,7 @@ def run_block(arms: Sequence[Turns], new_tokens: Sequence[int], flip: bool = Fal
     orders = (forwards[::-1], forwards) if flip else (forwards, forwards[::-1])
     first: list[list[list[float]]] = [[] for _ in arms]
     steps: list[list[list[float]]] = [[] for _ in arms]
-    with _no_collection():
+    with no_collection():
         for index, tokens in enumerate(new_tokens):
             for arm in forwards:
                 first[arm].append([])
@@ -203,7 +203,8 @@ def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[lis
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running inside."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -220,7 +221,7 @@ def log_ratio(sample: Sample, baseline: Sample, metric: str) -> float:
 
 
 def measure(
-    arms: Sequence[Turns],
+    arms: Sequence[Any],
     new_tokens: Sequence[int],
     *,
     blocks: int | None = None,
@@ -228,11 +229,13 @@ def measure(
     least: int = 8,
     warm_up: int = 1,
     on_block: Callable[[], None] = lambda: None,
+    run: Callable[..., list[Sample]] = run_block,
 ) -> list[list[Sample]]:
     """Blocks of all arms: [block][arm].
 
     blocks    how many; None: as many as fit `seconds`, by what the warm-up took, and at least `least`. So how many
               there are never depends on how they come out
+    run       runs one block of the arms, as run_block does
     warm_up   generations of all arms from the first prompt that are run before, in turns, and discarded
 
     Raises ValueError, after the warm-up, where `least` blocks would take over twice `seconds`.
@@ -241,7 +244,7 @@ def measure(
     begin = time.perf_counter()
     for _ in range(max(1, warm_up)):
         begin = time.perf_counter()
-        run_block(arms, new_tokens[:1])
+        run(arms, new_tokens[:1])
     spent = (time.perf_counter() - begin) * sum(new_tokens) / new_tokens[0]
     if blocks is None and least * spent > 2 * seconds:
         raise ValueError(
@@ -252,7 +255,7 @@ def measure(
     count = max(least, int(seconds / spent)) if blocks is None else blocks
     samples = []
     for number in range(count):
-        samples.append(run_block(arms, new_tokens, flip=bool(number % 2)))
+        samples.append(run(arms, new_tokens, flip=bool(number % 2)))
         on_block()
     return samples
 

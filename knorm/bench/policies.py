@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from knorm.bench.latency import (
     Arm,
     Prompt,
     Sample,
+    Stored,
     Times,
     attending,
     check_fits,
@@ -145,18 +147,54 @@ def bench(
         held = longest == len(new) - 1 and not arms[0].cuda  # the peak on CUDA is of a generation alone
         stored = [arm.stored() if held else arm.alone(longest) for arm in arms]
         counters = [count(arm, longest, state) for arm, state in zip(arms, stored, strict=True)]
+    kinds = [arm.policy for arm in arms]
+    names = [name_of(policy) for policy in kinds]
+    return compared_rows(names, kinds, raw, all_prompts, stored, counters, margin, alpha, spent)
+
+
+def compared_rows(
+    names: Sequence[str],
+    policies: Sequence[Policy | None],
+    raw: Sequence[Sequence[Sample]],
+    prompts: Sequence[Prompt],
+    stored: Sequence[Stored],
+    counters: Sequence[Counters],
+    margin: float,
+    alpha: float,
+    spent: float,
+) -> Bench:
+    """Compare each arm of samples [block][arm] with the first."""
     samples, interrupted = without_interruptions(raw)
-    shapes = [(prompt.ids.shape[0], prompt.new_tokens) for prompt in all_prompts]
-    alpha_each = alpha / (len(GATED) * max(1, len(arms) - 1))
+    shapes = [(prompt.ids.shape[0], prompt.new_tokens) for prompt in prompts]
+    alpha_each = alpha / (len(GATED) * max(1, len(names) - 1))
     rows = []
-    for index, arm in enumerate(arms):
+    for index, name in enumerate(names):
         logs: dict[str, tuple[float, ...]] = {}
         if index:
             logs = {m: tuple(log_ratio(block[index], block[0], m) for block in samples) for m in METRICS}
         verdicts = {metric: compare(values, margin=margin, alpha=alpha_each) for metric, values in logs.items()}
         times = summarise([block[index] for block in samples], shapes)
-        rows.append(Row(name_of(arm.policy), arm.policy, times, counters[index], stored[index].peak, logs, verdicts))
+        rows.append(Row(name, policies[index], times, counters[index], stored[index].peak, logs, verdicts))
     return Bench(tuple(rows), tuple(map(tuple, raw)), interrupted, WARM_UP, spent)
+
+
+def advice(measured: Bench) -> list[str]:
+    """Say of each arm whose TTFT is a FAIL what that costs, and when it is made up; a line each."""
+    said = []
+    base = measured.rows[0].times
+    for row in measured.rows[1:]:
+        if row.comparisons["ttft"].verdict != "FAIL":
+            continue
+        more, less = row.times.ttft - base.ttft, base.tpot - row.times.tpot
+        line = f"{row.name}: the first token waits {1000 * more:.1f} ms for the prompt's cache to be compressed"
+        if row.comparisons["tpot"].ratio < 1 and less > 0 and more > 0:
+            line += f"; faster steps make that up after {math.ceil(more / less) + 1} new tokens"
+        elif row.policy is not None:
+            line += "; steps are no faster here, so only memory is saved"
+        if row.policy is not None and row.policy.protocol == "streaming":
+            line += ". With --prune-after above the prompt's length it does not wait"
+        said.append(line)
+    return said
 
 
 def as_fields(row: Row) -> dict[str, Any]:

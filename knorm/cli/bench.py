@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from knorm.cli.compared import Asked, explicit, fitting_model, methods_of
 from knorm.cli.options import (
     COMMON,
     HOLDS,
@@ -20,7 +21,6 @@ from knorm.cli.options import (
     ModelOptions,
     Numbers,
     PolicyOptions,
-    bundled,
     check_outputs,
     make_console,
     model_options,
@@ -29,6 +29,7 @@ from knorm.cli.options import (
     with_options,
 )
 from knorm.cli.outputs import file_option, write_json
+from knorm.cli.prompts import PromptOptions, TimingOptions, prompt_options, timing_options
 from knorm.policy import Policy
 
 if TYPE_CHECKING:
@@ -39,79 +40,6 @@ if TYPE_CHECKING:
     from knorm.bench.latency import Prompt
     from knorm.bench.policies import Bench
     from knorm.evaluation.published.judge import Judged
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """Describe the prompts."""
-
-    text: str
-    prompt_characters: tuple[int, ...]
-    prompt_tokens: tuple[int, ...] | None
-    new_tokens: tuple[int, ...]
-    batch: int
-
-
-_prompt_options = bundled(
-    PromptOptions,
-    "prompt_options",
-    click.option(
-        "--text", default="encyclopedia,narrative", show_default=True, help="Texts of the prompts, which take turns."
-    ),
-    click.option(
-        "--prompt-characters",
-        type=Numbers(int),
-        default="512,1024",
-        show_default=True,
-        help="Lengths of the prompts in characters.",
-    ),
-    click.option("--prompt-tokens", type=Numbers(int), help="Lengths in tokens instead of characters."),
-    click.option(
-        "--new-tokens", type=Numbers(int), default="50,100", show_default=True, help="New tokens after each prompt."
-    ),
-    click.option("--batch", default=1, show_default=True, help="Sequences generated at a time."),
-)
-
-
-@dataclass(frozen=True)
-class TimingOptions:
-    """Describe how long to measure, and against what."""
-
-    threads: int
-    seconds: float
-    blocks: int | None
-    margin: float | None
-    strict: bool
-    against: str | None
-    rounds: int
-    allow_counters: bool
-    reported: bool
-
-
-_timing_options = bundled(
-    TimingOptions,
-    "timing_options",
-    click.option(
-        "--threads",
-        default=1,
-        show_default=True,
-        help="Threads of PyTorch on a CPU; more than one wait for each other.",
-    ),
-    click.option(
-        "--seconds", default=25.0, show_default=True, help="Time to measure; 8 blocks have to fit in twice that time."
-    ),
-    click.option(
-        "--blocks",
-        type=int,
-        help="Number of blocks, in place of --seconds; with --against, in each round.  [at least 8; 2]",
-    ),
-    click.option("--margin", type=float, help="Slowdown in per cent that is acceptable.  [5 on a CPU, 2.5 on CUDA]"),
-    click.option("--strict", is_flag=True, help="Exit with code 1 for INCONCLUSIVE too."),
-    click.option("--against", metavar="REF", help="Compare with another commit of this project, in fresh processes."),
-    click.option("--rounds", default=8, show_default=True, help="With --against: number of fresh pairs of processes."),
-    click.option("--allow-counters", is_flag=True, help="With --against: show the counters without judging them."),
-    click.option("--reported", is_flag=True, help="Show published TTFT, TPOT and tokens/s too, and judge each claim."),
-)
 
 
 @dataclass(frozen=True)
@@ -128,14 +56,31 @@ class _Asked:
     quiet: bool
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Hold what the command line says about methods, and which of its options it gives."""
+
+    asked: Asked
+    given: frozenset[str]
+
+
 @click.command()
-@policy_options(TIMED, "Ratios, a policy for each.")
-@_prompt_options
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@policy_options(TIMED, "Ratios, a policy for each; of a TARGET 0.5, unless it has its own.")
+@click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
+@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
+@prompt_options
 @model_options
-@_timing_options
+@timing_options
 @file_option("--plot", "Draw the slowdowns with their intervals (.png, .svg, .pdf).")
 @with_options(*COMMON)
+@click.pass_context
 def bench(
+    context: click.Context,
+    /,
+    targets: tuple[str, ...],
+    keep_tokens: tuple[int, ...] | None,
+    kind: str | None,
     policy_options: PolicyOptions,
     prompt_options: PromptOptions,
     model_options: ModelOptions,
@@ -148,7 +93,17 @@ def bench(
 
     PASS: the slowdown is shown to be below the margin. FAIL: it is slower, and the margin is not excluded; exit code 1.
     INCONCLUSIVE: the noise is too large to say; exit code 0, or 1 with --strict. Nothing is run again until it passes.
+    With targets, written as for knorm ppl: each method opened for whole generations, in turns with the same.
     """
+    given = explicit(context)
+    methods = None
+    if targets:
+        if timing_options.against or timing_options.reported:
+            raise ValueError("--against and --reported are about knorm's own policies: drop the TARGET, or them")
+        ratios = tuple(policy_options.keep_ratio) if "keep_ratio" in given else None
+        methods = Targets(Asked(targets, ratios, keep_tokens, kind, "auto", False), given)
+    elif keep_tokens or kind:
+        raise ValueError("--keep-tokens and --as are about a TARGET: give one, as knorm")
     check_outputs(json, plot)
     model_options.check()
 
@@ -159,7 +114,7 @@ def bench(
     margin = _check_timing(timing_options, device)
     asked = _Asked(policy_options, prompt_options, model_options, timing_options, margin, json, plot, quiet)
     with memory_in_one_line(device):
-        verdict = _against(asked, timing_options.against) if timing_options.against else _policies(asked)
+        verdict = _against(asked, timing_options.against) if timing_options.against else _timed(asked, methods)
     failed = verdict == "FAIL" or (verdict == "INCONCLUSIVE" and timing_options.strict)
     sys.exit(REFUTED if failed else HOLDS)
 
@@ -185,8 +140,8 @@ def _check_timing(timing: TimingOptions, device: str) -> float:
     return margin
 
 
-def _load(asked: _Asked) -> tuple[PreTrainedModel, dict[str, Prompt], list[Policy]]:
-    """Load the model, prompts by name, and policies."""
+def _load(asked: _Asked) -> tuple[PreTrainedModel, Any, dict[str, Prompt], list[Policy]]:
+    """Load the model, its tokenizer, prompts by name, and policies."""
     import torch
 
     from knorm.bench.latency import check_fits
@@ -211,7 +166,7 @@ def _load(asked: _Asked) -> tuple[PreTrainedModel, dict[str, Prompt], list[Polic
         device=asked.model.device,
     )
     check_fits(model, prompts)
-    return model, prompts, policies
+    return model, tokenizer, prompts, policies
 
 
 def _setting(asked: _Asked, policies: list[Policy], prompts: Mapping[str, Prompt]) -> dict[str, Any]:
@@ -226,22 +181,39 @@ def _setting(asked: _Asked, policies: list[Policy], prompts: Mapping[str, Prompt
     return {**asdict(asked.model), **run, "threads": torch.get_num_threads(), "prompts": shapes, **judged}
 
 
-def _policies(asked: _Asked) -> str:
-    """Time policies, and print and write what came of it; the verdict."""
-    from knorm.bench.policies import as_fields, bench
-    from knorm.cli.figures import plot_slowdowns
-    from knorm.cli.timings import comparisons_table, show_verdict, times_table
+def _timed(asked: _Asked, targets: Targets | None) -> str:
+    """Time policies, or the methods that targets name, and print and write what came of it; the verdict."""
+    from knorm.bench.methods import bench_methods
+    from knorm.bench.policies import bench
 
-    console, timing = make_console(asked.quiet), asked.timing
-    model, prompts, policies = _load(asked)
+    timing = asked.timing
+    methods = methods_of(targets.asked, asked.policies) if targets else []
+    if targets:
+        asked = replace(asked, model=fitting_model(methods, asked.model, targets.given, make_console(asked.quiet)))
+    model, tokenizer, prompts, policies = _load(asked)
     setting = _setting(asked, policies, prompts)
     claims = _claims(policies, prompts) if timing.reported else None
     with progress_bar(asked.quiet) as bar:
         task = bar.add_task("blocks", total=timing.blocks)
-        measured = bench(
-            model, prompts, policies,
-            margin=asked.margin, blocks=timing.blocks, seconds=timing.seconds, on_block=lambda: bar.advance(task),
-        )  # fmt: skip
+        options: dict[str, Any] = {"margin": asked.margin, "blocks": timing.blocks, "seconds": timing.seconds}
+        options["on_block"] = lambda: bar.advance(task)
+        if targets:
+            measured = bench_methods(model, prompts, methods, tokenizer, **options)
+        else:
+            measured = bench(model, prompts, policies, **options)
+    return _show(asked, measured, setting, claims)
+
+
+def _show(
+    asked: _Asked, measured: Bench, setting: dict[str, Any], claims: Callable[[Bench], list[Judged]] | None
+) -> str:
+    """Print and write what was timed; the verdict."""
+    from knorm.bench.policies import advice, as_fields
+    from knorm.cli.figures import plot_slowdowns
+    from knorm.cli.tables import print_wrapped
+    from knorm.cli.timings import comparisons_table, show_verdict, times_table
+
+    console, timing = make_console(asked.quiet), asked.timing
     blocks = len(measured.samples)
     threads = f", {timing.threads} threads" if timing.threads > 1 else ""
     title = f"{asked.model.model}, {asked.model.dtype} on {asked.model.device}{threads}: " + "; ".join(
@@ -255,6 +227,9 @@ def _policies(asked: _Asked) -> str:
     console.print(f"Slowdown against the uncompressed cache: {seen}", soft_wrap=True)
     console.print(comparisons_table(pairs))
     show_verdict(console, measured.verdict, pairs, setting)
+    lines = advice(measured)
+    for line in lines:
+        print_wrapped(console, line)
     judged = claims(measured) if claims else []
     if claims:
         from knorm.evaluation.published.judge import claims_text
@@ -271,7 +246,8 @@ def _policies(asked: _Asked) -> str:
         {"claim": j.claim.id, "verdict": j.verdict, "reported": j.reported, "measured": j.measured, "why": j.why}
         for j in judged
     ]
-    write_json(asked.json, {**setting, **counted, "verdict": measured.verdict, "rows": rows, "reported": reported})
+    fields = {**counted, "verdict": measured.verdict, "advice": lines, "rows": rows, "reported": reported}
+    write_json(asked.json, {**setting, **fields})
     return measured.verdict
 
 
@@ -308,7 +284,7 @@ def _against(asked: _Asked, reference: str) -> str:
     root = find_checkout()
     commit, changed = resolve(root, reference), changed_files(root)
     on_cpu = replace(asked, model=replace(asked.model, device="cpu"))
-    _, prompts, policies = _load(on_cpu)  # for its tokens: each process loads its own
+    _, _, prompts, policies = _load(on_cpu)  # for its tokens: each process loads its own
     setting = _setting(asked, policies, prompts)
     names = f"commit {commit[:12]}", describe(root, changed)
     rounds, blocks = timing.rounds, timing.blocks or 2

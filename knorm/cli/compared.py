@@ -13,6 +13,8 @@ from knorm.cli.options import ModelOptions, PolicyOptions, make_console, progres
 from knorm.cli.setting import TextOptions
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from knorm.evaluation.ways import Evaluation, How, Ways
     from knorm.methods.method import Method
 
@@ -106,17 +108,14 @@ def compare_methods(
 ) -> tuple[bool, dict[str, Any]]:
     """Measure, show and draw; True where every method ran, and the results as JSON has them."""
     from knorm.methods.method import MethodError
-    from knorm.methods.presses import PressMethod
 
     prompt = text_options.window // 2 if policy_options.prompt_length is None else policy_options.prompt_length
     policy_options = replace(policy_options, prompt_length=prompt)
     methods = methods_of(asked, policy_options)
     console = make_console(quiet)
-    if "model" not in given and any(isinstance(method, PressMethod) for method in methods):
-        model_options = replace(model_options, model="embedded-llama")
-        console.print("Presses support no GPT-NeoX: the model is embedded-llama, unless --model names another.")
+    model_options = fitting_model(methods, model_options, given, console)
     batch = text_options.batch if "batch" in given else 1
-    ways, title = _prepared(text_options, model_options, prompt, batch)
+    ways, title = prepared(text_options, model_options, prompt, batch)
 
     rows, failed = [], {}
     with progress_bar(quiet) as progress:
@@ -146,7 +145,24 @@ def compare_methods(
     return not failed, fields
 
 
-def _prepared(text_options: TextOptions, model_options: ModelOptions, prompt: int, batch: int) -> tuple[Ways, str]:
+def fitting_model(
+    methods: Sequence[Method], model_options: ModelOptions, given: frozenset[str], console: Console
+) -> ModelOptions:
+    """Return the model that is asked for; where none is, one that the methods support, and say so."""
+    from knorm.methods.presses import PressMethod
+
+    if "model" in given or not any(isinstance(method, PressMethod) for method in methods):
+        return model_options
+    console.print("Presses support no GPT-NeoX: the model is embedded-llama, unless --model names another.")
+    return replace(model_options, model="embedded-llama")
+
+
+def prepared(text_options: TextOptions, model_options: ModelOptions, prompt: int, batch: int) -> tuple[Ways, str]:
+    """Load the model and the text; return the ways to run methods on it, and a title.
+
+    Raises:
+        ValueError: for options that cannot work.
+    """
     from knorm.evaluation.ways import Ways
     from knorm.evaluation.windows import cut_windows
     from knorm.models import load_text

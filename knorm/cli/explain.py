@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
+from knorm.cli.compared import Asked, explicit, fitting_model, methods_of, prepared
 from knorm.cli.options import (
     COMMON,
     CURVE,
@@ -15,6 +17,8 @@ from knorm.cli.options import (
     HOLDS,
     ModelOptions,
     PolicyOptions,
+    check_device,
+    check_outputs,
     make_console,
     model_options,
     policy_options,
@@ -26,8 +30,11 @@ from knorm.cli.setting import TextOptions, load_setting, text_options
 
 
 @click.command()
+@click.argument("target", required=False)
 @text_options
-@policy_options(EXPLAINED, "The ratio to explain.", several=False)
+@policy_options(EXPLAINED, "The ratio to explain; of a TARGET 0.5, unless it has its own.", several=False)
+@click.option("--keep-tokens", type=int, help="Budget in tokens, for a TARGET that takes one.")
+@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
 @model_options
 @click.option(
     "--newest", default=16, show_default=True, help="How many of the newest tokens one intervention protects."
@@ -42,9 +49,15 @@ from knorm.cli.setting import TextOptions, load_setting, text_options
 @click.option("--worst", default=8, show_default=True, help="How many of the tokens that got worse to show.")
 @file_option("--plot", "Draw perplexity and recency against ratio (.png, .svg, .pdf).")
 @with_options(*COMMON)
+@click.pass_context
 def explain(
+    context: click.Context,
+    /,
+    target: str | None,
     text_options: TextOptions,
     policy_options: PolicyOptions,
+    keep_tokens: int | None,
+    kind: str | None,
     model_options: ModelOptions,
     newest: int,
     positions: str,
@@ -53,14 +66,31 @@ def explain(
     json: Path | None,
     quiet: bool,
 ) -> None:
-    """Why did perplexity move? One thing about the run is changed at a time, and the run evaluated again."""
+    """Why did perplexity move? One thing about the run is changed at a time, and the run evaluated again.
+
+    Without a TARGET: of a policy of knorm's own. With one: what each query could see is recovered, from the keys that
+    attention was given; then the newest tokens or the first are protected, the choice made at random, a layer spared. A
+    method that keeps every token, as a quantised cache, gets exact keys, values or layers back. Targets are written as
+    for knorm ppl.
+    """
     if newest < 1 or worst < 1:
         raise ValueError(f"--newest {newest} and --worst {worst}, but should be at least 1")
-    console = make_console(quiet)
+    given = explicit(context)
+    if target not in (None, "knorm"):
+        if plot or positions == "stored":
+            raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
+        asked = _asked(str(target), policy_options, keep_tokens, kind, given)
+        fields = _explain_target(
+            asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, json=json,
+            quiet=quiet,
+        )  # fmt: skip
+        return write_json(json, fields)
+    if given & {"keep_tokens", "kind"}:
+        raise ValueError("--keep-tokens and --as are about a TARGET other than knorm: give one, or drop them")
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
 
+    from knorm.cli.explained import show_explanation
     from knorm.cli.figures import plot_curves
-    from knorm.cli.tables import show_explanation
     from knorm.evaluation.explain import curves_around, explain
 
     runner, (policy,) = setting.runner, setting.policies
@@ -70,13 +100,60 @@ def explain(
         def step(name: str) -> None:
             progress.update(task, advance=1, description=name)
 
-        stored = positions == "stored"
-        explanation = explain(
-            runner, setting.tokenizer, policy, newest=newest, worst=worst, stored=stored, on_step=step
-        )
+        options: dict[str, Any] = {"newest": newest, "worst": worst, "stored": positions == "stored"}
+        explanation = explain(runner, setting.tokenizer, policy, **options, on_step=step)
         curves = curves_around(runner, policy, CURVE.keep_ratio.split(","), on_step=step) if plot else {}
-    show_explanation(console, explanation, f"{setting.title}, keep_ratio {policy.keep_ratio}")
+    show_explanation(make_console(quiet), explanation, f"{setting.title}, keep_ratio {policy.keep_ratio}")
     if plot:
         plot_curves(curves, setting.title, plot)
     write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(explanation)})
     sys.exit(HOLDS)
+
+
+def _asked(
+    target: str, policy_options: PolicyOptions, keep_tokens: int | None, kind: str | None, given: frozenset[str]
+) -> Asked:
+    """Return what the command line says about one method."""
+    tokens = None if keep_tokens is None else (keep_tokens,)
+    ratios = (str(policy_options.keep_ratio),) if "keep_ratio" in given else None
+    return Asked((target,), ratios, tokens, kind, "auto", False)
+
+
+def _explain_target(
+    asked: Asked,
+    policy_options: PolicyOptions,
+    text_options: TextOptions,
+    model_options: ModelOptions,
+    *,
+    given: frozenset[str],
+    newest: int,
+    worst: int,
+    json: Path | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Explain one method, show it, and return the result as JSON has it."""
+    check_outputs(json, None)
+    check_device(model_options.device)
+    prompt = text_options.window // 2 if policy_options.prompt_length is None else policy_options.prompt_length
+    methods = methods_of(asked, replace(policy_options, prompt_length=prompt))
+    if len(methods) > 1:
+        raise ValueError(f"target {asked.targets[0]!r} stands for {len(methods)} methods: explain one at a time")
+    console = make_console(quiet)
+    model_options = fitting_model(methods, model_options, given, console)
+    batch = text_options.batch if "batch" in given else 1
+    ways, title = prepared(text_options, model_options, prompt, batch)
+
+    from knorm.cli.explained import show_method
+    from knorm.evaluation.explain_methods import explain_method
+
+    with progress_bar(quiet) as progress:
+        task = progress.add_task("evaluations", total=None)
+
+        def step(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        found = explain_method(ways, methods[0], newest=newest, worst=worst, on_step=step)
+    show_method(console, found, title)
+    fields = asdict(found)
+    options = {**asdict(model_options), **asdict(text_options), "batch": batch, "prompt_length": prompt}
+    return {**options, **fields.pop("explanation"), **fields}

@@ -16,7 +16,6 @@ from knorm.cli.options import visible
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
     from knorm.evaluation.doubts import Suspicion
-    from knorm.evaluation.explain import Explanation
     from knorm.evaluation.facts import Recall
     from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
@@ -144,34 +143,6 @@ def _show_recalls(console: Console, recalls: Mapping[str, Recall]) -> None:
     for name, recall in recalls.items():
         table.add_row(name, f"{recall.ppl:.2f}", f"{recall.accuracy:.1%}", f"{recall.others:.2f}")
     console.print(table)
-
-
-def show_explanation(console: Console, explanation: Explanation, title: str) -> None:
-    """Show the interventions, ranked; the tokens that got worse; the verdict."""
-    nll = (("the run", explanation.nll), ("full cache", explanation.nll_full), ("no cache", explanation.nll_empty))
-    said = ", ".join(f"{name} {math.exp(value):.2f}" for name, value in nll)
-    print_text(
-        console, Text(f"{title}\nPerplexity: {said}; {explanation.tokens} tokens in {explanation.windows} windows\n")
-    )
-    table = Table(box=None, pad_edge=False)
-    for column in ("change", "95% interval", "recovers"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("what it proves")
-    for e in explanation.effects:
-        between = "-" if e.low is None or e.high is None else f"{e.low:+.3f} to {e.high:+.3f}"
-        recovered = "-" if e.recovered is None else f"{e.recovered:.0%}"
-        table.add_row(f"{e.change:+.4f}", between, recovered, Text(f"{e.kind}: {e.sentence}"))
-    console.print(table)
-    worst = Table(title="\nTokens that got worse most", title_justify="left", box=None, pad_edge=False)
-    for column in ("window", "position", "token", "NLL full", "NLL", "evicted, most attended", "position", "attention"):
-        worst.add_column(column, justify="left" if column in ("token", "evicted, most attended") else "right")
-    for t in explanation.worst:
-        worst.add_row(
-            str(t.window), str(t.position), Text(repr(t.token)), f"{t.nll_full:.2f}", f"{t.nll:.2f}",
-            Text(repr(t.evicted)), str(t.evicted_position), f"{t.attention:.0%}",
-        )  # fmt: skip
-    console.print(worst)
-    print_text(console, Text("\n" + "\n".join(explanation.verdict), "bold"))
 
 
 _OUTCOMES = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from knorm.evaluation.interventions import (
 from knorm.evaluation.runner import Changes, Runner
 from knorm.masked_attention import attend_seen
 from knorm.perplexity import Run, exact_run
-from knorm.policy import Policy, Score
+from knorm.policy import Policy
 from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
@@ -49,6 +51,7 @@ class Effect:
         largest: largest change of any token.
         sentence: what that proves.
         is_rounding: rounding explains all of it; for the order of slots: float64 has shown that it has no effect.
+        kl: mean KL(full || changed run) in nats per token, where it is what `recovered` is a share of; else None.
     """
 
     kind: Kind
@@ -61,6 +64,7 @@ class Effect:
     largest: float
     sentence: str
     is_rounding: bool = False
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,11 @@ class TokenView:
 
 @dataclass(frozen=True)
 class Explanation:
-    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and where each token sees itself only."""
+    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and of no cache; None where that is not run."""
 
     nll: float
     nll_full: float
-    nll_empty: float
+    nll_empty: float | None
     windows: int
     tokens: int
     recent: float | None
@@ -100,7 +104,7 @@ class Explanation:
         return self.nll - self.nll_full
 
 
-def _sentence(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
+def sentence_of(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
     """Say what one intervention proves; `order` has judged in float64 what the run computes in `dtype`."""
     none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
@@ -129,7 +133,7 @@ def _sentence(change: Intervention, effect: Effect, policy: Policy, order: Order
     return f"{change.doing} {share}"
 
 
-def _effect(change: Intervention, nll: Tensor, own: Tensor, loss: float) -> Effect:
+def effect_of(change: Intervention, nll: Tensor, own: Tensor, loss: float) -> Effect:
     """Compare a changed run's NLLs with the explained run's, both [windows, scored]; the sentence is still to come."""
     difference = nll - own
     mean, (low, high) = float(difference.mean()), interval(difference.mean(1))
@@ -160,8 +164,13 @@ def _cause(found: Explanation) -> str:
     return said[0].upper() + said[1:]
 
 
-def _verdict(found: Explanation, score: Score) -> tuple[str, ...]:
-    """Say in plain words what the cause is, and what is acquitted."""
+def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
+    """Say in plain words what the cause is, and what is acquitted.
+
+    Args:
+        found: all but its verdict.
+        worse_than_chance: what is to be said where a random choice does better; empty: the choice is random.
+    """
     if found.loss > NO_LOSS:
         said = [_cause(found)]
     elif found.loss >= -NO_LOSS:
@@ -172,12 +181,13 @@ def _verdict(found: Explanation, score: Score) -> tuple[str, ...]:
             f"Compression gains {-found.loss:.3f} nats a token here; what takes most of that away again is "
             f"{undoing.name} ({undoing.change:+.3f})."
         ]
-    if next(e for e in found.effects if e.kind == "order").is_rounding:
+    if any(e.is_rounding for e in found.effects if e.kind == "order"):
         said.append("The order of the cache plays no part in it.")
-    chance = next((e for e in found.effects if e.kind == "choice" and score != "random"), None)
+    chance = next((e for e in found.effects if e.kind == "choice" and worse_than_chance), None)
     if found.loss > NO_LOSS and chance and chance.high is not None and chance.high < 0:
-        said.append("Norms choose worse than chance here.")
-    if not min(found.nll_full, found.nll_empty) <= found.nll <= max(found.nll_full, found.nll_empty):
+        said.append(worse_than_chance)
+    ends = [found.nll_full] + ([] if found.nll_empty is None else [found.nll_empty])
+    if found.nll_empty is not None and not min(ends) <= found.nll <= max(ends):
         side = "below the full cache's" if found.nll < found.nll_full else "above that of no cache at all"
         said.append(f"Perplexity lies {side}, which can be right: what is left may mislead.")
     if found.windows == 1:
@@ -187,35 +197,48 @@ def _verdict(found: Explanation, score: Score) -> tuple[str, ...]:
 
 def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: int) -> str:
     """Say why nothing was evicted."""
+    unexplained = "nothing to explain: no token was evicted; "
     if policy.keep_ratio == 1:
-        return "keep_ratio is 1"
+        return unexplained + "keep_ratio is 1"
     if len(policy.skip_layers) == layers:
-        return "every layer is skipped"
+        return unexplained + "every layer is skipped"
     longest = length - 1 if policy.protocol == "streaming" else prompt_length  # nobody sees what the last token leaves
     if longest < policy.prune_after:
-        return f"prune_after {policy.prune_after} was never reached"
+        return unexplained + f"prune_after {policy.prune_after} was never reached"
     if policy.budget(longest) == longest:
-        return f"keep_ratio {policy.keep_ratio} of {longest} tokens rounds up to all of them"
-    return "the prompt is the whole text"
+        return unexplained + f"keep_ratio {policy.keep_ratio} of {longest} tokens rounds up to all of them"
+    return unexplained + "the prompt is the whole text"
 
 
-Measure = Callable[[str, Policy, int, Changes], tuple[Tensor, Run]]  # name, policy, prompt length -> NLLs, the run
-
-
-def _effects(
-    changes: Iterable[Intervention], measure: Measure, own: Tensor, loss: float, policy: Policy, dtype: torch.dtype
+def rank_effects(
+    changes: Iterable[tuple[Intervention, Callable[..., Tensor]]],
+    own: Tensor,
+    loss: float,
+    policy: Policy,
+    dtype: torch.dtype,
 ) -> tuple[tuple[Effect, ...], Rounding]:
-    """Evaluate each change to a run with NLLs `own`; returns the effects, the best first, and what is rounding."""
+    """Evaluate each single change to a run, and rank what they do.
+
+    Args:
+        changes: each with a function from its options (those of `exact_run`) to NLLs, float64 [windows, scored]. A
+            shuffle of slots comes first: attention is summed otherwise there, which measures what rounding does.
+        own: NLLs of the run itself, float64 [windows, scored].
+        loss: what the run's mean NLL lost against the full cache, in nats.
+        policy: of the run; only words come from it.
+        dtype: of the model.
+
+    Returns:
+        The effects, the best first, and the change of a token's NLL that is rounding.
+    """
     order, rounding, effects = OrderProbe(), Rounding(), []
-    for change in changes:
+    for change, evaluate in changes:
         options: Changes = {**change.options, "attend": order} if change.kind == "order" else change.options
-        nll, _ = measure(change.name, change.policy, change.prompt_length, options)
-        if change.kind == "order" and order.holds:  # it comes first: attention is summed otherwise, and that is all
+        nll = evaluate(**options)
+        if change.kind == "order" and order.holds:
             rounding = Rounding.measured(nll - own)
-        effect = _effect(change, nll, own, loss)
         acquitted = order.holds if change.kind == "order" else rounding.covers(nll - own)
-        effect = replace(effect, is_rounding=acquitted)
-        effects.append(replace(effect, sentence=_sentence(change, effect, policy, order, dtype)))
+        effect = replace(effect_of(change, nll, own, loss), is_rounding=acquitted)
+        effects.append(replace(effect, sentence=sentence_of(change, effect, policy, order, dtype)))
     return tuple(sorted(effects, key=lambda effect: effect.change)), rounding
 
 
@@ -257,27 +280,31 @@ def explain(
         run = runner.run(policy, prompt_length=prompt_length, **changes)
         return run.nll.double().cpu(), run
 
+    def nlls(change: Intervention, **options: Unpack[Changes]) -> Tensor:
+        return measured(change.name, change.policy, change.prompt_length, options)[0]
+
     places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
     own, run = measured("the run", policy, prompt_length, places)
     if all(bool((lost == length).all()) for lost in run.evicted_at):
-        reason = _nothing_evicted(policy, layers, length, prompt_length)
-        raise ValueError(f"nothing to explain: no token was evicted; {reason}")
+        raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
     full, _ = measured("full cache", Policy(), prompt_length, {})
     empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
     changes = interventions(
         policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
     )
-    effects, rounding = _effects(changes, measured, own, float((own - full).mean()), policy, runner.model.dtype)
+    evaluated = [(change, partial(nlls, change)) for change in changes]
+    ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt_length), effects,
-        tuple(_worst(runner, tokenizer, run, full, worst, policy, rounding)), (),
+        mean_recent(run, policy, prompt_length), ranked,
+        tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
-    return replace(found, verdict=_verdict(found, policy.score))
+    worse = "" if policy.score == "random" else "Norms choose worse than chance here."
+    return replace(found, verdict=verdict_of(found, worse))
 
 
-def _worst(
+def worst_tokens(
     runner: Runner,
     tokenizer: PreTrainedTokenizerFast,
     run: Run,

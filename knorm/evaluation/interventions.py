@@ -17,7 +17,9 @@ from knorm.schedule import cache_lengths, evicted_at, never
 
 SINKS = 4  # tokens at the start that are protected
 
-Kind = Literal["order", "positions", "recency", "sinks", "choice", "layers", "repetition", "amount"]
+Kind = Literal[
+    "order", "positions", "recency", "sinks", "choice", "layers", "repetition", "amount", "content", "keys", "values"
+]
 
 
 @dataclass(frozen=True)

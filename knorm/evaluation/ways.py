@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from knorm.evaluation.damage import Damage, PerToken, compare, head_of, summed
+from knorm.evaluation.recovery import Beside
 from knorm.evaluation.windows import Windows, check_prompt
 from knorm.methods.caches import CacheMethod, stored_bytes
 from knorm.methods.method import Method, Session, Tokenizer
@@ -175,9 +176,7 @@ class Ways:
             raise ValueError(f"{method.name} has no schedule: give how='two calls', 'loop' or 'auto'")
         begin, batches, check = time.perf_counter(), [*self.ids.split(self.batch)], ""
         passes: list[Pass] = []
-        chosen: str = how
-        if how == "auto":
-            chosen = "schedule" if method.policy is not None else "two calls"
+        chosen: str = how if how != "auto" else "two calls" if method.policy is None else "schedule"
         if chosen == "two calls" and how == "auto":
             passes, chosen, check = self._checked(method, batches[0])
             on_batch()
@@ -190,8 +189,6 @@ class Ways:
         """Run the first batch in two calls and by the loop; the passes, the way that is right, and what was found."""
         try:
             two = self._run(method, ids, "two calls")
-        except torch.OutOfMemoryError:
-            raise
         except ValueError as error:
             loop = self._run(method, ids, "loop")
             return [loop], "loop", f"loop: in two calls {error}"
@@ -199,7 +196,7 @@ class Ways:
         tokens = self._compared([two], [loop], ids)
         change = tokens.nll - tokens.nll_full
         where = "window 1" if len(ids) == 1 else f"windows 1 to {len(ids)}"
-        if self._covers(tokens, "loop"):
+        if self.covers(change, "loop"):
             acted = self._acted(self._compared([loop], self.full()[:1], ids), loop, 0)
             said = f"checked on {where}: equal to the loop within {float(change.abs().max()):.1e}"
             if not acted:
@@ -215,13 +212,12 @@ class Ways:
         why = "acts again after the prompt" if again else "rounds otherwise in one call than in many"
         return [loop], "loop", f"{why}: {said}"
 
-    def _covers(self, tokens: PerToken, how: str) -> bool:
-        """Tell whether rounding alone may set two runs so far apart, one of which was made in the way `how`.
+    def covers(self, change: Tensor, how: str) -> bool:
+        """Tell whether rounding alone may change tokens' NLLs so between two runs, one of them made in the way `how`.
 
         What it does here is measured on the full cache, one pass against the same way, where the usual bound of float32
         is exceeded; and always in half precision.
         """
-        change = tokens.nll - tokens.nll_full
         if self.model.dtype in (torch.float32, torch.float64) and how not in self._noise:
             largest = float(change.abs().max())
             if not ROUNDING < largest <= 100 * ROUNDING:  # nothing to measure: far from where it is in doubt
@@ -242,7 +238,7 @@ class Ways:
         """Tell whether a run differs from the full cache's, in a prediction or in what its queries see."""
         full = self.full()[index]
         fewer = bool((run.seen < full.seen - 1e-9).any())
-        return fewer or not self._covers(tokens, "loop")
+        return fewer or not self.covers(tokens.nll - tokens.nll_full, "loop")
 
     def _compared(self, runs: Sequence[Pass], full: Sequence[Pass], ids: Tensor) -> PerToken:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
@@ -267,7 +263,7 @@ class Ways:
             for column in ("seen", "stored")
         )
         way = "loop" if how == "loop" else "two calls"
-        covered = self._covers(tokens, way)
+        covered = self.covers(tokens.nll - tokens.nll_full, way)
         changed = not covered or float(tokens.kl.max()) > self._noise.get(way, (None, ROUNDING))[1]
         return Evaluation(
             method=name,
@@ -298,7 +294,23 @@ class Ways:
         size = 2 * width * self.model.dtype.itemsize
         return Pass(states[:, -self.scored - 1 : -1].clone(), seen, float(seen.sum()) * size)
 
-    def _run(self, method: Method, ids: Tensor, how: str) -> Pass:
+    def beside(self, method: Method, how: str, make: Callable[[int], Beside]) -> tuple[PerToken, list[Beside]]:
+        """Run a method on every batch with something beside it.
+
+        Args:
+            method: made by `knorm.method`.
+            how: "two calls" or "loop".
+            make: called with the rows of a batch; returns what stands beside its run.
+
+        Returns:
+            The comparison with the full cache, and what stood beside each batch.
+        """
+        batches = self.ids.split(self.batch)
+        made = [make(len(ids)) for ids in batches]
+        passes = [self._run(method, ids, how, other) for ids, other in zip(batches, made, strict=True)]
+        return self._compared(passes, self.full(), self.ids), made
+
+    def _run(self, method: Method, ids: Tensor, how: str, beside: Beside | None = None) -> Pass:
         if how == "schedule":
             return self._by_schedule(method, ids)
         prompt, length = self.prompt_length, ids.shape[1]
@@ -309,30 +321,32 @@ class Ways:
             method.session(self.model, length=length, batch=len(ids), tokenizer=self.tokenizer) as session,
         ):
             torch.manual_seed(_SEED)
-            return self._calls(session, ids, cuts)
+            return self._calls(session, ids, cuts, beside or Beside())
 
     @torch.no_grad()
-    def _calls(self, session: Session, ids: Tensor, cuts: list[tuple[int, int]]) -> Pass:
+    def _calls(self, session: Session, ids: Tensor, cuts: list[tuple[int, int]], beside: Beside) -> Pass:
         prompt, rows = self.prompt_length, len(ids)
         places = torch.arange(ids.shape[1], device=ids.device).expand(rows, -1)
         base, keyword = self.model.base_model, cache_keyword(self.model)
         given = session.prompt(ids[:, :prompt], places[:, :prompt])
-        states = base(**given, use_cache=True, return_dict=True, **{keyword: session.cache}).last_hidden_state
+        with beside.reading(session):
+            states = base(**given, use_cache=True, return_dict=True, **{keyword: session.cache}).last_hidden_state
         parts, shift = [states[:, -1:].clone()], session.end_prompt() - prompt
         sizes = [stored_bytes(session.cache) / rows]
-        for start, stop in cuts:
-            output = base(
-                input_ids=ids[:, start:stop],
-                position_ids=places[:, start:stop] + shift,
-                use_cache=True,
-                return_dict=True,
-                **{keyword: session.cache},
-            )
-            states = output.last_hidden_state
-            if states.shape[:2] != (rows, stop - start):
-                raise ValueError(f"a call of [{rows}, {stop - start}] tokens came back as {list(states.shape[:2])}")
-            parts.append(states)
-            sizes.append(stored_bytes(session.cache) / rows)
+        with beside.decoding(session):
+            for start, stop in cuts:
+                output = base(
+                    input_ids=ids[:, start:stop],
+                    position_ids=places[:, start:stop] + shift,
+                    use_cache=True,
+                    return_dict=True,
+                    **{keyword: session.cache},
+                )
+                states = output.last_hidden_state
+                if states.shape[:2] != (rows, stop - start):
+                    raise ValueError(f"a call of [{rows}, {stop - start}] tokens came back as {list(states.shape[:2])}")
+                parts.append(states)
+                sizes.append(stored_bytes(session.cache) / rows)
         step = (sizes[-1] - sizes[0]) / (cuts[-1][1] - prompt)  # in one call a cache grows by each of its tokens
         stored = sum(sizes[1:]) / len(cuts) if len(cuts) > 1 else (sizes[0] + step + sizes[-1]) / 2
         return Pass(torch.cat(parts, 1)[:, -self.scored :].clone(), session.seen.mean(), stored)

@@ -233,7 +233,7 @@ def _check_tiles(generator: torch.Generator) -> None:
     place = torch.arange(512)
     lost = (place + 1 + torch.randint(0, 300, (2, 1, 512), generator=generator)).clamp(max=512)
     lost[0, :, :128] = 512
-    mask = block_mask(lost)
+    mask = block_mask(lost, place.expand(lost.shape))
     for row in range(2):
         seen = torch.zeros(512, 512, dtype=torch.bool)
         for tiles, counts, whole in (

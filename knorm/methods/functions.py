@@ -131,7 +131,9 @@ class _LayerSession(Session):
             self.hidden[layer] = result[2]
 
     def begin_decoding(self) -> None:
-        self._decode.enter_context(watching(self.model, self.seen, self._visible, masked=has_windows(self.model)))
+        if self.watched or self.hidden:
+            windows = has_windows(self.model)
+            self._decode.enter_context(watching(self.model, self.seen, self._visible, masked=windows))
 
     def _visible(self, module: nn.Module, key: Tensor) -> Tensor | None:
         mask = self.hidden.get(int(module.layer_idx))  # type: ignore[arg-type]

@@ -35,12 +35,14 @@ class Session:
         cache: what the model is given as its cache.
         seen: what the queries after the prompt saw.
         tokens: how many tokens the prompt had.
+        watched: what the queries see is counted, and each layer gets a mask that fits it; set False before the prompt
+            ends where single tokens are decoded and timed, and a method needs no mask of knorm's.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
         self.model, self.cache, self.seen, self.tokens = model, cache, Seen(), 0
         self._prefill, self._decode = ExitStack(), ExitStack()
-        self.prompted = False
+        self.prompted, self.watched = False, True
 
     def begin_prompt(self, tokens: int) -> None:
         """Note that the prompt, `tokens` long, is about to be read."""
@@ -66,9 +68,10 @@ class Session:
 
     def begin_decoding(self) -> None:
         """Open what holds while tokens are decoded."""
-        # Other caches may want the masks that the model would make; a plain one needs none as large as its text.
-        masked = type(self.cache) is not DynamicCache or has_windows(self.model)
-        self._decode.enter_context(watching(self.model, self.seen, masked=masked))
+        if self.watched:
+            # Other caches may want the masks that the model would make; a plain one needs none as large as its text.
+            masked = type(self.cache) is not DynamicCache or has_windows(self.model)
+            self._decode.enter_context(watching(self.model, self.seen, masked=masked))
 
     def next_position(self) -> int:
         """Return the position of the first token after the prompt."""

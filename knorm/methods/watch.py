@@ -39,10 +39,28 @@ class Seen:
         self.queries: dict[int, int] = {}
         self.tokens: dict[int, Tensor] = {}
 
-    def add(self, layer: int, counts: Tensor, queries: int) -> None:
-        """Add the visible tokens of one call, [kv_heads], summed over its queries and rows."""
+    def add(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Add one call of a layer's attention.
+
+        Args:
+            layer: its index.
+            query: [batch, heads, queries, head_dim].
+            key: [batch, kv_heads, slots, head_dim], the new tokens' included.
+            value: the same.
+            mask: what the queries see, boolean or to be added, [batch or 1, heads or 1, queries or 1, slots]; None:
+                one query sees all slots, and as many as there are slots see them causally.
+        """
+        batch, heads, queries, _ = query.shape
+        kv_heads, slots = key.shape[1:3]
+        if mask is None:
+            total = slots if queries == 1 else queries * (queries + 1) // 2  # of slots == queries: causal
+            counts = torch.full((kv_heads,), float(batch * total), dtype=torch.float64)
+        else:
+            shown = mask if mask.dtype == torch.bool else mask == 0
+            by_head = shown.sum((-1, -2)).expand(batch, heads).double()
+            counts = by_head.unflatten(1, (kv_heads, -1)).mean(-1).sum(0).cpu()
         self.tokens[layer] = self.tokens.get(layer, 0) + counts
-        self.queries[layer] = self.queries.get(layer, 0) + queries
+        self.queries[layer] = self.queries.get(layer, 0) + batch * queries
 
     def mean(self) -> Tensor:
         """Return tokens seen by a query on average, float64 [layers, kv_heads]."""
@@ -79,18 +97,18 @@ def watching(
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
     ) -> tuple[Tensor, Tensor | None]:
-        own, shown = own_attention(module), visible(module, key)
+        layer, own, shown = int(getattr(module, "layer_idx", 0)), own_attention(module), visible(module, key)
         queries, slots = query.shape[2], key.shape[2]
         size = max(1, _MASK // slots)
         if attention_mask is not None or queries <= size or (queries == slots and shown is None and not eager):
             mask = fitted(attention_mask, query, key, shown, added=eager)
-            _count(seen, module, query, key, mask)
+            seen.add(layer, query, key, value, mask)
             return own(module, query, key, value, mask, **keywords)
         outputs = []  # a mask of the whole text would take more memory than the cache
         for start in range(0, queries, size):
             block = query[:, :, start : start + size]
             mask = fitted(None, block, key, shown, added=eager, first=slots - queries + start, always=True)
-            _count(seen, module, block, key, mask)
+            seen.add(layer, block, key, value, mask)
             outputs.append(own(module, block, key, value, mask, **keywords)[0])
         return torch.cat(outputs, 1), None
 
@@ -141,16 +159,3 @@ def fitted(
         least = torch.finfo(query.dtype).min
         return torch.zeros(mask.shape, dtype=query.dtype, device=key.device).masked_fill_(~mask, least)
     return mask
-
-
-def _count(seen: Seen, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> None:
-    batch, heads, queries, _ = query.shape
-    kv_heads, slots = key.shape[1:3]
-    if mask is None:
-        total = slots if queries == 1 else queries * (queries + 1) // 2  # of slots == queries: causal
-        counts = torch.full((kv_heads,), float(batch * total), dtype=torch.float64)
-    else:
-        shown = mask if mask.dtype == torch.bool else mask == 0
-        by_head = shown.sum((-1, -2)).expand(batch, heads).double()
-        counts = by_head.unflatten(1, (kv_heads, -1)).mean(-1).sum(0).cpu()
-    seen.add(int(getattr(module, "layer_idx", 0)), counts, batch * queries)

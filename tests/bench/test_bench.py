@@ -37,7 +37,7 @@ def run_bench(run_knorm, monkeypatch):
     def small(asked):
         """A model that takes no time, where nothing is asked of the real one."""
         prompts = {"a": Prompt(tokens(1, 9), 4), "b": Prompt(tokens(1, 12), 6)}
-        return tiny("gpt_neox"), prompts, asked.policies.policies()
+        return tiny("gpt_neox"), None, prompts, asked.policies.policies()
 
     def run(*arguments):
         if arguments[: len(QUICK)] == QUICK and "--json" not in arguments:

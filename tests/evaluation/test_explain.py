@@ -10,7 +10,7 @@ from tiny import ARCHITECTURES, tiny, tokens
 from knorm import Policy, evicted_at, exact_nll
 from knorm.cache import KnormLayer
 from knorm.core import squared_norms
-from knorm.evaluation.explain import Effect, Explanation, _sentence, _verdict, explain
+from knorm.evaluation.explain import Effect, Explanation, explain, sentence_of, verdict_of
 from knorm.evaluation.interventions import Intervention, interventions, newest_to_protect
 from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
@@ -234,7 +234,7 @@ def test_what_is_cached_does_not_depend_on_the_batch(embedded):
 def test_a_sentence_says_what_rounding_explains(kind, largest, is_rounding, sentence):
     change = Intervention(kind, "", "sparing layer 1", STARVING, 1)
     effect = Effect(kind, "", 3.0, 0.02, None, None, None, largest, "", is_rounding)
-    assert _sentence(change, effect, STARVING, OrderProbe(3e-15), torch.bfloat16) == sentence
+    assert sentence_of(change, effect, STARVING, OrderProbe(3e-15), torch.bfloat16) == sentence
 
 
 def found_with(*effects, loss=0.5, recent=5.0):
@@ -278,7 +278,7 @@ def change(kind, name, recovered, low, high, loss=0.5):
     ],
 )
 def test_the_verdict_names_only_what_is_certain(found, said):
-    assert _verdict(found, "low_norm")[0].startswith(said)
+    assert verdict_of(found, "")[0].startswith(said)
 
 
 def explained_in(dtype, tokenizer):
