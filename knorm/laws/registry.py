@@ -33,6 +33,10 @@ class Malformed(Refuted):
     """
 
 
+class Untested(Exception):
+    """Say that too few cases were answered, or evicted anything: a law was not found to hold."""
+
+
 class Unfed(Refuted):
     """Say that a cache broke the model off; where the witness saw it break off too, that is the one law refuted."""
 

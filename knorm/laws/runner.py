@@ -10,7 +10,7 @@ from typing import Any
 import knorm.laws.catalogue  # noqa: F401  enters every check
 from knorm.laws.adapters import adapt
 from knorm.laws.readings import LEAST
-from knorm.laws.registry import CHECKS, Check, Refuted, find
+from knorm.laws.registry import CHECKS, Check, Refuted, Untested, find
 from knorm.laws.results import PROFILES, Profile, Result, judged
 from knorm.laws.search import Search, draw_cases, read_cases
 from knorm.laws.snippets import snippet
@@ -194,11 +194,13 @@ def check_compressor(
 
 
 def assert_holds(subject: Subject, check: Check, **options: Any) -> None:
-    """Run one check; raise Refuted with the whole report where it does not hold."""
+    """Run one check; raise Refuted with the whole report, or Untested with the reason."""
     __tracebackhide__ = True
     result = run_check(check, subject, **options)
     if result.verdict == "refuted":
         raise Refuted(describe(result))
+    if result.verdict == "untested":
+        raise Untested(f"{result.law}\n  untested: {result.reason}")
 
 
 def describe(result: Result) -> str:
@@ -224,6 +226,7 @@ def parametrize_with_checks(
     compressors: Sequence[Any],
     *,
     expected_failures: Callable[[Any], Mapping[str, str]] | None = None,
+    expected_untested: Callable[[Any], Mapping[str, str]] | None = None,
     profile: Profile | None = None,
     seed: int | None = None,
 ) -> Any:
@@ -232,6 +235,7 @@ def parametrize_with_checks(
     Args:
         compressors: what adapters.adapt takes.
         expected_failures: returns, for a compressor, check -> why it may fail; marked xfail(strict).
+        expected_untested: returns, for a compressor, check -> why it may be untested; marked xfail, and red if refuted.
         profile: by default that of --knorm-profile.
         seed: by default that of --knorm-seed.
 
@@ -254,13 +258,16 @@ def parametrize_with_checks(
     for compressor in compressors:
         subject = adapt(compressor)
         expected = dict(expected_failures(compressor)) if expected_failures else {}
-        for name in expected:
+        untested = dict(expected_untested(compressor)) if expected_untested else {}
+        for name in (*expected, *untested):
             find(name)
         for check in CHECKS.values():
             if applies(check, subject):
                 marks: list[Any] = [pytest.mark.knorm]
                 if check.name in expected:
-                    marks.append(pytest.mark.xfail(strict=True, reason=expected[check.name]))
+                    marks.append(pytest.mark.xfail(strict=True, raises=Refuted, reason=expected[check.name]))
+                if check.name in untested:
+                    marks.append(pytest.mark.xfail(strict=False, raises=Untested, reason=untested[check.name]))
                 run = partial(_run_in_pytest, check=check, subject=subject, profile=profile, seed=seed)
                 parameters.append(pytest.param(compressor, run, marks=marks, id=f"{subject.name}-{check.name}"))
     return pytest.mark.parametrize(("compressor", "check"), parameters)

@@ -19,7 +19,7 @@ import knorm
 from knorm.cli import cli
 from knorm.laws import CHECKS, KNORM, Result, find
 from knorm.laws.adapters import KINDS
-from knorm.laws.names import check_names
+from knorm.laws.names import check_names, suite_revision
 from knorm.laws.process import supervisor
 from knorm.laws.process.protocol import Board, Frames, encode
 from knorm.laws.process.worker import serve
@@ -330,6 +330,55 @@ def test_expected_failures_are_told_from_others(run_knorm, inline):
     assert "1 hold, 0 refuted, 1 held though expected to fail, 0 untested" in out
 
 
+NOTHING = "def compress(keys, values, keep_ratio):\n    return None"
+
+
+def test_a_law_that_may_stay_untested_is_no_failure_but_may_not_be_refuted(run_knorm, inline):
+    options = ("--select", "dtype", "--expect-untested", "dtype=returns nothing yet")
+    ended, out, _ = run_knorm("check", target(NOTHING), *options)
+    assert ended == 0
+    assert out.startswith("untested dtype: Dtype and device are kept. [returns nothing yet; 0 of ")
+    ended, out, _ = run_knorm("check", target(NOTHING), "--select", "shape", "--expect-untested", "shape=not yet")
+    assert ended == 1
+    assert "1 refuted" in out
+
+
+def test_a_baseline_hides_what_was_refuted_or_untested_before_and_nothing_else(run_knorm, inline):
+    select = ("--select", "shape,dtype", "--json", "old.json")
+    assert run_knorm("check", target(NOTHING), *select)[0] == 1
+    assert verdicts("old.json") == {"shape": "refuted", "dtype": "untested"}
+    assert strict_json("old.json")["suite"] == suite_revision()
+    ended, out, _ = run_knorm("check", target(NOTHING), *select[:2], "--baseline", "old.json", "--json", "new.json")
+    assert (ended, verdicts("new.json")) == (0, {"shape": "expected failure", "dtype": "untested"})
+    assert "[as in old.json; example " in " ".join(out.split())
+    old = strict_json("old.json")
+    old["suite"] = "another"
+    old["results"] = [result for result in old["results"] if result["check"] == "dtype"]
+    Path("old.json").write_text(json.dumps(old))
+    ended, out, _ = run_knorm("check", target(NOTHING), *select[:2], "--baseline", "old.json")
+    assert ended == 1, "shape is news"
+    assert "as in old.json, by the laws of another; " in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "--baseline old.json: No such file or directory, but should be a file that `knorm check --json` wrote"),
+        ("[", "--baseline old.json cannot be read (JSONDecodeError: "),
+        ("[]", "--baseline old.json cannot be read (TypeError: "),
+        ("{}", "--baseline old.json cannot be read (KeyError: 'results'), but should be a file that "),
+        ('{"target": "x.py:y", "suite": "", "results": []}', "--baseline old.json is of x.py:y, but should be of "),
+        ('{"target": "target.py:compress", "suite": "", "results": [{"check": "tim", "verdict": "refuted"}]}', "'tim'"),
+    ],
+)
+def test_a_baseline_that_is_none_is_wrong_usage(run_knorm, inline, text, words):
+    if text is not None:
+        Path("old.json").write_text(text)
+    ended, _, err = run_knorm("check", target(GOOD), "--select", "dtype", "--baseline", "old.json")
+    assert ended == 2
+    assert words in err
+
+
 def test_traits_profile_and_seed_reach_the_checks(run_knorm, inline):
     options = ("--select", "retained_count,subnormal", "--like", "knorm", "--trait", "rounding=floor")
     assert run_knorm("check", target(GOOD), *options, "--profile", "thorough", "--json", "out.json")[0] == 1
@@ -451,6 +500,8 @@ def bad_files(tmp_path):
         ("good.py:compress --expect-failure time_order", "--expect-failure time_order, but should be CHECK=REASON"),
         ("good.py:compress --expect-failure time_order=", "--expect-failure time_order=, but should be CHECK=REASON"),
         ("good.py:compress --expect-failure =x", "--expect-failure =x, but should be CHECK=REASON"),
+        ("good.py:compress --expect-untested tim=x", "no check is named 'tim'; there are accepts, "),
+        ("good.py:compress --expect-untested time_order", "--expect-untested time_order, but should be CHECK=REASON"),
         ("good.py:compress --profile slow", "--profile slow, but should be one of quick, thorough"),
         ("good.py:compress --limit 0", "--limit 0, but should be seconds above 0"),
         ("good.py:compress --limit nan", "--limit nan, but should be seconds above 0"),
