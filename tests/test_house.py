@@ -29,8 +29,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "outputs figures options prompts tables timings setting compared explained verdicts verify check ppl "
-    "explain bench golden",
+    "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify check "
+    "ppl explain bench golden",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))

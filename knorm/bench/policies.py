@@ -201,17 +201,12 @@ def as_fields(row: Row) -> dict[str, Any]:
     """Return a row as JSON has it: each metric with its ratio to the baseline and the slowdown it could see."""
     times, compared = row.times, {metric: asdict(comparison) for metric, comparison in row.comparisons.items()}
     return {
-        "arm": row.name,
+        "method": row.name,
         "policy": None if row.policy is None else row.policy.as_json(),
-        "ttft": {"seconds": times.ttft, **compared.get("ttft", {})},
-        "tpot": {
-            "seconds": times.tpot,
-            "median": times.tpot_median,
-            "p99": times.tpot_p99,
-            **compared.get("tpot", {}),
-        },
-        "throughput": {"tokens_per_second": times.throughput, **compared.get("throughput", {})},
-        "mde": {metric: comparison["mde"] for metric, comparison in compared.items()} or None,
+        "ttft": {"seconds": times.ttft},
+        "tpot": {"seconds": times.tpot, "median": times.tpot_median, "p99": times.tpot_p99},
+        "tokens_per_second": times.throughput,
+        "comparisons": compared,
         "verdict": row.verdict,
         "peak_memory": row.peak,
         "counters": asdict(row.counters),

@@ -246,7 +246,7 @@ def _show(
         {"claim": j.claim.id, "verdict": j.verdict, "reported": j.reported, "measured": j.measured, "why": j.why}
         for j in judged
     ]
-    fields = {**counted, "verdict": measured.verdict, "advice": lines, "rows": rows, "reported": reported}
+    fields = {**counted, "verdict": measured.verdict, "advice": lines, "rows": rows, "claims": reported}
     write_json(asked.json, {**setting, **fields})
     return measured.verdict
 
@@ -299,7 +299,7 @@ def _against(asked: _Asked, reference: str) -> str:
     console.print(title, soft_wrap=True, markup=False)
     verdict, rows = _judge(outcome, policies, setting, console, asked.plot, judged=not timing.allow_counters)
     counted = {"against": commit, "changed_files": changed, "rounds": rounds, "blocks": blocks}
-    write_json(asked.json, {**setting, **counted, "verdict": verdict, "rows": rows})
+    write_json(asked.json, {**setting, **counted, "verdict": verdict, "rows": rows}, "against")
     return verdict
 
 
@@ -352,8 +352,8 @@ def _judge(
         plot_slowdowns(pairs, "Slowdown against the other commit", margin, plot)
     rows = []
     for index, (_, compared) in enumerate(pairs):
-        counters = {"old": asdict(found.old[index]), "new": asdict(found.new[index]), "risen": rises[index]}
-        row: dict[str, Any] = {"policy": policies[index].as_json(), **{m: asdict(c) for m, c in compared.items()}}
-        row |= {"verdict": verdicts[index], "mde": {m: c.mde for m, c in compared.items()}}
-        rows.append(row | {"counters": counters, "log_ratios": found.logs[index]})
+        row = {"policy": policies[index].as_json(), "verdict": verdicts[index], "log_ratios": found.logs[index]}
+        row |= {"comparisons": {metric: asdict(comparison) for metric, comparison in compared.items()}}
+        counted = {"counters": asdict(found.new[index]), "counters_before": asdict(found.old[index])}
+        rows.append({**row, **counted, "risen": rises[index]})
     return verdict, rows

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from knorm.evaluation.ways import Evaluation, How, Ways
+    from knorm.methods.budget import Budget
     from knorm.methods.method import Method
 
 
@@ -195,7 +196,7 @@ def row_fields(row: Evaluation) -> dict[str, Any]:
     """Return an Evaluation as JSON has it."""
     return {
         "method": row.method,
-        "budget": row.budget,
+        **budget_fields(row.budget),
         "how": row.how,
         "check": row.check,
         "changed": row.changed,
@@ -206,6 +207,11 @@ def row_fields(row: Evaluation) -> dict[str, Any]:
         "tokens_before": row.tokens_before,
         "seconds": row.seconds,
     }
+
+
+def budget_fields(budget: Budget | None) -> dict[str, Any]:
+    """Return a budget as JSON has it: a share or a number of tokens; neither where a method has its own."""
+    return {"keep_ratio": budget and budget.keep_ratio, "keep_tokens": budget and budget.keep_tokens}
 
 
 def explicit(context: click.Context) -> frozenset[str]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from knorm.cli.compared import Asked, explicit, fitting_model, methods_of, prepared
+from knorm.cli.compared import Asked, budget_fields, explicit, fitting_model, methods_of, prepared
 from knorm.cli.options import (
     COMMON,
     CURVE,
@@ -27,6 +27,9 @@ from knorm.cli.options import (
 )
 from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import TextOptions, load_setting, text_options
+
+if TYPE_CHECKING:
+    from knorm.evaluation.explain import Explanation
 
 
 @click.command()
@@ -84,7 +87,7 @@ def explain(
             asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, json=json,
             quiet=quiet,
         )  # fmt: skip
-        return write_json(json, fields)
+        return write_json(json, fields, "method")
     if given & {"keep_tokens", "kind"}:
         raise ValueError("--keep-tokens and --as are about a TARGET other than knorm: give one, or drop them")
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
@@ -106,7 +109,7 @@ def explain(
     show_explanation(make_console(quiet), explanation, f"{setting.title}, keep_ratio {policy.keep_ratio}")
     if plot:
         plot_curves(curves, setting.title, plot)
-    write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **asdict(explanation)})
+    write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **_fields(explanation)})
     sys.exit(HOLDS)
 
 
@@ -154,6 +157,13 @@ def _explain_target(
 
         found = explain_method(ways, methods[0], newest=newest, worst=worst, on_step=step)
     show_method(console, found, title)
-    fields = asdict(found)
+    fields = asdict(found) | budget_fields(found.budget)
     options = {**asdict(model_options), **asdict(text_options), "batch": batch, "prompt_length": prompt}
-    return {**options, **fields.pop("explanation"), **fields}
+    del fields["budget"], fields["explanation"]
+    return {**options, **_fields(found.explanation), **fields}
+
+
+def _fields(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation as JSON has it."""
+    fields = asdict(explanation)
+    return fields | {"findings": fields.pop("verdict")}

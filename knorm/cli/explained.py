@@ -54,5 +54,5 @@ def show_method(console: Console, found: MethodExplanation, title: str) -> None:
     budget = "" if found.budget is None else f" {found.budget}"
     note = f"{found.how}; {found.check}" if found.check else found.how
     print_wrapped(console, f"{found.method}{budget}: {note}", "dim")
-    print_wrapped(console, f"Recovered: {found.recovered}.", "dim")
+    print_wrapped(console, f"Recovered: {found.seen}.", "dim")
     show_explanation(console, found.explanation, title)

@@ -19,7 +19,6 @@ from knorm import __version__
 from knorm.files import file_size
 from knorm.paths import goldens
 
-SCHEMA_VERSION = 1  # of what --json writes: raised where a field changes its name or meaning
 MADE_BY = "made with knorm"  # in the metadata of each figure
 _RESULT = re.compile(rb'\{\s*("schema": "knorm-|"environment": \{\s*"knorm": )')
 _GOLDEN = re.compile(rb'\{\s*"schema_version": \d+,\s*"case": ')
@@ -152,16 +151,23 @@ def environment() -> dict[str, str]:
     }
 
 
-def write_json(file: Path | None, result: Mapping[str, Any]) -> None:
+def write_json(file: Path | None, result: Mapping[str, Any], form: str = "") -> None:
     """Write what the command under way found as strict JSON, where a file is named.
 
     Args:
         file: the user's --json, or None.
-        result: its fields. The name and the version of their schema and the environment come first.
+        result: its fields, as schemas.FORMS has them. The name and the version of their schema and the environment come
+            first.
+        form: which of the command's forms it is, where there are several.
     """
     if file is not None:
-        head = {"schema": _schema(), "schema_version": SCHEMA_VERSION, "environment": environment()}
-        text = json.dumps({**head, **result}, indent=1, allow_nan=False) + "\n"
+        from knorm.cli.schemas import FORMS, VERSION
+
+        name = f"{_schema()}-{form}" if form else _schema()
+        fields = {"schema": name, "schema_version": VERSION, "environment": environment(), **result}
+        if name in FORMS:
+            fields = FORMS[name].model_validate(fields).model_dump(mode="json", by_alias=True)
+        text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
         def write(beside: Path) -> None:
             beside.write_text(text, encoding="utf-8")

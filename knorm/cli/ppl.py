@@ -103,7 +103,7 @@ def ppl(
             asked, policy_options, text_options, model_options, given=given, plot=plot, quiet=quiet,
             verbose=bool(context.obj),
         )  # fmt: skip
-        write_json(json, fields)
+        write_json(json, fields, "methods")
         sys.exit(HOLDS if whole else REFUTED)
     if asked_of := [flag for flag in ("keep_tokens", "how", "kind", "facts") if flag in given]:
         raise ValueError(f"--{asked_of[0].replace('_', '-')} is about a TARGET: give one, as knorm")
@@ -172,5 +172,5 @@ def _judge(reported: Path, json: Path | None, console: Console) -> None:
     show_suspicions(console, doubts)
     if not doubts:
         console.print(f"Nothing in {reported} is suspicious by itself; `knorm ppl` measures it.")
-    write_json(json, {"reported": str(reported), "suspicious": [asdict(doubt) for doubt in doubts]})
+    write_json(json, {"table": str(reported), "suspicious": [asdict(doubt) for doubt in doubts]}, "reported")
     sys.exit(REFUTED if doubts else HOLDS)

@@ -30,6 +30,7 @@ from knorm.evaluation.interventions import SINKS, Intervention, Kind, sees_itsel
 from knorm.evaluation.recovery import Beside, Exact, Recovery, Unrecoverable
 from knorm.evaluation.runner import Changes, Runner
 from knorm.evaluation.ways import Evaluation, Ways
+from knorm.methods.budget import Budget
 from knorm.methods.method import Method
 from knorm.perplexity import Run, exact_run, refuse_model
 from knorm.policy import Policy
@@ -49,16 +50,16 @@ class MethodExplanation:
         budget: what one compression retains; None where the method has its own.
         how: the way it was run, and `check`, how that was checked.
         acts: "evicts", or "changes" where every token stays and its keys or values are others.
-        recovered: how what its queries saw is known, in words.
+        seen: what its queries saw, in words.
         explanation: the effects, the worst tokens, and the verdict.
     """
 
     method: str
-    budget: str | None
+    budget: Budget | None
     how: str
     check: str
     acts: Literal["evicts", "changes"]
-    recovered: str
+    seen: str
     explanation: Explanation
 
 
@@ -92,7 +93,7 @@ def explain_method(
         runner = Runner(ways.model, ways.windows, ways.prompt_length, ways.batch)
         found = explain(runner, tokenizer, method.policy, newest=newest, worst=worst, on_step=on_step)
         said = "its schedule follows from its keys"
-        return MethodExplanation(method.name, str(method.budget), "schedule", "", "evicts", said, found)
+        return MethodExplanation(method.name, method.budget, "schedule", "", "evicts", said, found)
     on_step(method.label)
     row = ways.evaluate(method)
     if not row.changed:

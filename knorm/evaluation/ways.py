@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from knorm.evaluation.damage import Damage, PerToken, compare, head_of, summed
 from knorm.evaluation.recovery import Beside
 from knorm.evaluation.windows import Windows, check_prompt
+from knorm.methods.budget import Budget
 from knorm.methods.caches import CacheMethod, stored_bytes
 from knorm.methods.method import Method, Session, Tokenizer
 from knorm.model_attention import cache_keyword
@@ -47,7 +48,7 @@ class Evaluation:
 
     Attributes:
         method: the method's name.
-        budget: what one compression retains, as it was given; None where the method has its own.
+        budget: what one compression retains; None where the method has its own.
         how: the way it was run: "schedule", "two calls" or "loop".
         check: how that way was checked, in words; empty where there was nothing to check.
         changed: False where every token's prediction is the full cache's, up to rounding.
@@ -67,7 +68,7 @@ class Evaluation:
     """
 
     method: str
-    budget: str | None
+    budget: Budget | None
     how: str
     check: str
     changed: bool
@@ -204,9 +205,8 @@ class Ways:
             return [two], "two calls", said
         bound = self._noise["loop"][0].largest if "loop" in self._noise else ROUNDING
         beyond = (change.abs() > bound).any(0)
-        first = int(beyond.nonzero()[0]) if bool(beyond.any()) else 0
+        token = ids.shape[1] - self.scored + (int(beyond.nonzero()[0]) if bool(beyond.any()) else 0)
         largest = float(change.abs().max())
-        token = ids.shape[1] - self.scored + first
         said = f"in two calls {where} differs by up to {largest:.1e} nats, from token {token} on"
         again = not torch.allclose(two.seen, loop.seen)
         why = "acts again after the prompt" if again else "rounds otherwise in one call than in many"
@@ -251,7 +251,7 @@ class Ways:
         return PerToken(*map(torch.cat, zip(*parts, strict=True)))
 
     def _evaluation(
-        self, name: str, budget: Any, how: str, check: str, passes: list[Pass], seconds: float
+        self, name: str, budget: Budget | None, how: str, check: str, passes: list[Pass], seconds: float
     ) -> Evaluation:
         full = self.full()
         tokens = self._compared(passes, full, self.ids)
@@ -267,7 +267,7 @@ class Ways:
         changed = not covered or float(tokens.kl.max()) > self._noise.get(way, (None, ROUNDING))[1]
         return Evaluation(
             method=name,
-            budget=None if budget is None else str(budget),
+            budget=budget,
             how=how,
             check=check,
             changed=changed,

@@ -54,11 +54,13 @@ def test_the_command_gives_tables_json_and_a_figure(run_bench):
     assert {"blocks", "verdict", "margin", "alpha", "power", "prompts", "warm_up", "environment"} <= {*found}
     assert (found["blocks"], found["warm_up"], found["verdict"], found["margin"]) == (8, 1, "PASS", 9.0)
     plain, half = found["rows"]
-    assert plain["policy"] is plain["verdict"] is plain["mde"] is None
+    assert plain["policy"] is plain["verdict"] is None
+    assert not plain["comparisons"]
     assert half["policy"]["keep_ratio"] == 0.5
     for metric in ("ttft", "tpot", "throughput"):
-        assert half[metric]["low"] < half[metric]["ratio"] < half[metric]["high"]
-        assert half["mde"][metric] == half[metric]["mde"] > 0
+        compared = half["comparisons"][metric]
+        assert compared["low"] < compared["ratio"] < compared["high"]
+        assert compared["mde"] > 0
         assert len(half["log_ratios"][metric]) == 8
     assert half["tpot"]["median"] <= half["tpot"]["p99"]
     assert half["counters"]["retained"][0] == plain["counters"]["retained"][0] == 12

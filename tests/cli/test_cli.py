@@ -51,7 +51,8 @@ def test_ppl_writes_what_evaluate_returns(run_knorm, embedded):
     windows = cut_windows(embedded[1], STORY, 32, 2)
     for row, ratio in zip(result["rows"], ("1.0", "0.55"), strict=True):
         policy = Policy(ratio, 8, (0, 2), protect_recent=1, protocol="streaming")
-        assert untimed(row) == untimed(asdict(measure_row(Runner(embedded[0], windows), policy)))
+        measured = asdict(measure_row(Runner(embedded[0], windows), policy))
+        assert untimed(row) == untimed(measured | {"keep_ratio": float(ratio)})
         assert f"{row['ppl']:.2f}" in out
     assert result["rows"][1]["final_cache"] < result["rows"][0]["final_cache"] == 32
 
@@ -221,7 +222,7 @@ def test_verify_gives_a_verdict_for_every_claim_and_all_hold(run_knorm, monkeypa
     assert all(f"One pass equals the loop, {protocol}" in claims for protocol in ("streaming", "prefill"))
     for text in ("narrative", "encyclopedia"):
         (rows,) = (verdict["rows"] for verdict in verdicts if text in verdict["claim"])
-        assert [row["keep_ratio"] for row in rows] == [*verify.CURVE]
+        assert [row["keep_ratio"] for row in rows] == [*map(float, verify.CURVE)]
         assert len({row["tokens"] for row in rows}) == 1
         assert all(f"{row['ppl']:.2f}" in out for row in rows)
 
@@ -336,8 +337,8 @@ def test_explain_says_what_moved_perplexity(run_knorm):
     assert (code, err) == (0, "")
     assert "order: no effect, at most" in out
     assert all(f"{e['kind']}: {e['sentence']}".split(";")[0][:40] in out for e in found["effects"])
-    assert all(line in " ".join(out.split()) for line in found["verdict"])
-    assert (found["keep_ratio"], found["policy"]["prune_after"], found["windows"]) == ("0.9", 16, 2)
+    assert all(line in " ".join(out.split()) for line in found["findings"])
+    assert (found["keep_ratio"], found["policy"]["prune_after"], found["windows"]) == (0.9, 16, 2)
     assert Path("e.png").read_bytes().startswith(b"\x89PNG")
 
 

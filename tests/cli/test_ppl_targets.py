@@ -39,17 +39,17 @@ def test_a_row_for_each_target_and_budget_and_the_control_first(ppl):
     code, out, err = ppl("mine.py:newest", "knorm", "--keep-ratio", "0.5,0.25", "--json", "out.json", "--plot", "o.png")
     assert (code, err) == (0, "")
     result = strict_json("out.json")
-    assert (result["schema"], result["prompt_length"], result["failed"]) == ("knorm-ppl", 32, {})
-    rows = {(row["method"], row["budget"]): row for row in result["rows"]}
+    assert (result["schema"], result["prompt_length"], result["failed"]) == ("knorm-ppl-methods", 32, {})
+    rows = {(row["method"], row["keep_ratio"]): row for row in result["rows"]}
     assert [*rows] == [
-        ("full cache, again", None), ("mine.py:newest", "0.5"), ("mine.py:newest", "0.25"), ("knorm", "0.5"),
-        ("knorm", "0.25"),
+        ("full cache, again", None), ("mine.py:newest", 0.5), ("mine.py:newest", 0.25), ("knorm", 0.5),
+        ("knorm", 0.25),
     ]  # fmt: skip
-    newest, own, control = rows["mine.py:newest", "0.5"], rows["knorm", "0.5"], rows["full cache, again", None]
+    newest, own, control = rows["mine.py:newest", 0.5], rows["knorm", 0.5], rows["full cache, again", None]
     assert (newest["how"], own["how"]) == ("two calls", "schedule")
     assert newest["check"].startswith("checked on window 1: equal to the loop within ")
     assert (newest["tokens"], newest["windows"]) == (96, 3)
-    assert control["kl"] < 1e-9 < newest["kl"] < rows["mine.py:newest", "0.25"]["kl"]
+    assert control["kl"] < 1e-9 < newest["kl"] < rows["mine.py:newest", 0.25]["kl"]
     assert newest["kl_low"] < newest["kl"] < newest["kl_high"]
     assert newest["bytes_per_token"] < newest["bytes_per_token_full"] == control["bytes_per_token"]
     assert newest["tokens_seen"] == own["tokens_seen"]
@@ -75,7 +75,7 @@ def test_budgets_in_tokens(ppl):
     code, _, _ = ppl("mine.py:tokens", "--keep-tokens", "8,16", "--json", "out.json")
     assert code == 0
     _, eight, sixteen = strict_json("out.json")["rows"]
-    assert (eight["budget"], sixteen["budget"]) == ("8 tokens", "16 tokens")
+    assert (eight["keep_tokens"], sixteen["keep_tokens"]) == (8, 16)
     assert [row["tokens_seen"][0][0] for row in (eight, sixteen)] == [8 + 16, 16 + 16]
 
 

@@ -93,7 +93,7 @@ def explained(llama):
 def test_each_effect_is_the_run_with_that_one_change(llama, explained):
     found, policy = explained.explanation, Policy("0.5")
     assert (explained.acts, explained.how) == ("evicts", "two calls")
-    assert explained.recovered == "after the prompt 20 of its 40 tokens are seen, by layer and head"
+    assert explained.seen == "after the prompt 20 of its 40 tokens are seen, by layer and head"
     own = exact_nll(llama, IDS, policy, prompt_length=PROMPT)[:, PROMPT - 1 :].double()
     full = exact_nll(llama, IDS, Policy())[:, PROMPT - 1 :].double()
     assert found.nll == pytest.approx(float(own.mean()), abs=1e-5)
@@ -130,7 +130,7 @@ def test_what_a_method_does_to_what_it_retains_is_an_effect_of_its_own(llama):
 def test_values_that_are_rounded_are_blamed_and_exact_ones_give_the_full_cache_back(llama):
     found = explain_method(ways_of(llama), method(halved, keep_ratio=0.5))
     assert found.acts == "changes"
-    assert found.recovered == "every query sees every token; changed: values"
+    assert found.seen == "every query sees every token; changed: values"
     effects = {effect.name: effect for effect in found.explanation.effects}
     assert effects["values exact"].kl <= 1e-12
     assert effects["values exact"].recovered == pytest.approx(1, abs=1e-3)
@@ -141,7 +141,7 @@ def test_values_that_are_rounded_are_blamed_and_exact_ones_give_the_full_cache_b
 def test_a_quantised_cache_gets_exact_keys_values_and_layers_back(llama):
     ways, fp8 = ways_of(llama), method('transformers:QuantizedCache(backend="fp8")')
     found = explain_method(ways, fp8)
-    assert found.recovered == "every query sees every token; changed: keys and values"
+    assert found.seen == "every query sees every token; changed: keys and values"
     names = {effect.name for effect in found.explanation.effects}
     assert names == {"keys exact", "values exact", "layer 0 exact", "layer 1 exact", "layer 2 exact"}
     exact, _ = ways.beside(fp8, "loop", lambda rows: Exact())

@@ -56,7 +56,7 @@ def ways():
 def test_a_press_is_explained(ways, expression, acts, recovered, rest):
     found = explain_method(ways, method(f"kvpress:{expression}"))
     assert found.acts == acts
-    assert found.recovered.endswith(recovered) or recovered in found.recovered
+    assert found.seen.endswith(recovered) or recovered in found.seen
     kinds = [effect.kind for effect in found.explanation.effects]
     if acts == "evicts":
         assert {"order", "recency", "sinks", "choice", "layers"} <= {*kinds}
