@@ -123,7 +123,9 @@ def _subject(
     base = METHOD if kind in ("cache", "press") else None
     if base is not None:
         base = replace(base, **known_traits(_classes(target)))
-    promised = traits_of(SimpleNamespace(__knorm_traits__=KNORM) if own else target, traits, base)
+    # compress refuses a cache without tokens; a call without tokens leaves KnormCache as it is
+    ours = replace(KNORM, empty=None) if target is KnormCache else KNORM
+    promised = traits_of(SimpleNamespace(__knorm_traits__=ours) if own else target, traits, base)
     if kind == "press":
         return _press(target, promised, name, source, options or {})
     if kind == "cache" and _keeps_everything(target, options or {}):
