@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from textwrap import indent, wrap
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
     from knorm.golden.verify import Outcome
-    from knorm.laws.results import Result
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
@@ -56,69 +55,10 @@ def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
     return table
 
 
-_HEADS = {
-    "holds": ("holds    ", "green"),
-    "refuted": ("REFUTED  ", "bold red"),
-    "expected failure": ("expected ", "yellow"),
-    "unexpectedly holds": ("HOLDS THOUGH EXPECTED TO FAIL  ", "bold red"),
-    "untested": ("untested ", "yellow"),
-    "does not apply": ("n/a      ", "dim"),
-}
-
-
-def show_result(console: Console, result: Result, verbose: bool = False) -> None:
-    """Show the result of a check in a line; below a refuted one, all that is known about it.
-
-    A law that does not apply is shown only where `verbose`.
-    """
-    if result.verdict == "does not apply" and not verbose:
-        return
-    line = Text.assemble(_HEADS[result.verdict], f"{result.law} ", (f"[{_evidence(result)}]", "dim"))
-    print_text(console, line)
-    if result.verdict != "refuted":
-        return
-    print_text(console, Text(indent(result.counterexample or "", " " * 4)))
-    if result.given:
-        print_text(console, Text(f"    given: {result.given}"))
-    if result.snippet:
-        code = Text(f"\n{indent(result.snippet, ' ' * 8)}\n")
-        print_text(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
-
-
 def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
     """Print a line of text, whatever it holds."""
     text.plain = visible(text.plain)  # a target's words may hold what no terminal takes, or what rewrites a verdict
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
-
-
-def _evidence(result: Result) -> str:
-    if result.verdict == "does not apply":
-        return f"{result.check}: {result.reason}"
-    refuted = result.verdict in ("refuted", "expected failure")
-    tried = f"example {result.examples}" if refuted else f"{result.examples} examples"
-    why = result.reason or ("no drawn case was answered" if result.verdict == "untested" else "")
-    parts = [why, tried if result.examples else "", f"{result.seconds:.1f} s"]
-    return f"{result.check}: {'; '.join(part for part in parts if part)}"
-
-
-def show_summary(console: Console, results: Sequence[Result]) -> None:
-    """Show how many laws hold, and what more could be promised."""
-    verdicts = [result.verdict for result in results]
-    names = dict.fromkeys(name for result in results for name in result.needs)
-    if count := verdicts.count("does not apply"):
-        laws = "1 law does" if count == 1 else f"{count} laws do"
-        more = f"; promise more with --trait: {', '.join(names)}" if names else ""
-        print_text(console, Text(f"{laws} not apply{more}", "dim"))
-    wrong = verdicts.count("refuted") + verdicts.count("unexpectedly holds")
-    said = [f"{verdicts.count('holds')} hold", f"{verdicts.count('refuted')} refuted"]
-    for verdict, words_for in (
-        ("expected failure", "failed as expected"),
-        ("unexpectedly holds", "held though expected to fail"),
-    ):
-        said += [f"{verdicts.count(verdict)} {words_for}"] if verdict in verdicts else []
-    said += [f"{verdicts.count('untested')} untested", f"{count} do not apply"]
-    style = "bold red" if wrong else "bold yellow" if "untested" in verdicts else "bold green"
-    print_text(console, Text(f"{', '.join(said)}, in {sum(r.seconds for r in results):.0f} s", style))
 
 
 def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:
