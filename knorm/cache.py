@@ -16,7 +16,7 @@ from knorm.model_attention import attention as attention
 from knorm.model_attention import attention_through as attention_through  # older timing code asks for it here
 from knorm.model_attention import cache_keyword as cache_keyword
 from knorm.policy import Policy, whole
-from knorm.tensors import refuse_unreadable
+from knorm.tensors import refuse_unlike
 
 
 class KnormLayer(DynamicLayer):
@@ -231,16 +231,6 @@ def _caller() -> _Caller:
     return _Caller(None, None)
 
 
-def _refuse_states(keys: Tensor, values: Tensor) -> None:
-    """Refuse what a model would not give. Raises TypeError for what is no tensor, and ValueError."""
-    refuse_unreadable(keys=keys, values=values)
-    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not keys.is_floating_point():
-        raise ValueError(
-            f"keys {list(keys.shape)} {keys.dtype} and values {list(values.shape)} {values.dtype}, but should be "
-            "floating [batch, kv_heads, tokens, head_dim], alike but for head_dim"
-        )
-
-
 class KnormCache(Cache):
     """Compress each layer of a transformers cache after each call, as a policy says.
 
@@ -282,10 +272,9 @@ class KnormCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append a layer's new keys and values; return what this call attends to, and compress what stays stored."""
-        if type(layer_idx) is not int:
-            layer_idx = whole("layer_idx", layer_idx)
+        layer_idx = layer_idx if type(layer_idx) is int else whole("layer_idx", layer_idx)
         if layer_idx == 0 or layer_idx >= len(self.layers):
-            _refuse_states(key_states, value_states)
+            refuse_unlike(key_states, value_states)
         if layer_idx == 0:
             self._call = self._refuse_call(key_states.shape[2])
         elif not self.layers:
