@@ -23,17 +23,15 @@ if TYPE_CHECKING:
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """Make a table with a line for each ratio; the loop's columns are there if it was run."""
+    """Make a table with a line for each ratio."""
     from knorm.evaluation.curve import NEWEST
 
-    stream = any(row.stream_ppl is not None for row in rows)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     columns = ["ratio", "PPL", "± s.e.", "bits/byte", "accuracy", "mean cache", "final", f"newest {NEWEST}", "s"]
-    columns += ["loop PPL", "max diff.", "evictions", "speed-up"] if stream else []
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        cells = [
+        table.add_row(
             row.keep_ratio,
             f"{row.ppl:.2f}",
             "-" if row.standard_error is None else f"{row.standard_error:.2f}",
@@ -43,15 +41,25 @@ def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
             f"{row.final_cache:.1f}",
             "-" if row.recent is None else f"{row.recent:.1f}",
             f"{row.seconds:.2f}",
-        ]
-        if row.stream_ppl is not None and row.stream_seconds is not None:
-            cells += [
+        )
+    return table
+
+
+def loop_table(rows: Sequence[Row]) -> Table:
+    """Make a table with a line for each ratio at which the loop was run too."""
+    table = Table(title="\nThe loop", title_justify="left", box=None, pad_edge=False)
+    for column in ("ratio", "PPL", "largest difference", "evictions differ", "s", "one pass is faster"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.stream_seconds is not None:
+            table.add_row(
+                row.keep_ratio,
                 f"{row.stream_ppl:.2f}",
                 f"{row.stream_difference:.1e}",
                 str(row.stream_evictions),
+                f"{row.stream_seconds:.2f}",
                 f"{row.stream_seconds / row.seconds:.0f}x",
-            ]
-        table.add_row(*cells)
+            )
     return table
 
 
