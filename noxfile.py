@@ -47,7 +47,23 @@ def cpus(session: nox.Session) -> None:
 
 
 @nox.session
+def exam(session: nox.Session) -> None:
+    """What the laws say of kvpress' presses and of transformers' caches: writes docs/exam.md."""
+    session.install("-c", "constraints-kvpress.txt", ".[test,kvpress]")
+    session.run("python", "tools/exam.py", "Presses of kvpress", "kvpress:*", "--write", env=NO_CUDA)
+    session.install("--upgrade", "-c", PINS, ".[test]")
+    session.run("python", "tools/exam.py", "Caches of transformers", "transformers:*", "--write", env=NO_CUDA)
+
+
+@nox.session
 def matrix(session: nox.Session) -> None:
     """Every law on every mutant: fails where docs/laws.md changes, or a check has no mutant of its own."""
     session.install("-c", PINS, ".[test]")
     session.run("python", "tools/bench_laws.py", "matrix", env=NO_CUDA)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """5,000 command lines and 2,000 calls that nobody would write, where nothing can be harmed."""
+    session.install("-c", PINS, ".[test]")
+    session.run("python", "tools/fuzz.py", *session.posargs, env=NO_CUDA)

@@ -15,7 +15,8 @@ from knorm.model_attention import Call, call_of, not_a_row_of_ones
 from knorm.model_attention import attention as attention
 from knorm.model_attention import attention_through as attention_through  # older timing code asks for it here
 from knorm.model_attention import cache_keyword as cache_keyword
-from knorm.policy import Policy
+from knorm.policy import Policy, whole
+from knorm.tensors import refuse_unlike
 
 
 class KnormLayer(DynamicLayer):
@@ -125,8 +126,8 @@ class KnormLayer(DynamicLayer):
             rows = [row for row, each in enumerate(real) if each == length]
             parts = [x[rows][:, :, stored - length :] for x in (self.keys, self.values, positions)]
             part = compress(parts[0], parts[1], self.policy, positions=parts[2], layer=self.index)
-            for whole, each in zip((keys, values, kept), part, strict=True):
-                whole[rows, :, slots - counts[rows[0]] :] = each
+            for all_rows, each in zip((keys, values, kept), part, strict=True):
+                all_rows[rows, :, slots - counts[rows[0]] :] = each
         self.keys, self.values, self._kept = keys, values, kept
         self.spare = [slots - count for count in counts]
         self.fresh = 0
@@ -271,8 +272,13 @@ class KnormCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append a layer's new keys and values; return what this call attends to, and compress what stays stored."""
+        layer_idx = layer_idx if type(layer_idx) is int else whole("layer_idx", layer_idx)
+        if layer_idx == 0 or layer_idx >= len(self.layers):
+            refuse_unlike(key_states, value_states)
         if layer_idx == 0:
             self._call = self._refuse_call(key_states.shape[2])
+        elif not self.layers:
+            raise ValueError(f"layer {layer_idx} of an empty cache, but the first call should begin with layer 0")
         elif layer_idx >= len(self.layers) and self.layers[0].seen > key_states.shape[2]:
             raise ValueError(f"layer {layer_idx} is new to a cache of {len(self.layers)} layers: call reset() first")
         while len(self.layers) <= layer_idx:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # (module, query, key, value, attention_mask, **keywords) -> (output [batch, queries, heads, head_dim], weights or None)
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
+Observer = Attention  # the same, with the attention function that it stands around in front
 
 
 class _Context(NamedTuple):
@@ -68,14 +70,19 @@ _switched: dict[int, _Switched] = {}
 _lock = threading.Lock()
 _contexts: ContextVar[tuple[_Context, ...]] = ContextVar("knorm_contexts", default=())
 _calls: ContextVar[dict[int, Call]] = ContextVar("knorm_calls")  # by configuration; replaced, never written to
+_observers: ContextVar[tuple[tuple[frozenset[int], Observer], ...]] = ContextVar("knorm_observers", default=())
 
 
 def _context_of(config: object) -> _Context | None:
     return next((context for context in reversed(_contexts.get()) if id(config) in context.configs), None)
 
 
+def implementation_of(config: PreTrainedConfig) -> str:
+    """Name the implementation that a configuration came with, which knorm may have switched for now."""
+    return _own(config)
+
+
 def _own(config: PreTrainedConfig) -> str:
-    """The implementation that a configuration came with."""
     switched = _switched.get(id(config))
     return str(switched.own if switched else config._attn_implementation)
 
@@ -226,9 +233,12 @@ def own_attention(module: nn.Module) -> Attention:
         module: an attention module.
 
     Returns:
-        Transformers' own function, whatever other packages have registered over it.
+        Transformers' own function, whatever other packages have registered over it; inside `observed`, the
+        observer around it.
     """
-    return _implementation(module, _own(module.config))  # type: ignore[arg-type]
+    attention = _implementation(module, _own(module.config))  # type: ignore[arg-type]
+    observers = [observe for configs, observe in _observers.get() if id(module.config) in configs]
+    return partial(observers[-1], attention) if observers else attention
 
 
 @contextmanager
@@ -253,6 +263,31 @@ def attention_over(model: PreTrainedModel, attention: Attention, *, masked: bool
         )
     with _open(model, attention, None if masked else own, masked=masked):
         yield
+
+
+@contextmanager
+def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
+    """Let an observer stand around the model's own attention, under all that a method puts over it meanwhile.
+
+    Args:
+        model: one that attends by "sdpa" or "eager".
+        observer: called as (attention, module, query, key, value, mask, **keywords) wherever `own_attention` is; it is
+            to return what `attention` returns.
+
+    Raises:
+        ValueError: the model attends by another implementation.
+    """
+
+    def plain(module: nn.Module, *states: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        return own_attention(module)(module, *states, **keywords)
+
+    entry = (frozenset(map(id, _configs(model))), observer)
+    with attention_over(model, plain):
+        _observers.set((*_observers.get(), entry))
+        try:
+            yield
+        finally:
+            _observers.set(tuple(other for other in _observers.get() if other is not entry))
 
 
 @contextmanager

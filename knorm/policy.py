@@ -85,7 +85,7 @@ def retained_count(length: int, keep_ratio: Ratio) -> int:
         >>> retained_count(100, 0.55)  # binary floating point gives 56
         55
     """
-    length = operator.index(length)  # an int64 of NumPy would overflow below
+    length = whole("length", length)  # an int64 of NumPy would overflow below
     if length < 1:
         raise ValueError(f"length={length}, but should be at least 1: an empty cache cannot be compressed")
     ratio = exact_ratio(keep_ratio)

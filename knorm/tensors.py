@@ -63,3 +63,25 @@ def refuse_mapped(name: str, tensor: Tensor) -> None:
                 f"batch, as in {name}.flatten(0, 1)"
             )
         tensor = _FUNCTORCH.get_unwrapped(tensor)
+
+
+def refuse_unlike(keys: Tensor, values: Tensor) -> None:
+    """Refuse keys and values that no model gives to a cache.
+
+    Args:
+        keys: to be floating [batch, kv_heads, tokens, head_dim].
+        values: the same; their head_dim may be another.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: they are of another kind, shape or dtype.
+
+    Example:
+        >>> refuse_unlike(torch.zeros(1, 2, 6, 4), torch.zeros(1, 2, 6, 8))
+    """
+    refuse_unreadable(keys=keys, values=values)
+    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3] or not keys.is_floating_point():
+        raise ValueError(
+            f"keys {list(keys.shape)} {keys.dtype} and values {list(values.shape)} {values.dtype}, but should be "
+            "floating [batch, kv_heads, tokens, head_dim], alike but for head_dim"
+        )

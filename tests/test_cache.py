@@ -18,6 +18,9 @@ CLOSE = {"sdpa": 1e-9, "eager": 1e-4}  # eager attention takes its softmax in fl
 POLICIES = [Policy(0.5), Policy(0.3, protect_recent=3), STREAMING]
 
 
+KEYS = torch.zeros(1, 2, 6, 4)
+
+
 def feed(model, ids, cache, *sizes, mask=None):
     """Logits of the tokens, fed `sizes` at a time; positions are the model's or, with padding, generate's."""
     logits, start = [], 0
@@ -366,6 +369,26 @@ def test_what_is_no_policy_layer_or_attention_is_refused():
         knorm.attention(model),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "layer", "error", "message"),
+    [
+        (KEYS, KEYS, 1, ValueError, "layer 1 of an empty cache, but the first call should begin with layer 0"),
+        (KEYS, KEYS, True, ValueError, "layer_idx"),
+        (KEYS, KEYS, "0", TypeError, "layer_idx='0', but should be an integer"),
+        (None, KEYS, 0, TypeError, "keys NoneType, but should be a torch.Tensor"),
+        (KEYS.to("meta"), KEYS, 0, ValueError, "keys is a meta tensor"),
+        (KEYS[0], KEYS[0], 0, ValueError, "should be floating"),
+        (KEYS, KEYS[:, :1], 0, ValueError, "alike but for head_dim"),
+        (KEYS.int(), KEYS, 0, ValueError, "should be floating"),
+    ],
+)
+def test_what_no_model_gives_is_refused_before_anything_is_written(keys, values, layer, error, message):
+    cache = KnormCache(STREAMING)
+    with pytest.raises(error, match=message):
+        cache.update(keys, values, layer)
+    assert not cache.layers
 
 
 def test_the_models_own_attention_comes_back_whatever_happens():

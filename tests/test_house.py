@@ -24,13 +24,14 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation.published": "schema measure judge",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases declared "
     "verify values workspace history",
-    "laws": "traits results targets registry names strategies subjects oracle model presses adapters loading snippets "
+    "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
+    "readings known adapters loading snippets search "
     "catalogue runner own own_model own_cache process",
-    "laws.catalogue": "count provenance order identity protection independence selection numerics memory attention "
+    "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "schemas outputs figures options prompts tables timings setting compared explained verify check ppl "
-    "explain bench golden_log golden init",
+    "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify check "
+    "ppl explain bench golden_log golden init",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))

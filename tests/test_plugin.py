@@ -143,3 +143,36 @@ def test_a_run_without_law_tests_loads_nothing_heavy(pytester, test, loaded):
 def test_the_plugin_is_registered():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     assert project["project"]["entry-points"]["pytest11"] == {"knorm": "knorm.plugin"}
+
+
+UNTESTED = """
+from knorm.laws import parametrize_with_checks
+
+def nothing(keys, values, keep_ratio):
+    return None
+
+def untested(compressor):
+    return {"dtype": "returns nothing yet", "shape": "nor this"}
+
+@parametrize_with_checks([nothing], expected_untested=untested)
+def test_declared(compressor, check):
+    check(compressor)
+
+@parametrize_with_checks([nothing])
+def test_undeclared(compressor, check):
+    check(compressor)
+"""
+
+
+def test_an_untested_law_fails_its_test_unless_that_is_declared(pytester):
+    pytester.makepyfile(test_untested=UNTESTED)
+    result = pytester.runpytest("-rfx", "-k", "dtype or shape")
+    result.assert_outcomes(failed=3, xfailed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "E*.Untested: Dtype and device are kept.",
+            "FAILED*test_declared?nothing-shape? - *",
+            "FAILED*test_undeclared?nothing-dtype? - *",
+            "XFAIL*test_declared?nothing-dtype? - returns nothing yet",
+        ]
+    )

@@ -211,7 +211,7 @@ def _show(
     from knorm.bench.policies import advice, as_fields
     from knorm.cli.figures import plot_slowdowns
     from knorm.cli.tables import print_wrapped
-    from knorm.cli.timings import comparisons_table, show_verdict, times_table
+    from knorm.cli.timings import comparisons_table, counters_table, show_verdict, times_table
 
     console, timing = make_console(asked.quiet), asked.timing
     blocks = len(measured.samples)
@@ -220,7 +220,7 @@ def _show(
         f"{p['text']} ({p['tokens']} tokens) + {p['new_tokens']} new" for p in setting["prompts"]
     )
     console.print(title, soft_wrap=True, markup=False)
-    console.print(times_table(measured.rows), "")
+    console.print(times_table(measured.rows), "", counters_table(measured.rows), "", sep="\n")
     pairs = [(row.name, row.comparisons) for row in measured.rows[1:]]
     seen = f"{blocks} blocks after {measured.warm_up} generation for warm-up, {measured.seconds:.0f} s"
     seen += f", {measured.interrupted} steps interrupted"

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 def show_explanation(console: Console, found: Explanation, title: str) -> None:
     """Show the interventions, ranked; the tokens that got worse; the verdict."""
+    windows = "1 window" if found.windows == 1 else f"{found.windows} windows"
     nll = (("the run", found.nll), ("full cache", found.nll_full), ("no cache", found.nll_empty))
     said = ", ".join(f"{name} {math.exp(value):.2f}" for name, value in nll if value is not None)
-    print_text(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {found.windows} windows\n"))
+    print_text(console, Text(f"{title}\nPerplexity: {said}; {found.tokens} tokens in {windows}\n"))
     by_kl = any(e.kl is not None for e in found.effects)
     table = Table(box=None, pad_edge=False)
     for column in ("change", "95% interval", *(["KL left"] if by_kl else []), "recovers"):

@@ -123,7 +123,7 @@ def ppl(
 def _curve(setting: Setting, *, stream: bool, plot: Path | None, quiet: bool) -> tuple[bool, dict[str, Any]]:
     """Measure and show knorm's own curve; returns False where the loop contradicts it, and what --json holds."""
     from knorm.cli.figures import plot_curve
-    from knorm.cli.tables import curve_table, show_suspicions
+    from knorm.cli.tables import curve_table, loop_table, show_suspicions
     from knorm.evaluation.curve import measure_row
     from knorm.evaluation.doubts import judge_measured, nll_without_cache
 
@@ -135,6 +135,8 @@ def _curve(setting: Setting, *, stream: bool, plot: Path | None, quiet: bool) ->
             progress.update(task, description=f"ratio {policy.keep_ratio}")
             rows.append(measure_row(runner, policy, stream=stream, on_batch=lambda: progress.advance(task)))
     console.print(curve_table(rows, setting.title))
+    if stream:
+        console.print(loop_table(rows), "")
     holds = _holds(rows, setting.fields["dtype"], console) if stream else True
     doubts = judge_measured(runner, rows, policies, nll_empty=nll_without_cache(runner))
     show_suspicions(console, doubts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from textwrap import indent, wrap
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -21,21 +21,18 @@ if TYPE_CHECKING:
     from knorm.golden.gates import Finding
     from knorm.golden.history import Entry
     from knorm.golden.verify import Outcome
-    from knorm.laws.results import Result
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """Make a table with a line for each ratio; the loop's columns are there if it was run."""
+    """Make a table with a line for each ratio."""
     from knorm.evaluation.curve import NEWEST
 
-    stream = any(row.stream_ppl is not None for row in rows)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     columns = ["ratio", "PPL", "± s.e.", "bits/byte", "accuracy", "mean cache", "final", f"newest {NEWEST}", "s"]
-    columns += ["loop PPL", "max diff.", "evictions", "speed-up"] if stream else []
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
-        cells = [
+        table.add_row(
             row.keep_ratio,
             f"{row.ppl:.2f}",
             "-" if row.standard_error is None else f"{row.standard_error:.2f}",
@@ -45,81 +42,32 @@ def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
             f"{row.final_cache:.1f}",
             "-" if row.recent is None else f"{row.recent:.1f}",
             f"{row.seconds:.2f}",
-        ]
-        if row.stream_ppl is not None and row.stream_seconds is not None:
-            cells += [
-                f"{row.stream_ppl:.2f}",
-                f"{row.stream_difference:.1e}",
-                str(row.stream_evictions),
-                f"{row.stream_seconds / row.seconds:.0f}x",
-            ]
-        table.add_row(*cells)
+        )
     return table
 
 
-_HEADS = {
-    "holds": ("holds    ", "green"),
-    "refuted": ("REFUTED  ", "bold red"),
-    "expected failure": ("expected ", "yellow"),
-    "unexpectedly holds": ("HOLDS THOUGH EXPECTED TO FAIL  ", "bold red"),
-    "untested": ("untested ", "yellow"),
-    "does not apply": ("n/a      ", "dim"),
-}
-
-
-def show_result(console: Console, result: Result, verbose: bool = False) -> None:
-    """Show the result of a check in a line; below a refuted one, all that is known about it.
-
-    A law that does not apply is shown only where `verbose`.
-    """
-    if result.verdict == "does not apply" and not verbose:
-        return
-    line = Text.assemble(_HEADS[result.verdict], f"{result.law} ", (f"[{_evidence(result)}]", "dim"))
-    print_text(console, line)
-    if result.verdict != "refuted":
-        return
-    print_text(console, Text(indent(result.counterexample or "", " " * 4)))
-    if result.given:
-        print_text(console, Text(f"    given: {result.given}"))
-    if result.snippet:
-        code = Text(f"\n{indent(result.snippet, ' ' * 8)}\n")
-        print_text(console, code, soft_wrap=True)  # it is to be copied: no line may be broken
+def loop_table(rows: Sequence[Row]) -> Table:
+    """Make a table with a line for each ratio at which the loop was run too."""
+    table = Table(title="\nThe loop", title_justify="left", box=None, pad_edge=False)
+    for column in ("ratio", "PPL", "largest difference", "evictions differ", "s", "one pass is faster"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row.stream_seconds is not None:
+            table.add_row(
+                row.keep_ratio,
+                f"{row.stream_ppl:.2f}",
+                f"{row.stream_difference:.1e}",
+                str(row.stream_evictions),
+                f"{row.stream_seconds:.2f}",
+                f"{row.stream_seconds / row.seconds:.0f}x",
+            )
+    return table
 
 
 def print_text(console: Console, text: Text, soft_wrap: bool = False) -> None:
     """Print a line of text, whatever it holds."""
     text.plain = visible(text.plain)  # a target's words may hold what no terminal takes, or what rewrites a verdict
     console.print(text, soft_wrap=soft_wrap or not console.is_terminal)  # a log has no edge
-
-
-def _evidence(result: Result) -> str:
-    if result.verdict == "does not apply":
-        return f"{result.check}: {result.reason}"
-    refuted = result.verdict in ("refuted", "expected failure")
-    tried = f"example {result.examples}" if refuted else f"{result.examples} examples"
-    why = result.reason or ("no drawn case was answered" if result.verdict == "untested" else "")
-    parts = [why, tried if result.examples else "", f"{result.seconds:.1f} s"]
-    return f"{result.check}: {'; '.join(part for part in parts if part)}"
-
-
-def show_summary(console: Console, results: Sequence[Result]) -> None:
-    """Show how many laws hold, and what more could be promised."""
-    verdicts = [result.verdict for result in results]
-    names = dict.fromkeys(name for result in results for name in result.needs)
-    if count := verdicts.count("does not apply"):
-        laws = "1 law does" if count == 1 else f"{count} laws do"
-        more = f"; promise more with --trait: {', '.join(names)}" if names else ""
-        print_text(console, Text(f"{laws} not apply{more}", "dim"))
-    wrong = verdicts.count("refuted") + verdicts.count("unexpectedly holds")
-    said = [f"{verdicts.count('holds')} hold", f"{verdicts.count('refuted')} refuted"]
-    for verdict, words_for in (
-        ("expected failure", "failed as expected"),
-        ("unexpectedly holds", "held though expected to fail"),
-    ):
-        said += [f"{verdicts.count(verdict)} {words_for}"] if verdict in verdicts else []
-    said += [f"{verdicts.count('untested')} untested", f"{count} do not apply"]
-    style = "bold red" if wrong else "bold yellow" if "untested" in verdicts else "bold green"
-    print_text(console, Text(f"{', '.join(said)}, in {sum(r.seconds for r in results):.0f} s", style))
 
 
 def show_suspicions(console: Console, doubts: Sequence[Suspicion]) -> None:

@@ -21,23 +21,35 @@ _STYLES = {"PASS": "green", "FAIL": "bold red", "INCONCLUSIVE": "yellow"}
 
 
 def times_table(rows: Sequence[Row]) -> Table:
-    """Make a table with a line for each arm: times, memory, exact counters."""
-    table = Table(box=None, pad_edge=False)
+    """Make a table with a line for each arm: its times."""
+    table = _table("method", "TTFT ms", "TPOT ms", "median ms", "p99 ms", "tokens/s")
+    for row in rows:
+        t = row.times
+        times = [f"{1000 * x:.2f}" for x in (t.ttft, t.tpot, t.tpot_median, t.tpot_p99)]
+        table.add_row(row.name, *times, f"{t.throughput:.1f}")
+    return table
+
+
+def counters_table(rows: Sequence[Row]) -> Table:
+    """Make a table with a line for each arm: its memory, and what it does in whole numbers."""
     steps = rows[0].counters.steps
     cuda = rows[0].counters.step_launches is not None
-    columns = ["keep_ratio", "TTFT ms", "TPOT ms", "median ms", "p99 ms", "tokens/s", "cache KiB", "tokens kept"]
-    columns += ["peak MiB"] if cuda else []
-    columns += ["operators: prompt", f"{steps} steps"] + (["launches: prompt", f"{steps} steps"] if cuda else [])
-    for column in columns:
-        table.add_column(column, justify="left" if column == "keep_ratio" else "right")
+    columns = ["cache KiB", *(["peak MiB"] if cuda else []), "tokens kept", "operators: prompt", f"{steps} steps"]
+    table = _table("method", *columns, *(["launches: prompt", f"{steps} steps"] if cuda else []))
     for row in rows:
-        t, c = row.times, row.counters
-        times = [f"{1000 * x:.2f}" for x in (t.ttft, t.tpot, t.tpot_median, t.tpot_p99)]
-        cells = [row.name, *times, f"{t.throughput:.1f}", f"{c.cache_bytes / 1024:,.0f}", _per_layer(c.retained)]
-        cells += [f"{(row.peak or 0) / 2**20:.1f}"] if cuda else []
-        cells += [f"{c.prompt_operators:,}", f"{c.step_operators:,}"]
-        cells += [f"{c.prompt_launches:,}", f"{c.step_launches:,}"] if cuda else []
-        table.add_row(*cells)
+        c = row.counters
+        cells = [row.name, f"{c.cache_bytes / 1024:,.0f}", *([f"{(row.peak or 0) / 2**20:.1f}"] if cuda else [])]
+        cells += [_per_layer(c.retained), f"{c.prompt_operators:,}", f"{c.step_operators:,}"]
+        table.add_row(*cells, *([f"{c.prompt_launches:,}", f"{c.step_launches:,}"] if cuda else []))
+    return table
+
+
+def _table(first: str, *columns: str) -> Table:
+    """Make an empty table of names and numbers; names are folded rather than numbers cut."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, overflow="fold", min_width=10)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -53,18 +65,17 @@ def _per_layer(retained: Sequence[int]) -> str:
 
 
 def comparisons_table(pairs: Pairs) -> Table:
-    """Make a table with a line for each policy and metric: slowdown, two intervals, what it could see, verdict."""
-    table = Table(box=None, pad_edge=False)
+    """Make a table with a line for each method and metric: slowdown, interval, what it could see, verdict."""
     level = next((1 - 2 * c.alpha for _, compared in pairs for c in compared.values()), 0.98)
-    columns = ("keep_ratio", "of", "slowdown", f"{level:.2%} interval", "bootstrap", "could see", "verdict")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("keep_ratio", "of", "verdict") else "right")
+    table = _table("method", "of", "slowdown", f"{level:.2%} interval", "could see", "verdict")
+    for column, justify in ((1, "left"), (5, "left")):
+        table.columns[column].justify = justify  # type: ignore[assignment]
     for name, compared in pairs:
         for metric in _SHOWN:
             c = compared[metric]
             verdict = Text(c.verdict, _STYLES[c.verdict]) if metric != "throughput" else Text("-")
-            between = [f"{100 * low - 100:+.1f} to {100 * high - 100:+.1f}%" for low, high in (c.t, c.bootstrap)]
-            table.add_row(name, _NAMES[metric], f"{c.ratio - 1:+.1%}", *between, f"{c.mde:.1%}", verdict)
+            between = f"{100 * c.low - 100:+.1f} to {100 * c.high - 100:+.1f}%"
+            table.add_row(name, _NAMES[metric], f"{c.ratio - 1:+.1%}", between, f"{c.mde:.1%}", verdict)
     return table
 
 
@@ -90,7 +101,8 @@ def show_verdict(
         words = f"INCONCLUSIVE: {what}: the noise is too large for {blocks} {unit}; about {more} more would decide"
         print_text(console, Text(words, _STYLES["INCONCLUSIVE"]))
     words = (
-        f"All verdicts together are wrongly FAIL at most {alpha:.0%} of the time; 'could see': found in {power:.0%}."
+        "Intervals are the wider of Student's and a bootstrap's. All verdicts together are wrongly FAIL at most "
+        f"{alpha:.0%} of the time; 'could see': found in {power:.0%}."
     )
     print_text(console, Text(words, "dim"))
 

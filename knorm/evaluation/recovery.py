@@ -88,6 +88,8 @@ class Recovery(Seen, Beside):
         layer, tokens = int(module.layer_idx), query.shape[2]  # type: ignore[arg-type]
         if tokens != self.prompt_length:
             raise Unrecoverable(f"its prompt has {tokens} tokens, but the text's has {self.prompt_length}")
+        if key.shape[2] < tokens:
+            raise Unrecoverable(f"the prompt's own {tokens} tokens attend to {key.shape[2]} keys")
         self._keys[layer], self._values[layer] = fingerprints(key[:, :, :tokens]), fingerprints(value[:, :, :tokens])
         return key, value
 

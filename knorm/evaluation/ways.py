@@ -120,14 +120,14 @@ class Ways:
         scored: int | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        check_prompt(windows, whole("prompt_length", prompt_length))
         refuse_unready(model)
         check_ids(model, windows.input_ids)
+        check_prompt(windows, whole("prompt_length", prompt_length))
         after = windows.input_ids.shape[1] - prompt_length
-        if prompt_length < 1 or after < 1:
+        if prompt_length < 1 or after < 2:
             raise ValueError(
-                f"prompt_length={prompt_length}, but should be between 1 and {windows.input_ids.shape[1] - 1}: a "
-                "prompt to compress, and tokens after it to score"
+                f"prompt_length={prompt_length}, but should be between 1 and {windows.input_ids.shape[1] - 2}: a "
+                "prompt to compress, and two tokens after it, since the prompt itself predicts the first"
             )
         self.scored = after if scored is None else whole("scored", scored, 1)
         if self.scored > after:

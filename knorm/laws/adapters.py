@@ -6,21 +6,27 @@ are both what runs here and what a counterexample shows: Subject.code.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from knorm.cache import KnormCache
 from knorm.core import compress
-from knorm.laws.presses import through_attention
+from knorm.laws.known import known_traits
 from knorm.laws.subjects import Subject, takes_layer
 from knorm.laws.targets import CALLED_AS, KINDS
-from knorm.laws.traits import KNORM, Traits, traits_of
+from knorm.laws.traits import KNORM, METHOD, Traits, traits_of
 from knorm.methods import kinds
-from knorm.methods.kinds import kind_of, signature_of
+from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
+from knorm.methods.caches import CacheMethod
+from knorm.methods.kinds import budget_parameter, is_press, kind_of, signature_of
+from knorm.methods.method import Method
+from knorm.methods.presses import PressMethod, acts_while_decoding, nested
 from knorm.perplexity import exact_nll, stream_nll
 
 _RATIOS = (*kinds.RATIOS, "policy")
@@ -51,7 +57,6 @@ def compress(keys, values, keep_ratio, layer=0):
     return cache.layers[layer].keys, cache.layers[layer].values""",
     "evaluator": """def evaluate(model, input_ids, prompt_length, keep_ratio):
     return {given}(model, input_ids, {ratio}{options})""",
-    "press": "compress = through_attention({given})",
 }
 _DIRECT = "compress = {given}"
 _IMPORTS = {
@@ -60,7 +65,6 @@ _IMPORTS = {
     "Policy(": "from knorm import Policy",
     "adapt(": "from knorm.laws.adapters import adapt",
     "lru_cache(": "from functools import lru_cache",
-    "through_attention(": "from knorm.laws.adapters import through_attention",
 }
 
 
@@ -81,9 +85,10 @@ def adapt(target: Any, traits: Traits | Mapping[str, Any] | None = None, *, kind
              legacy           (past_key_values, keep_ratio, prune_after, skip_layers), of a list of (keys, values), one
                               for each layer; prune_after and skip_layers are the traits', 0 and none by default
              cache function   (cache, keep_ratio), changes a transformers cache in place or returns one
-             cache            a class of transformers caches that takes the ratio, or (keep_ratio) -> Cache
+             cache            a class of transformers caches, or (keep_ratio) -> Cache; one that takes no ratio keeps
+                              all that it is given, or has a budget of its own
              evaluator        (model, input_ids, keep_ratio[, prompt_length]) -> NLL [batch, T-1]
-             press            a press of kvpress that compresses tensors, its class or an instance
+             press            a press of kvpress, its class or an instance
     traits   what it promises; by default its __knorm_traits__, and KNORM for knorm's own
     kind     one of KINDS; by default told from the names and annotations of the target's parameters
 
@@ -97,7 +102,15 @@ def adapt(target: Any, traits: Traits | Mapping[str, Any] | None = None, *, kind
     return _subject(target, traits, kind, named.__qualname__.rpartition("<locals>.")[2], _source(target))
 
 
-def _subject(target: Any, traits: Any, kind: str | None, name: str, source: _Source | None) -> Subject:
+def _subject(
+    target: Any,
+    traits: Any,
+    kind: str | None,
+    name: str,
+    source: _Source | None,
+    options: Mapping[str, Any] | None = None,
+) -> Subject:
+    """Make a Subject; options: keywords that a class of caches or a press is always given."""
     if isinstance(target, Subject):
         return target
     if kind not in (None, *KINDS):
@@ -107,13 +120,96 @@ def _subject(target: Any, traits: Any, kind: str | None, name: str, source: _Sou
     own_kind = _kind_of(target)
     kind = kind or own_kind
     own = any(target is mine for mine in (compress, KnormCache, exact_nll, stream_nll))
-    promised = traits_of(SimpleNamespace(__knorm_traits__=KNORM) if own else target, traits)
+    base = METHOD if kind in ("cache", "press") else None
+    if base is not None:
+        base = replace(base, **known_traits(_classes(target)))
+    # compress refuses a cache without tokens; a call without tokens leaves KnormCache as it is
+    ours = replace(KNORM, empty=None) if target is KnormCache else KNORM
+    promised = traits_of(SimpleNamespace(__knorm_traits__=ours) if own else target, traits, base)
+    if kind == "press":
+        return _press(target, promised, name, source, options or {})
+    if kind == "cache" and _keeps_everything(target, options or {}):
+        return _bare_cache(target, promised, name, source, options or {})
+    if options:
+        target = functools.partial(target, **options)
     body, blanks = _filled(target, kind, promised, name)
     made: dict[str, Any] = {"given": target}
     # not a closure written beside the text: what is shown would be another than what ran
     exec(_with_imports(body.format(given="given", **blanks)), made)
     code = _code(source, kind, kind != own_kind, body, blanks) if source else ""
     return Subject(name, promised, made.get("compress"), made.get("make_cache"), made.get("evaluate"), code)
+
+
+def _classes(target: Any) -> list[str]:
+    """Name the classes of transformers and kvpress that a target is made of."""
+    kinds = [target if isinstance(target, type) else type(target)]
+    if is_press(kinds[0]) and not isinstance(target, type):
+        kinds = [type(press) for press in nested(target)]
+    every = [base for kind in kinds for base in kind.__mro__]
+    return [base.__name__ for base in every if base.__module__.partition(".")[0] in ("kvpress", "transformers")]
+
+
+def _keeps_everything(target: Any, options: Mapping[str, Any]) -> bool:
+    """Tell whether a class of caches takes no ratio: it keeps all that it is given, or has a budget of its own."""
+    signature = signature_of(target)
+    if not isinstance(target, type) or signature is None:
+        return False
+    known = {"config", "max_cache_len", "max_batch_size", "batch_size", "device", "dtype", *options}
+    word = budget_parameter(signature.parameters)
+    named = {n: p for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    needed = {name for name, parameter in named.items() if parameter.default is parameter.empty}
+    return (word is None or word in options) and "policy" not in signature.parameters and needed <= known
+
+
+def _bare_cache(target: Any, traits: Traits, name: str, source: _Source | None, options: Mapping[str, Any]) -> Subject:
+    """A cache without a ratio; what its constructor needs and the run knows is filled in."""
+    method = CacheMethod(name, target, None, dict(options))
+
+    def open_cache(keep_ratio: float, model: Any, length: int, rows: int) -> Any:
+        return method.start(model, length, rows, None).cache
+
+    return Subject(name, traits, open_cache=open_cache, code=_imported(source), budgeted=False)
+
+
+def _press(target: Any, traits: Traits, name: str, source: _Source | None, options: Mapping[str, Any]) -> Subject:
+    """A press, opened on a model as its users open it. Raises TypeError for what is no press, or cannot be made."""
+    kind = target if isinstance(target, type) else type(target)
+    if not is_press(kind):
+        raise TypeError(f"{kind.__name__} is no press of kvpress")
+
+    def method(keep_ratio: float) -> Method:
+        return PressMethod(name, target, Budget(str(keep_ratio)), dict(options))
+
+    budgeted = True
+    try:
+        example = method(0.5)
+    except TakesNoBudget:
+        budgeted = False
+        try:
+            example = PressMethod(name, target, None, dict(options))
+        except NeedsBudget as error:
+            raise TypeError(str(error)) from error
+        own = example
+
+        def method(keep_ratio: float) -> Method:
+            return own
+    except ValueError as error:
+        raise TypeError(str(error)) from error
+
+    press: Any = example
+    late = any(acts_while_decoding(inner) for inner in press.parts())
+    code = _imported(source)
+    return Subject(name, traits, method=method, code=code, budgeted=budgeted, acts_late=late, eager=press.reads_weights)
+
+
+def _imported(source: _Source | None) -> str:
+    """The lines that import a target under the name `target`."""
+    if source is None:
+        return ""
+    root, dot, rest = source.path.partition(".")
+    alias = "target" if not rest else root
+    lines = source.lines(root, alias)
+    return lines if not rest else f"{lines}\ntarget = {alias}{dot}{rest}"
 
 
 def _code(source: _Source, kind: str, forced: bool, body: str, blanks: Mapping[str, str]) -> str:
@@ -148,9 +244,6 @@ def _kind_of(target: Any) -> str:
 
 def _filled(target: Any, kind: str, traits: Traits, name: str) -> tuple[str, dict[str, str]]:
     """The body for a target of that kind, and what fills it. Raises TypeError for a signature that does not fit."""
-    if kind == "press":
-        through_attention(target)  # refuses what it cannot run
-        return _BODIES[kind], {}
     signature = signature_of(target)
     parameters = signature.parameters if signature else {}
     positional = [x for x, parameter in parameters.items() if parameter.kind is not inspect.Parameter.KEYWORD_ONLY]

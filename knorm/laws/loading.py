@@ -9,6 +9,7 @@ from typing import Any
 from knorm.laws.adapters import _importable, _Source, _subject
 from knorm.laws.subjects import Subject
 from knorm.laws.traits import Traits
+from knorm.methods.kinds import kind_of
 from knorm.methods.targets import Target, parse_target
 from knorm.methods.targets import load_target as load
 
@@ -24,9 +25,11 @@ def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str
     """
     target = parse_target(spec)
     named, keywords = load(target)
-    made = functools.partial(named, **keywords) if keywords else named
+    told = kind or (kind_of(named) if callable(named) else "")
+    made = functools.partial(named, **keywords) if keywords and told not in ("cache", "press") else named
+    options = keywords if made is named else {}
     try:
-        return _subject(made, traits, kind, target.path, _origin(target))
+        return _subject(made, traits, kind, target.path, _origin(target), options)
     except TypeError as error:
         raise ValueError(f"target {spec!r}: {error}") from error
 

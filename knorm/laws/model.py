@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import DynamicCache
 
-from knorm.laws import oracle
-from knorm.laws.registry import Malformed, Refuted
+from knorm.laws.blame import is_refusal
+from knorm.laws.registry import Malformed, Refusal, Refuted, Unfed
 from knorm.laws.strategies import VOCABULARY
 from knorm.laws.subjects import in_words
 from knorm.model_attention import cache_keyword
@@ -45,7 +44,7 @@ def small_model(device: str) -> PreTrainedModel:
 def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: Iterable[int], **options: Any) -> Tensor:
     """Logits of the tokens, fed `sizes` at a time, positions left to the model: [batch, length, vocabulary].
 
-    Raises Refuted where the cache breaks the model.
+    Raises Refuted where the cache breaks the model, Refusal where it says why it cannot.
     """
     parts, start = [], 0
     for size in sizes:
@@ -56,45 +55,15 @@ def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: I
                  for name, x in options.items()}  # fmt: skip
         try:
             out = model(ids[:, start:stop], use_cache=True, **{cache_keyword(model): cache}, **given)
-        except (Malformed, Refuted):
+        except (Malformed, Refuted, Refusal):
             raise
         except Exception as error:
-            raise Refuted(f"tokens {start} to {stop - 1} of a text could not be fed: {in_words(error)}") from error
+            if is_refusal(error):
+                raise Refusal(str(error)) from error
+            raise Unfed(f"tokens {start} to {stop - 1} of a text could not be fed: {in_words(error)}") from error
         parts.append(out.logits)
         start = stop
     return torch.cat(parts, 1)
-
-
-def retained(model: PreTrainedModel, prompt: Tensor, cache: TransformersCache) -> list[Tensor]:
-    """Which of the prompt's tokens a cache holds, by their keys: per layer, bool [batch, kv_heads, prompt].
-
-    The prompt's keys do not depend on a compression after it. Raises Refuted for a stored key that is none of them.
-    """
-    plain = DynamicCache()
-    feed(model, prompt, plain, [prompt.shape[1]])
-    places = []
-    stored: Any = cache.layers
-    for index, layer in enumerate(cast(Any, plain.layers)):
-        same = (stored[index].keys[..., :, None, :] - layer.keys[..., None, :, :]).abs().amax(-1) < 1e-9
-        if not same.any(-1).all():
-            slot = (~same.any(-1)).nonzero()[0].tolist()
-            raise Refuted(f"layer {index} holds a key (row, head, slot {slot}) that is none of the prompt's")
-        places.append(same.any(-2))
-    return places
-
-
-@torch.no_grad()
-def masked_logits(model: PreTrainedModel, ids: Tensor, prompt: int, held: list[Tensor]) -> Tensor:
-    """Compute the oracle: logits of the plain model in which later tokens do not see the prompt's evicted ones."""
-    later = ids.shape[1] - prompt
-
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, **__: Any) -> Any:
-        alive = torch.nn.functional.pad(held[module.layer_idx], (0, later), value=True)
-        lost = torch.where(alive, prompt + later, prompt)
-        return oracle.attend(query, key, value, lost, scaling).transpose(1, 2), None
-
-    with oracle.attending(model, attention):
-        return model(ids, use_cache=False).logits
 
 
 def steps(prompt: int, length: int, chunk: int) -> list[int]:

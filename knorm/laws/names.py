@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 from knorm.laws.registry import unknown
@@ -23,6 +24,21 @@ def check_names() -> dict[str, str]:
             if isinstance(node, ast.FunctionDef) and any(map(_enters, node.decorator_list)):
                 names[node.name.removeprefix("check_")] = file.stem
     return names
+
+
+@cache
+def suite_revision() -> str:
+    """Name the laws and the ways that cases are drawn: 12 hexadecimal digits of a hash of their source.
+
+    >>> len(suite_revision())
+    12
+    """
+    folder = Path(__file__).parent
+    parts = [
+        f"{file.relative_to(folder).as_posix()}\n{file.read_text(encoding='utf-8')}"
+        for file in sorted(folder.rglob("*.py"))
+    ]
+    return sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _enters(decorator: ast.expr) -> bool:

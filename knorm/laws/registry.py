@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from knorm.laws.traits import Traits
 
-Surface = Literal["compressor", "model", "cache", "nll", "evaluator"]
+Surface = Literal["compressor", "cache", "witness", "nll", "evaluator"]
+Reads = Literal["drawn", "rows", "real"]
 
 
 class Refuted(AssertionError):
@@ -32,8 +33,20 @@ class Malformed(Refuted):
     """
 
 
+class Untested(Exception):
+    """Say that too few cases were answered, or evicted anything: a law was not found to hold."""
+
+
+class Unfed(Refuted):
+    """Say that a cache broke the model off; where the witness saw it break off too, that is the one law refuted."""
+
+
 class Vacuous(Exception):
     """Say that a law does not speak of a case, which then does not count as tried."""
+
+
+class Refusal(Exception):
+    """Say that the target declined a case in a sentence of its own: it was not answered, and nothing is refuted."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,15 @@ class Check:
         name: what the command line calls it.
         function: check_<name>(subject, case), which raises Refuted.
         family: the module in which it stands.
-        surface: what it is run on: "compressor", tensors; "model", any compressor or cache inside a model; "cache", a
-            transformers cache of the target's own; "nll", the token NLLs of any of them, or of an evaluator;
+        surface: what it is run on: "compressor", tensors; "cache", a transformers cache of the target's own; "witness",
+            what attention sees of a cache or of a press; "nll", the token NLLs of any of them, or of an evaluator;
             "evaluator", the token NLLs of an evaluator only.
         needs: trait -> the values with which the check applies; empty: it applies to every compressor.
         applies: a further condition, for the few that values do not express.
         exact: True to draw only keys whose norms are exact in every dtype.
         first: makes, from a subject's traits, the cases that are tried before any is drawn.
+        reads: what the witness reads: "drawn" keys, several "rows", or "real" keys that positions turn.
+        evicts: True for a law that speaks of eviction: a case in which nothing was evicted does not count.
 
     Example:
         >>> from knorm.laws import find
@@ -84,6 +99,8 @@ class Check:
     applies: Condition | None
     exact: bool
     first: Callable[[Traits], Iterable[Any]]
+    reads: Reads = "drawn"
+    evicts: bool = False
 
     @property
     def law(self) -> str:
@@ -144,6 +161,8 @@ def check(
     applies: Condition | None = None,
     exact: bool = False,
     first: Callable[[Traits], Iterable[Any]] = lambda traits: (),
+    reads: Reads = "drawn",
+    evicts: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Enter a check_<law>(subject, case) into the catalogue.
 
@@ -153,6 +172,8 @@ def check(
         applies: a further condition, for the few that values do not express.
         exact: draw only keys whose norms are exact in every dtype.
         first: makes, from a subject's traits, the cases that are tried before any is drawn.
+        reads: what the witness reads, as Check says.
+        evicts: the law speaks of eviction.
 
     Returns:
         The decorator of the function, which it leaves as it is.
@@ -179,7 +200,7 @@ def check(
         if name in CHECKS:
             raise ValueError(f"check {name!r} is in the catalogue already")
         family = function.__module__.rpartition(".")[2]
-        CHECKS[name] = Check(name, function, family, surface, several, applies, exact, first)
+        CHECKS[name] = Check(name, function, family, surface, several, applies, exact, first, reads, evicts)
         return function
 
     return enter

@@ -41,13 +41,17 @@ class Result:
         law: the sentence that it tried to refute.
         family: the family of the law.
         verdict: "refuted" or "unexpectedly holds": the target failed. "holds", "expected failure": it did not.
-            "untested": no drawn case was answered. "does not apply": its traits do not ask for the law.
+            "untested": too few cases were answered, or evicted anything. "does not apply": its traits do not ask for
+            the law.
         examples: how many cases were tried.
+        answered: of these, on how many the law had something to say.
+        evicted: of these, in how many something was evicted.
+        fault: True where knorm itself broke off: nothing is said of the target.
         seconds: time to the verdict, making the counterexample smaller included.
         counterexample: the sentence with the evidence, of the smallest case that refutes the law.
         given: shapes, dtype and ratio of that case.
         snippet: Python that shows it.
-        reason: why the check does not apply, or why a failure was expected.
+        reason: why the check does not apply or is untested, or why a failure was expected.
         needs: the traits that keep it from applying: with other values of these it would.
 
     Example:
@@ -66,6 +70,9 @@ class Result:
     snippet: str | None = None
     reason: str | None = None
     needs: tuple[str, ...] = ()
+    answered: int = 0
+    evicted: int = 0
+    fault: bool = False
 
     def __post_init__(self) -> None:
         for name in ("counterexample", "given", "reason"):

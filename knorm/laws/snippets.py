@@ -11,7 +11,8 @@ from torch import Tensor
 from knorm.laws.registry import Check, find
 from knorm.laws.strategies import Cache, Text
 from knorm.laws.subjects import Call, Subject, takes_layer
-from knorm.laws.traits import Traits
+from knorm.laws.traits import METHOD, Traits
+from knorm.laws.witness import Reading
 
 MOST_CALLS, MOST_NUMBERS = 3, 400
 SHOWS = {  # where the numbers retained are not what is wrong
@@ -47,8 +48,17 @@ def _same(first: Call, second: Call) -> bool:
     )
 
 
-def snippet(check: Check, subject: Subject, case: Cache | Text, calls: list[Call]) -> str:
+def snippet(check: Check, subject: Subject, case: Cache | Text | Reading, calls: list[Call]) -> str:
     """Write the calls that the check made on its smallest counterexample; for laws about models, the check itself."""
+    if isinstance(case, Reading):
+        return "\n".join(
+            [
+                "from knorm.laws import reproduce",
+                "from knorm.laws.witness import Reading",
+                subject.code or f"target = ...  # {subject.name}",
+                f'reproduce("{check.name}", target, {_arguments(case)}{_promises(subject)})',
+            ]
+        )
     if isinstance(case, Text):
         return "\n".join(
             [
@@ -84,13 +94,20 @@ def snippet(check: Check, subject: Subject, case: Cache | Text, calls: list[Call
     return "\n".join(lines)
 
 
+def _arguments(reading: Reading) -> str:
+    """A reading as it is written in Python; what is the default is left out."""
+    changed = {f.name: getattr(reading, f.name) for f in fields(Reading) if getattr(reading, f.name) != f.default}
+    return f"Reading({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
 def _promises(subject: Subject) -> str:
     """The traits that differ from what every compressor owes, as keywords."""
+    owed = METHOD if subject.make_cache or subject.open_cache or subject.method else Traits()
     given = {f.name: getattr(subject.traits, f.name) for f in fields(Traits)}
-    return "".join(f", {name}={value!r}" for name, value in given.items() if value != getattr(Traits(), name))
+    return "".join(f", {name}={value!r}" for name, value in given.items() if value != getattr(owed, name))
 
 
-def reproduce(name: str, target: object, case: Cache | Text, **traits: Any) -> None:
+def reproduce(name: str, target: object, case: Cache | Text | Reading, **traits: Any) -> None:
     """Run one check on one case.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from knorm.laws.registry import Malformed
 from knorm.laws.results import shortened
 from knorm.laws.traits import Traits
+from knorm.methods.method import Method
 
 
 class Kept(NamedTuple):
@@ -52,6 +53,7 @@ class Raised(Malformed):
 
 Compress = Callable[..., Any]
 MakeCache = Callable[[float], TransformersCache]
+OpenCache = Callable[[float, PreTrainedModel, int, int], TransformersCache]
 Evaluate = Callable[[PreTrainedModel, Tensor, int, float], Tensor]
 
 
@@ -62,11 +64,20 @@ class Subject:
     Attributes:
         name: what reports call it.
         traits: what it promises.
-        compress: (keys, values, keep_ratio[, layer]) -> keys, values[, mask]; None for an evaluator.
+        compress: (keys, values, keep_ratio[, layer]) -> keys, values[, mask]; None where it only is an evaluator.
         make_cache: keep_ratio -> a transformers cache that compresses itself; None for a compressor of tensors.
+        open_cache: (keep_ratio, model, length, rows) -> a transformers cache that needs to know these; None where
+            make_cache does.
+        method: keep_ratio -> a methods.Method, opened on a model; None for what a cache can be put around.
+        budgeted: True where it is given a ratio; False for a method with a budget of its own, and for a cache that
+            keeps everything.
+        acts_late: True where it acts while tokens are decoded.
+        eager: True where it reads attention weights, which only eager attention has.
         evaluate: (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator.
         code: lines of Python that import the target and define compress(keys, values, keep_ratio).
         calls: the calls of the check that runs, for the snippet that reproduces it.
+        runs: what attention saw, by reading.
+        evicted: True once a call of the check that runs evicted something.
         announce: is called with the arguments in words before each call, to say what was tried when a process died.
 
     Example:
@@ -81,7 +92,14 @@ class Subject:
     make_cache: MakeCache | None = None
     evaluate: Evaluate | None = None
     code: str = ""
+    open_cache: OpenCache | None = None
+    method: Callable[[float], Method] | None = None
+    budgeted: bool = True
+    acts_late: bool = False
+    eager: bool = False
     calls: list[Call] = field(default_factory=list)
+    runs: dict[Any, Any] = field(default_factory=dict)
+    evicted: bool = False
     announce: Callable[[str], None] = lambda _: None
 
     def __call__(self, keys: Tensor, values: Tensor, keep_ratio: float, layer: int | None = None) -> Kept:
@@ -116,17 +134,42 @@ class Subject:
             result = self.compress(keys, values, keep_ratio, **more)
         except (Exception, SystemExit) as error:
             raise Raised(f"{in_words(error)} [{given}]") from error
-        return _kept(result, keys, values, given)
+        kept = _kept(result, keys, values, given)
+        self.evicted |= kept.keys.shape[2] < keys.shape[2] or (kept.mask is not None and not bool(kept.mask.all()))
+        return kept
 
-    def cache(self, keep_ratio: float) -> TransformersCache:
+    @property
+    def is_to_evict(self) -> bool:
+        """Tell whether it is to evict: a cache without a budget may keep everything."""
+        return self.traits.evicts and (self.budgeted or self.method is not None)
+
+    def again(self) -> Subject:
+        """Forget what was read.
+
+        Returns:
+            The same subject, which has read nothing yet.
+        """
+        return replace(self, runs={}, calls=[])
+
+    @property
+    def has_cache(self) -> bool:
+        """Tell whether it is a transformers cache."""
+        return self.make_cache is not None or self.open_cache is not None
+
+    def cache(self, keep_ratio: float, model: PreTrainedModel, length: int = 64, rows: int = 1) -> TransformersCache:
         """Make a transformers cache: the target's own, or one around its compressor.
 
         Args:
             keep_ratio: the share to retain.
+            model: the model that it is for.
+            length: how many tokens it must have room for.
+            rows: how many rows.
 
         Returns:
             An empty cache.
         """
+        if self.open_cache:
+            return self.open_cache(keep_ratio, model, length, rows)
         return self.make_cache(keep_ratio) if self.make_cache else CompressingCache(self, keep_ratio)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
@@ -16,6 +17,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "ties": ("earlier", None),
     "nonfinite": ("raise", None),
     "empty": ("raise", None),
+    "acts": ("prefill", "streaming", None),
+    "positions": ("kept", "renumbered"),
 }
 
 
@@ -59,6 +62,12 @@ class Traits:
         protect_recent: newest tokens that are never evicted.
         prune_after: caches with fewer tokens are left as they are.
         skip_layers: layers that are left as they are, for a compressor that takes layer=.
+        granularity: tokens that are evicted together, as in pages or chunks: counts are asked at this grain.
+        acts: after the "prefill", or "streaming": what it retains stays as small while tokens are decoded; None for no
+            promise.
+        positions: "kept", or "renumbered": keys are turned to their places in the cache, and the next token follows.
+        lossy: keys and values are rounded: how far, relative to the largest number of each.
+        evicts: tokens become fewer; False for what makes them smaller.
         empty: a cache without tokens is refused, "raise"; None for no promise.
 
     Raises:
@@ -84,6 +93,11 @@ class Traits:
     protect_recent: int = 0
     prune_after: int = 0
     skip_layers: tuple[int, ...] = ()
+    granularity: int = 1
+    acts: str | None = None
+    positions: str = "kept"
+    lossy: float = 0.0
+    evicts: bool = True
     empty: str | None = None
 
     def __post_init__(self) -> None:
@@ -93,6 +107,8 @@ class Traits:
                 fits, should = value in _CHOICES[field.name], ", ".join(map(str, _CHOICES[field.name]))
             elif isinstance(default, bool):
                 fits, should = isinstance(value, bool), "true or false"
+            elif isinstance(default, float):
+                fits, should = type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"
             elif isinstance(default, int):
                 fits, should = type(value) is int and value >= 0, "an integer of at least 0"
             else:
@@ -141,15 +157,17 @@ class Traits:
         return not self.protected or length <= self.protected or lowest >= self.protected
 
 
+METHOD = Traits(time_order=False, heads_independent=False, frees_memory=False)  # what every cache and press owes
 KNORM = Traits(rounding="ceil", scores="key_norm", ties="earlier", nonfinite="raise", empty="raise")
 
 
-def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None) -> Traits:
+def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None, base: Traits | None = None) -> Traits:
     """Collect what a target promises.
 
     Args:
         target: may have __knorm_traits__, a dict or Traits.
         given: promises made besides, which come first; Traits replace the target's own.
+        base: what is promised otherwise; by default what every compressor owes.
 
     Returns:
         All of it.
@@ -175,7 +193,7 @@ def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None) -
             raise ValueError(f"no trait is named {name!r}; there are {', '.join(sorted(known))}")
     if isinstance(named.get("skip_layers"), list):
         named["skip_layers"] = tuple(named["skip_layers"])
-    return replace(own if isinstance(own, Traits) else Traits(), **named)
+    return replace(own if isinstance(own, Traits) else base or Traits(), **named)
 
 
 def parse_trait(text: str) -> tuple[str, Any]:
@@ -202,4 +220,6 @@ def parse_trait(text: str) -> tuple[str, Any]:
         return name, words[value.lower()]
     if name == "skip_layers":
         return name, tuple(int(x) if x.strip().isdecimal() else x for x in value.split(",") if x)
+    if name == "lossy" and re.fullmatch(r"\d*\.?\d+", value):
+        return name, float(value)
     return name, int(value) if value.isdecimal() else value

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -22,6 +24,9 @@ from knorm.policy import Policy
 
 # A tokenizer of transformers; some methods read the prompt again in their own words.
 Tokenizer = Any
+
+
+_MODELS = Path(transformers.__file__).parent  # their code runs on what a method gives it
 
 
 class MethodError(ValueError):
@@ -232,15 +237,23 @@ class Method(ABC):
                 hook.remove()
 
     def _blamed(self, error: Exception) -> str | None:
-        """Say that the method failed, if the innermost of its frames or of knorm's is the method's."""
+        """Say that the method failed, if the innermost of its frames or of knorm's is the method's.
+
+        A model that fails on the cache, though it ran on the same tokens without, is told of too.
+        """
         frames = traceback.extract_tb(error.__traceback__)
         own = [i for i, frame in enumerate(frames) if Path(frame.filename).is_relative_to(PACKAGE)]
         foreign = [i for i, frame in enumerate(frames) if self.owns(frame.filename)]
-        if not foreign or (own and own[-1] > foreign[-1]):
-            return None
-        frame = frames[foreign[-1]]
         said = " ".join(str(error).split()) or "no message"
-        return f"{self.name} raised {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno})"
+        if foreign and not (own and own[-1] > foreign[-1]):
+            frame = frames[foreign[-1]]
+            return (
+                f"{self.name} raised {type(error).__name__}: {said} ({Path(frame.filename).name}, line {frame.lineno})"
+            )
+        inside = frames[own[-1] + 1 :] if own else frames
+        if isinstance(error, torch.OutOfMemoryError) or not any(_MODELS in Path(f.filename).parents for f in inside):
+            return None
+        return f"{self.name}: with its cache the model raised {type(error).__name__}: {said}"
 
     def owns(self, file: str) -> bool:
         """Tell whether a source file belongs to the method.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,9 +20,10 @@ from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
 from knorm.methods.kinds import is_press
 from knorm.methods.known import WEIGHTS
 from knorm.methods.method import Method, Session, Tokenizer
+from knorm.model_attention import implementation_of
 
 _DECODING = {"DecodingPress", "PrefillDecodingPress"}  # open while tokens are decoded; DMSPress where it says so
-_EAGER = {"ObservedAttentionPress"}  # reads attention weights, which only eager attention has
+_EAGER = {"ObservedAttentionPress"}
 _RENUMBERS = {"KeyRerotationPress", "RestoreKVPress"}  # the next token's position is the cache's length
 
 
@@ -42,7 +44,8 @@ class PressMethod(Method):
 
     def __init__(self, name: str, press: Any, budget: Budget | None, options: dict[str, Any] | None = None) -> None:
         super().__init__(name, budget, press)
-        self.home = Path(inspect.getsourcefile(_base(press)) or "").parents[1]
+        if source := sys.modules.get(_base(press).__module__):
+            self.home = Path(source.__file__ or "").parents[1]
         if isinstance(press, type):
             press = _made(press, budget, options or {})
         self.press = press
@@ -51,17 +54,23 @@ class PressMethod(Method):
         elif _compresses_nothing(press):
             raise NeedsBudget(f"{name} removes nothing, at compression_ratio 0: give keep_ratio or keep_tokens")
 
+    def parts(self) -> list[Any]:
+        """List the press and those that it wraps."""
+        return [*nested(self.press)]
+
+    @property
+    def reads_weights(self) -> bool:
+        """Tell whether it reads attention weights, which only eager attention has."""
+        return any(_bases(press) & _EAGER for press in self.parts())
+
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
-        if (
-            any(_bases(press) & _EAGER for press in _nested(self.press))
-            and model.config._attn_implementation != "eager"
-        ):
+        if self.reads_weights and implementation_of(model.config) != "eager":
             model.set_attn_implementation("eager")
         return _PressSession(self, copy.deepcopy(self.press), model, tokenizer)
 
     def _blamed(self, error: Exception) -> str | None:
         blamed = super()._blamed(error)
-        weights = next((WEIGHTS[type(x).__name__] for x in _nested(self.press) if type(x).__name__ in WEIGHTS), None)
+        weights = next((WEIGHTS[type(x).__name__] for x in nested(self.press) if type(x).__name__ in WEIGHTS), None)
         if blamed is None or weights is None:
             return blamed
         return f"{self.name} reads {weights}; it raised {type(error).__name__}"
@@ -79,13 +88,13 @@ def _compresses_nothing(press: Any) -> bool:
         return False
 
 
-def _nested(press: Any) -> Iterator[Any]:
+def nested(press: Any) -> Iterator[Any]:
     """Generate a press and those that it wraps."""
     yield press
     for value in vars(press).values():
         for inner in value if isinstance(value, (list, tuple)) else [value]:
             if is_press(type(inner)):
-                yield from _nested(inner)
+                yield from nested(inner)
 
 
 def _base(press: Any) -> type:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from knorm.model_attention import attention_over, own_attention
+from knorm.model_attention import attention_over, implementation_of, own_attention
 
 # (module, query, key, value) -> True where a head sees the slot, [batch, kv_heads, slots]; None: it sees all
 Visible = Callable[[nn.Module, Tensor], Tensor | None]
@@ -92,7 +92,7 @@ def watching(
         visible: says which slots each key/value head sees.
         masked: the cache wants the model's own masks; False for KnormCache.
     """
-    eager = model.config._attn_implementation == "eager"
+    eager = implementation_of(model.config) == "eager"
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any

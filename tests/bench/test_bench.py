@@ -65,7 +65,7 @@ def test_the_command_gives_tables_json_and_a_figure(run_bench):
     assert half["tpot"]["median"] <= half["tpot"]["p99"]
     assert half["counters"]["retained"][0] == plain["counters"]["retained"][0] == 12
     words = out.split()
-    assert {"uncompressed", "PASS:", "TTFT", "TPOT", "bootstrap"} <= {*words}
+    assert {"uncompressed", "PASS:", "TTFT", "TPOT", "bootstrap's."} <= {*words}
     assert f"{1000 * plain['ttft']['seconds']:.2f}" in words
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
 

@@ -19,12 +19,12 @@ import knorm
 from knorm.cli import cli
 from knorm.laws import CHECKS, KNORM, Result, find
 from knorm.laws.adapters import KINDS
-from knorm.laws.names import check_names
+from knorm.laws.names import check_names, suite_revision
 from knorm.laws.process import supervisor
 from knorm.laws.process.protocol import Board, Frames, encode
 from knorm.laws.process.worker import serve
 from knorm.laws.results import PROFILES
-from knorm.laws.runner import EFFORT
+from knorm.laws.search import EFFORT
 
 GOOD = """
 from knorm import compress as core
@@ -99,15 +99,15 @@ def compress(keys, values, keep_ratio):
 
 
 def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
-    select = ("--select", "count,order,nonfinite,masked_attention,crop")
+    select = ("--select", "count,order,nonfinite,sees_once,crop")
     code, out, err = run_knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
     written = strict_json("out.json")
     assert code == 0
     assert "hello from the target\n" in err
     assert "good bye" in err
-    assert "holds    Retained positions ascend. [time_order: 60 examples; 0." in out
-    assert out.splitlines()[-2] == "1 law does not apply"
-    assert out.splitlines()[-1].startswith("7 hold, 0 refuted, 0 untested, 1 do not apply, in ")
+    assert "holds    order: time_order [60 tried, " in out
+    assert out.splitlines()[-2].startswith("2 laws do not apply")
+    assert out.splitlines()[-1].startswith("6 hold, 0 refuted, 0 untested, 2 do not apply, in ")
     assert written["environment"]["knorm"] == knorm.__version__
     assert written["traits"] == {**asdict(KNORM), "skip_layers": []}
     assert [written[name] for name in ("target", "profile", "seed", "device")] == [
@@ -115,7 +115,7 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     ]  # fmt: skip
     assert all([*result] == [field.name for field in fields(Result)] for result in written["results"])
     assert [result["check"] for result in written["results"]] == [
-        name for name, check in CHECKS.items() if name in ("nonfinite", "masked_attention", "crop")
+        name for name, check in CHECKS.items() if name in ("nonfinite", "sees_once", "crop")
         or check.family in ("count", "order")
     ]  # fmt: skip
 
@@ -195,13 +195,14 @@ def compress(keys, values, keep_ratio):
 def test_a_target_that_forks_is_judged_as_another(run_knorm):
     code, out, _ = run_knorm("check", target(COMES_BACK_TWICE), "--select", "accepts,dtype", "--json", "out.json")
     assert (code, verdicts("out.json")) == (0, {"accepts": "holds", "dtype": "holds"})
-    assert out.count("holds ") == 2
+    assert "holds    provenance: accepts [" in out
+    assert "holds    numerics: dtype [" in out
 
 
 def test_a_target_that_writes_everywhere_forges_nothing_and_leaves_no_process(run_knorm):
     code, out, err = run_knorm("check", target(FORGES), "--select", "accepts", "--json", "out.json")
     assert (code, verdicts("out.json")) == (1, {"accepts": "refuted"})
-    assert "accepts: wrote to a file that is knorm's own: bytes that no worker sends" in out
+    assert "wrote to a file that is knorm's own: bytes that no worker sends" in " ".join(out.split())
     assert "9 hold" in err
     assert "9 hold" not in out
     assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"600.125" in file.read_bytes()]
@@ -214,16 +215,21 @@ def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(run_
     (result, other) = strict_json("out.json")["results"]
     lines = out.splitlines()
     assert (code, other["verdict"]) == (1, "does not apply")
-    assert lines[0].startswith("REFUTED  Retained positions ascend. [time_order: example ")
-    assert lines[1] == f"    {result['counterexample']}"
-    assert lines[2] == f"    given: {result['given']}"
-    assert lines[3] == ""
-    end = lines.index("", 4)
-    snippet = textwrap.dedent("\n".join(lines[4:end]))
+    assert lines[0].startswith("REFUTED  time_order: Retained positions ascend. [example ")
+    begin = lines.index("")
+    said = " ".join(" ".join(lines[1:begin]).split())
+    assert f"time order: {said}" == f"{result['counterexample']} given: {result['given']}"
+    assert max(map(len, lines[:begin])) <= 80
+    end = lines.index("", begin + 1)
+    snippet = textwrap.dedent("\n".join(lines[begin + 1 : end]))
     assert snippet == result["snippet"]
-    assert lines[end + 1 : -1] == [
-        f"n/a      {find('nesting').law} [nesting: needs scores=key_norm or keys]",
+    assert " ".join(" ".join(lines[end + 1 : -4]).split()) == (
+        f"n/a nesting: {find('nesting').law} [needs scores=key_norm or keys]"
+    )
+    assert lines[-4:-1] == [
         "1 law does not apply; promise more with --trait: scores",
+        "to be mended: time_order; to see one alone:",
+        "    knorm check target.py:compress --select time_order",
     ]
     assert lines[-1].startswith("0 hold, 1 refuted, 0 untested, 1 do not apply, in ")
     run = in_a_new_process(snippet, check=True)
@@ -281,16 +287,16 @@ def test_ctrl_c_ends_the_worker_and_exits_with_130(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("body", "refuted", "words"),
     [
-        ("raise RuntimeError('no\\nway')", {"accepts"}, "accepts: raised RuntimeError: no\n    way [keys [1, 1, 1, 4]"),
-        ("raise SystemExit(2)", {"accepts"}, "accepts: raised SystemExit: 2 [keys [1, 1, 1, 4]"),
-        ("import sys; sys.exit()", {"accepts"}, "accepts: raised SystemExit: "),
-        ("raise KeyboardInterrupt", {"accepts", "shape"}, "accepts: raised KeyboardInterrupt:  [keys ["),
-        ("return None", {"shape"}, "shape: returned None, but should return (keys, values)"),
-        ("return 'nonsense'", {"shape"}, "shape: returned str"),
-        ("return 1, 2", {"shape"}, "shape: returned tuple of int"),
-        ("return keys[0], values[0]", {"shape"}, "shape: returned keys float32 [1, 1, 4]"),
-        ("return {'keys': keys}", {"shape"}, "shape: returned dict"),
-        ("raise ValueError('\\ud800')", {"accepts"}, "accepts: raised ValueError: ? [keys "),
+        ("raise RuntimeError('no\\nway')", {"accepts"}, "raised RuntimeError: no way [keys [1, 1, 1, 4]"),
+        ("raise SystemExit(2)", {"accepts"}, "raised SystemExit: 2 [keys [1, 1, 1, 4]"),
+        ("import sys; sys.exit()", {"accepts"}, "raised SystemExit: "),
+        ("raise KeyboardInterrupt", {"accepts", "shape"}, "raised KeyboardInterrupt: [keys ["),
+        ("return None", {"shape"}, "returned None, but should return (keys, values)"),
+        ("return 'nonsense'", {"shape"}, "returned str"),
+        ("return 1, 2", {"shape"}, "returned tuple of int"),
+        ("return keys[0], values[0]", {"shape"}, "returned keys float32 [1, 1, 4]"),
+        ("return {'keys': keys}", {"shape"}, "returned dict"),
+        ("raise ValueError('\\ud800')", {"accepts"}, "raised ValueError: ? [keys "),
         ("raise ValueError('\\x1b[2K\\x9b\\u202e')", {"accepts"}, "ValueError: \\x1b[2K\\x9b\\u202e [keys "),
     ],
 )
@@ -299,14 +305,14 @@ def test_what_answers_with_an_error_or_nonsense_is_refuted(run_knorm, inline, bo
     ended, out, err = run_knorm("check", target(code), "--select", "accepts,shape", "--json", "out.json")
     assert (ended, err) == (1, "")
     assert {name for name, verdict in verdicts("out.json").items() if verdict == "refuted"} == refuted
-    assert words in out
+    assert words in " ".join(out.split())
 
 
 def test_untested_laws_are_no_success(run_knorm, inline):
     code = "def compress(keys, values, keep_ratio):\n    return None"
     ended, out, _ = run_knorm("check", target(code), "--select", "dtype")
     assert ended == 1
-    assert out.startswith("untested Dtype and device are kept. [dtype: no drawn case was answered; ")
+    assert out.startswith("untested dtype: Dtype and device are kept. [0 of ")
     assert out.splitlines()[-1].startswith("0 hold, 0 refuted, 1 untested, 0 do not apply, in ")
 
 
@@ -314,12 +320,63 @@ def test_expected_failures_are_told_from_others(run_knorm, inline):
     options = ("--expect-failure", "time_order=sorts by norm", "--select", "time_order,dtype")
     ended, out, _ = run_knorm("check", target(IN_NORM_ORDER), *options)
     assert ended == 0
-    assert out.startswith("expected Retained positions ascend. [time_order: sorts by norm; example ")
+    assert out.startswith("expected time_order: Retained positions ascend. [sorts by norm; example ")
     assert "1 hold, 0 refuted, 1 failed as expected, 0 untested" in out
     ended, out, _ = run_knorm("check", target(GOOD), *options)
     assert ended == 1
-    assert out.startswith("HOLDS THOUGH EXPECTED TO FAIL  Retained positions ascend. [time_order: sorts by norm; 60 ")
+    words = " ".join(out.split())
+    assert words.startswith("HOLDS THOUGH EXPECTED TO FAIL time_order: Retained positions ascend. [sorts by norm; 60 ")
+    assert "to be mended: time_order; to see one alone: knorm check target.py:compress --select time_order" in words
     assert "1 hold, 0 refuted, 1 held though expected to fail, 0 untested" in out
+
+
+NOTHING = "def compress(keys, values, keep_ratio):\n    return None"
+
+
+def test_a_law_that_may_stay_untested_is_no_failure_but_may_not_be_refuted(run_knorm, inline):
+    options = ("--select", "dtype", "--expect-untested", "dtype=returns nothing yet")
+    ended, out, _ = run_knorm("check", target(NOTHING), *options)
+    assert ended == 0
+    assert out.startswith("untested dtype: Dtype and device are kept. [returns nothing yet; 0 of ")
+    ended, out, _ = run_knorm("check", target(NOTHING), "--select", "shape", "--expect-untested", "shape=not yet")
+    assert ended == 1
+    assert "1 refuted" in out
+
+
+def test_a_baseline_hides_what_was_refuted_or_untested_before_and_nothing_else(run_knorm, inline):
+    select = ("--select", "shape,dtype", "--json", "old.json")
+    assert run_knorm("check", target(NOTHING), *select)[0] == 1
+    assert verdicts("old.json") == {"shape": "refuted", "dtype": "untested"}
+    assert strict_json("old.json")["suite"] == suite_revision()
+    ended, out, _ = run_knorm("check", target(NOTHING), *select[:2], "--baseline", "old.json", "--json", "new.json")
+    assert (ended, verdicts("new.json")) == (0, {"shape": "expected failure", "dtype": "untested"})
+    assert "[as in old.json; example " in " ".join(out.split())
+    old = strict_json("old.json")
+    old["suite"] = "another"
+    old["results"] = [result for result in old["results"] if result["check"] == "dtype"]
+    Path("old.json").write_text(json.dumps(old))
+    ended, out, _ = run_knorm("check", target(NOTHING), *select[:2], "--baseline", "old.json")
+    assert ended == 1, "shape is news"
+    assert "as in old.json, by the laws of another; " in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "--baseline old.json: No such file or directory, but should be a file that `knorm check --json` wrote"),
+        ("[", "--baseline old.json cannot be read (JSONDecodeError: "),
+        ("[]", "--baseline old.json cannot be read (TypeError: "),
+        ("{}", "--baseline old.json cannot be read (KeyError: 'results'), but should be a file that "),
+        ('{"target": "x.py:y", "suite": "", "results": []}', "--baseline old.json is of x.py:y, but should be of "),
+        ('{"target": "target.py:compress", "suite": "", "results": [{"check": "tim", "verdict": "refuted"}]}', "'tim'"),
+    ],
+)
+def test_a_baseline_that_is_none_is_wrong_usage(run_knorm, inline, text, words):
+    if text is not None:
+        Path("old.json").write_text(text)
+    ended, _, err = run_knorm("check", target(GOOD), "--select", "dtype", "--baseline", "old.json")
+    assert ended == 2
+    assert words in err
 
 
 def test_traits_profile_and_seed_reach_the_checks(run_knorm, inline):
@@ -346,23 +403,50 @@ def test_what_knorm_stumbles_over_is_no_success_and_no_crash(run_knorm, inline, 
     monkeypatch.setattr("knorm.laws.process.worker.run_check", stumble)
     for verbose in ((), ("-v",)):
         ended, out, err = run_knorm(*verbose, "check", target(GOOD), "--select", "time_order")
-        assert ended == 1
-        assert "[time_order: knorm could not run it: ZeroDivisionError: oops; 0.0 s]" in out
+        assert ended == 3
+        assert "[knorm could not run it: ZeroDivisionError: oops; 0.0 s]" in " ".join(out.split())
         assert ("Traceback" in err) is bool(verbose)
 
 
-def test_a_result_in_a_terminal_wraps_but_its_snippet_does_not():
+def shown(*results, width=40, verbose=False):
+    """The lines of a report in a terminal."""
     from rich.console import Console
 
-    from knorm.cli.tables import show_result
+    from knorm.cli.verdicts import Report
 
-    console = Console(force_terminal=True, width=40, color_system=None, highlight=False)
-    found = {"counterexample": "word " * 20, "given": "keys", "snippet": "keys = [" + "0.0, " * 30 + "]"}
+    console = Console(force_terminal=True, width=width, color_system=None, highlight=False)
+    report = Report(console, ["knorm", "check", "a b.py:compress"], verbose)
     with console.capture() as captured:
-        show_result(console, Result("time_order", "Law.", "order", "refuted", **found))
-    lines = captured.get().splitlines()
+        for result in results:
+            report.add(result)
+        report.close()
+    return captured.get().splitlines()
+
+
+def test_a_result_in_a_terminal_wraps_but_its_snippet_and_the_command_do_not():
+    found = {"counterexample": "word " * 20, "given": "keys\tand\tvalues", "snippet": "keys = [" + "0.0, " * 30 + "]"}
+    lines = shown(Result("time_order", "Law.", "order", "refuted", **found))
+    again = "    knorm check 'a b.py:compress' --select time_order"
     assert "        " + found["snippet"] in lines
-    assert max(len(line) for line in lines if "keys = [" not in line) <= 40
+    assert again in lines
+    assert max(len(line) for line in lines if "keys = [" not in line and line != again) <= 40
+    assert " ".join(lines[1:5]).split() == ["word"] * 20 + ["given:", "keys", "and", "values"]
+
+
+def test_what_holds_is_a_line_for_each_family_unless_verbose():
+    held = [
+        Result("pairing", "Pairs.", "provenance", "holds", 60, answered=57, evicted=51),
+        Result("shape", "Shapes.", "provenance", "holds", 60, answered=60, evicted=51),
+        Result("time_order", "Order.", "order", "holds", 60, answered=60, evicted=50),
+    ]
+    assert shown(*held, width=100) == [
+        "holds    provenance: pairing, shape [each at least 60 tried, 57 answered, 51 evicted; 0.0 s]",
+        "holds    order: time_order [60 tried, 60 answered, 50 evicted; 0.0 s]",
+        "3 hold, 0 refuted, 0 untested, 0 do not apply, in 0 s",
+    ]
+    assert shown(*held, width=100, verbose=True)[0] == (
+        "holds    pairing: Pairs. [60 tried, 57 answered, 51 evicted; 0.0 s]"
+    )
 
 
 # Bad input.
@@ -405,7 +489,7 @@ def bad_files(tmp_path):
         ("good.py:compress --as fish", "--as fish, but should be one of function, "),
         ("good.py:compress --like scipy", "--like scipy, but should be knorm"),
         ("good.py:compress --trait rounding", "--trait rounding, but should be NAME=VALUE"),
-        ("good.py:compress --trait round=ceil", "no trait is named 'round'; there are batch_independent, "),
+        ("good.py:compress --trait round=ceil", "no trait is named 'round'; there are acts, batch_independent, "),
         ("good.py:compress --trait rounding=up", "trait rounding='up', but should be ceil, floor, half_even, None"),
         ("good.py:compress --trait prune_after=-1", "trait prune_after='-1', but should be an integer of at least 0"),
         ("good.py:compress --trait skip_layers=0,x", "should be layer indices"),
@@ -416,6 +500,8 @@ def bad_files(tmp_path):
         ("good.py:compress --expect-failure time_order", "--expect-failure time_order, but should be CHECK=REASON"),
         ("good.py:compress --expect-failure time_order=", "--expect-failure time_order=, but should be CHECK=REASON"),
         ("good.py:compress --expect-failure =x", "--expect-failure =x, but should be CHECK=REASON"),
+        ("good.py:compress --expect-untested tim=x", "no check is named 'tim'; there are accepts, "),
+        ("good.py:compress --expect-untested time_order", "--expect-untested time_order, but should be CHECK=REASON"),
         ("good.py:compress --profile slow", "--profile slow, but should be one of quick, thorough"),
         ("good.py:compress --limit 0", "--limit 0, but should be seconds above 0"),
         ("good.py:compress --limit nan", "--limit nan, but should be seconds above 0"),

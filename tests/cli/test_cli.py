@@ -86,7 +86,7 @@ def test_stream_shows_the_loop_beside_the_one_pass(run_knorm):
     (row,) = strict_json("out.json")["rows"]
     assert code == 0
     assert all(
-        column in out for column in ("loop PPL", "max diff.", "evictions", "speed-up", "One pass against the loop")
+        column in out for column in ("The loop", "largest difference", "evictions differ", "One pass against the loop")
     )
     assert row["stream_ppl"] == pytest.approx(row["ppl"], rel=1e-4)
     assert row["stream_evictions"] == 0

@@ -225,3 +225,17 @@ def test_the_embedded_model_is_explained_from_the_command_line(run_knorm, embedd
         assert words in err
     code, _, err = run_knorm("explain", "--keep-tokens", "4", *size)
     assert (code, "are about a TARGET" in err) == (2, True)
+
+
+class Short(DynamicCache):
+    """Gives even the prompt's own queries the newest 8 keys."""
+
+    def update(self, keys, values, layer, *rest, **more):
+        keys, values = super().update(keys, values, layer, *rest, **more)
+        return keys[:, :, -8:], values[:, :, -8:]
+
+
+def test_a_prompt_that_does_not_see_its_own_keys_cannot_be_explained():
+    model = tiny("gpt_neox")
+    with pytest.raises(ValueError, match="cannot be recovered: the prompt's own 40 tokens attend to 8 keys"):
+        explain_method(ways_of(model), method(Short))

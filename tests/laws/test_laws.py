@@ -30,7 +30,7 @@ from knorm.laws.runner import run_check
 from knorm.laws.snippets import reproduce
 from knorm.laws.strategies import DTYPES, VOCABULARY, Cache, caches, larger_ratio, tagged_values, texts
 from knorm.laws.subjects import CompressingCache, takes_layer
-from knorm.laws.traits import parse_trait, traits_of
+from knorm.laws.traits import METHOD, parse_trait, traits_of
 
 KNORMS = Subject("knorm.compress", KNORM, compress=compress)
 
@@ -84,14 +84,14 @@ def test_a_condition_beyond_values_names_its_traits_too():
 
 def test_few_laws_need_a_condition_beyond_values():
     odd = [each.name for each in CHECKS.values() if each.applies]
-    assert odd == ["short_caches", "skipped_layers", "protected_tokens", "protection_refused"]
+    assert odd == ["short_caches", "skipped_layers", "protected_tokens", "protection_refused", "sees_protected"]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"needs": {"luck": True}}, "no trait is named 'luck'; there are batch_independent, "),
-        ({"applies": Condition(("luck",), bool)}, "no trait is named 'luck'; there are batch_independent, "),
+        ({"needs": {"luck": True}}, "no trait is named 'luck'; there are acts, batch_independent, "),
+        ({"applies": Condition(("luck",), bool)}, "no trait is named 'luck'; there are acts, batch_independent, "),
         ({"needs": {"rounding": ("ceil", "up")}}, "trait rounding='up', but should be ceil, floor, half_even, None"),
     ],
 )
@@ -321,7 +321,7 @@ def test_a_law_about_models_is_reproduced_from_its_text():
         def get_seq_length(self, layer_idx=0):
             return 3
 
-    target = Subject("it", Traits(), make_cache=lambda ratio: Forgetful(KNORMS, ratio))
+    target = Subject("it", METHOD, make_cache=lambda ratio: Forgetful(KNORMS, ratio))
     result = run_check(find("positions"), target)
     assert 'reproduce("positions", target, text)' in result.snippet
     scope = {}
@@ -332,14 +332,9 @@ def test_a_law_about_models_is_reproduced_from_its_text():
 
 
 def test_a_target_that_only_raises_breaks_one_law_and_leaves_the_others_untested():
-    select = ["accepts", "pairing", "no_duplicates", "empty"]
+    select = ["accepts", "pairing", "no_duplicates"]
     verdicts = {r.check: r.verdict for r in check_compressor(subject(raises), select=select)}
-    assert verdicts == {
-        "accepts": "refuted",
-        "pairing": "untested",
-        "no_duplicates": "untested",
-        "empty": "does not apply",
-    }
+    assert verdicts == {"accepts": "refuted", "pairing": "untested", "no_duplicates": "untested"}
 
 
 def test_a_target_that_leaves_the_interpreter_breaks_a_law():

@@ -12,7 +12,8 @@ from mutants.parts import keep, squares
 
 from knorm import compress, retained_count
 from knorm.laws import CHECKS, KNORM, Subject, Traits, check_compressor, describe, iter_results, run_check
-from knorm.laws.runner import EFFORT, applies
+from knorm.laws.runner import applies
+from knorm.laws.search import EFFORT
 
 LAWS = (Path(__file__).parents[2] / "docs" / "laws.md").read_text(encoding="utf-8")
 

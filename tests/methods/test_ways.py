@@ -320,7 +320,7 @@ def test_open_has_two_phases_for_whoever_calls_the_model(llama):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"prompt_length": 0}, "prompt_length=0, but should be between 1 and 63"),
+        ({"prompt_length": 0}, "prompt_length=0, but should be between 1 and 62"),
         ({"prompt_length": 64}, "is the whole window"),
         ({"how": "guess"}, "how='guess', but should be one of auto"),
         ({"how": "schedule"}, "keep_newest has no schedule"),
@@ -374,3 +374,29 @@ def test_stored_bytes_counts_each_tensor_once():
     cache.update(keys, keys, 0)
     cache.same = cache.layers[0].keys
     assert stored_bytes(cache) == 2 * keys.nbytes
+
+
+def test_a_window_in_which_nothing_reads_the_cache_is_refused(embedded):
+    with pytest.raises(
+        ValueError, match="prompt_length=1, but should be between 1 and 0: a prompt to compress, and two"
+    ):
+        knorm.evaluate(embedded[0], torch.tensor([[1, 2]]), method(Policy(0.5)), prompt_length=1)
+
+
+def test_what_are_no_tokens_is_refused(embedded):
+    with pytest.raises((TypeError, ValueError), match="input_ids"):
+        knorm.evaluate(embedded[0], None, method(Policy(0.5)), prompt_length=1)
+
+
+class Short(DynamicCache):
+    """Gives the prompt's own queries fewer keys than its mask has."""
+
+    def update(self, keys, values, layer, *rest, **more):
+        keys, values = super().update(keys, values, layer, *rest, **more)
+        return keys[:, :, -8:], values[:, :, -8:]
+
+
+def test_a_cache_on_which_the_model_fails_is_told_so():
+    model = tiny("gpt_neox")
+    with pytest.raises(MethodError, match=r"Short: with its cache the model raised RuntimeError: The size of tensor"):
+        knorm.evaluate(model, tokens(1, 40), method(Short), prompt_length=20, how="two calls")

@@ -35,7 +35,7 @@ class LengthOfTheTensor(KnormCache):
 
 class ScoresRotatedKeys(WindowLayer):
     def choose(self, keys):
-        return keys.shape[2] - 2 + keys[:, :, -2:].sum(-1).argmax(-1, keepdim=True)
+        return max(0, keys.shape[2] - 2) + keys[:, :, -2:].sum(-1).argmax(-1, keepdim=True)
 
 
 @mutant("shift", "positions from 0 and from 9", surface="make_cache", scores="keys")
@@ -47,14 +47,14 @@ class SumOfRotatedKeys(WindowCache):
 
 class ReversingLayer(WindowLayer):
     def update(self, key_states, value_states, *_, **__):
-        if self.seen:
+        if self.seen and self.keep_ratio == 1:
             key_states, value_states = key_states.flip(2), value_states.flip(2)
         return super().update(key_states, value_states)
 
 
 @mutant("chunks", "at a time, and the plain model", surface="make_cache", ragged=True)
 class ChunksNewestFirst(WindowCache):
-    """Tokens of one call are stored newest first, but for the prompt's."""
+    """At ratio 1, tokens of one call are stored newest first, but for the prompt's."""
 
     layer = ReversingLayer
 
@@ -80,7 +80,7 @@ class WritesRoundTheBlock(Cache):
 
 class SinkLayer(WindowLayer):
     def choose(self, keys):
-        return everywhere(torch.tensor([0, keys.shape[2] - 1], device=keys.device), keys)
+        return everywhere(torch.tensor([0, keys.shape[2] - 1][: keys.shape[2]], device=keys.device), keys)
 
 
 @mutant("left_padding", "pads in the batch, and alone", "pads kept as attention sinks", surface="make_cache")

@@ -8,12 +8,14 @@ from math import ceil, floor
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from knorm import KnormCache, Policy, compress, exact_nll, retained_count, stream_nll
 from knorm.laws import KNORM, Subject, Traits
+from knorm.laws.adapters import adapt
 from knorm.laws.subjects import CompressingCache
 from mutants import PROMISES
-from mutants.parts import WindowCache, everywhere, keep, keep_lowest, lowest, squares
+from mutants.parts import TurnedCache, WindowCache, everywhere, keep, keep_lowest, lowest, squares
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,14 @@ def dynamic_cache(keep_ratio):
     return CompressingCache(Subject("compress", KNORM, compress=compress), keep_ratio)
 
 
-@correct("make_cache", expected=PADDING, **PROMISES)
+@correct("make_cache", **PROMISES)
 def knorm_cache(keep_ratio):
     return KnormCache(Policy(keep_ratio))
 
 
 CORRECT.append(Correct(Subject("window_cache", Traits(), make_cache=WindowCache)))
+CORRECT.append(Correct(Subject("turned_cache", Traits(positions="renumbered"), make_cache=TurnedCache)))
+CORRECT.append(Correct(adapt(DynamicCache)))
 
 
 @correct("evaluate", **PROMISES)

@@ -51,7 +51,7 @@ class WindowLayer(DynamicLayer):
 
     def choose(self, keys: Tensor) -> Tensor:
         length = keys.shape[2]
-        return everywhere(torch.arange(length - 2, length, device=keys.device), keys)
+        return everywhere(torch.arange(max(0, length - 2), length, device=keys.device), keys)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
@@ -87,3 +87,31 @@ class WindowCache(Cache):
 
     def __init__(self, keep_ratio: float) -> None:
         super().__init__(layer_class_to_replicate=partial(self.layer, keep_ratio))
+
+
+class TurnedLayer(WindowLayer):
+    """The window's keys are turned to the first places, and the next token follows: positions count what is stored."""
+
+    base = 10000.0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states)
+        if gone := keys.shape[2] - self.stored:
+            half = keys.shape[3] // 2
+            angle = -gone * self.base ** (-torch.arange(half, dtype=torch.float64, device=keys.device) / half)
+            one, two = self.keys.double().split(half, -1)
+            turned = [one * angle.cos() - two * angle.sin(), two * angle.cos() + one * angle.sin()]
+            self.keys = torch.cat(turned, -1).to(keys.dtype)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.stored if self.seen else 0
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        return super().get_mask_sizes(query_length)[0], 0
+
+
+class TurnedCache(WindowCache):
+    """A cache of TurnedLayers."""
+
+    layer = TurnedLayer

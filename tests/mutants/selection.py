@@ -85,3 +85,11 @@ def choice_by_a_set(keys, values, keep_ratio):
         _choices.clear()
         _choices[place] = lowest(squares(keys), retained_count(keys.shape[2], keep_ratio))
     return keep(keys, values, _choices[place])
+
+
+@mutant("keys_decide", "whatever the keys are", "NVIDIA/kvpress #277", scores="keys")
+def nothing_protected_is_everything(keys, values, keep_ratio):
+    """A tenth of the tokens is protected by scores[-n:]: of fewer than ten that is none, and [-0:] is all."""
+    scores, protected = squares(keys), int(keys.shape[2] * 0.1)
+    scores[..., -protected:] = -1.0
+    return keep_lowest(keys, values, scores, keep_ratio)

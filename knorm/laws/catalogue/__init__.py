@@ -12,7 +12,7 @@ FAMILIES = (
     "selection",
     "numerics",
     "memory",
-    "attention",
+    "seen",
     "cache",
     "perplexity",
     "schedule",

@@ -31,16 +31,17 @@ def check_at_least_one(compressor: Subject, cache: Cache) -> None:
 
 @check()
 def check_monotone_count(compressor: Subject, cache: Cache) -> None:
-    """Counts never fall as the ratio rises, nor as the length rises, at lengths that are compressed."""
+    """Counts never fall as the ratio rises, nor as the length rises, by more than the promised grain."""
+    grain = (compressor.traits.granularity - 1) * cache.keys.shape[0] * cache.keys.shape[1]
     wider, shorter = larger_ratio(cache.keep_ratio), cache.length - 1
     kept = _total(compressor(cache.keys, cache.values, cache.keep_ratio))
     more = _total(compressor(cache.keys, cache.values, wider))
-    if kept > more:
+    if kept > more + grain:
         raise Refuted(f"monotone count: {kept} tokens retained at ratio {cache.keep_ratio}, but {more} at {wider}")
     traits = compressor.traits
     if shorter >= max(1, traits.prune_after) and traits.affords(shorter, cache.keep_ratio):
         fewer = _total(compressor(cache.keys[:, :, :-1], cache.values[:, :, :-1], cache.keep_ratio))
-        if fewer > kept:
+        if fewer > kept + grain:
             raise Refuted(
                 f"monotone count: {fewer} tokens retained of {shorter} a head, but {kept} of {cache.length}, "
                 f"batch and heads {[*cache.keys.shape[:2]]}"

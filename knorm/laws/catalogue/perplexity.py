@@ -27,7 +27,8 @@ def _loop(text: Text, cache: TransformersCache) -> Tensor:
 
 def _nll(subject: Subject, text: Text, keep_ratio: float) -> Tensor:
     if subject.evaluate is None:
-        return _loop(text, subject.cache(keep_ratio))
+        cache = subject.cache(keep_ratio, small_model(str(text.input_ids.device)), rows=len(text.input_ids))
+        return _loop(text, cache)
     subject.announce(f"{text}")
     nll = subject.evaluate(small_model(str(text.input_ids.device)), text.input_ids, text.prompt, keep_ratio)
     if not isinstance(nll, Tensor):

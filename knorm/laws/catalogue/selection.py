@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,26 @@ def check_nesting(compressor: Subject, cache: Cache) -> None:
         at = first_place(wrong)
         small, large = (x[at].nonzero()[:, 0].tolist() for x in (few, many))
         raise Refuted(f"nesting: positions {small} retained at ratio {cache.keep_ratio}, but {large} at {wider}")
+
+
+@check(needs={"scores": ("key_norm", "keys"), "ragged": False})
+def check_keys_decide(compressor: Subject, cache: Cache) -> None:
+    """At half the budget what is retained depends on the keys, at every length beyond what is protected."""
+    traits, length = compressor.traits, min(cache.length, 40)
+    if length < max(3, traits.prune_after, 2 * traits.protected + 2, 2 * traits.granularity + 1):
+        raise Vacuous
+    values = cache.values[:1, :1, :length]
+    generator = torch.Generator().manual_seed(length)
+    shape, seen = (1, 1, length, cache.keys.shape[3]), []
+    for _ in range(12):
+        keys = torch.randint(-8, 9, shape, generator=generator).to(cache.keys)
+        kept = replace(cache, keys=keys, values=values, keep_ratio=0.5)
+        seen.append(kept.retained(compressor(keys, values, 0.5))[0, 0].nonzero()[:, 0].tolist())
+    if len(seen[0]) < length and all(positions == seen[0] for positions in seen):
+        raise Refuted(
+            f"keys decide: positions {seen[0]} of {length} tokens are retained at ratio 0.5 whatever the keys are, in "
+            "12 draws, but keys should decide"
+        )
 
 
 @check(needs=_BY_NORM, exact=True)

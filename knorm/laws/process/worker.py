@@ -75,7 +75,8 @@ def _run(check: Check, subject: Subject, board: Board, request: Request) -> Resu
     except Exception as error:
         if request.verbose:
             traceback.print_exc()
-        fields = {"verdict": "untested", "reason": f"knorm could not run it: {in_words(error)}"}
+        reason = f"knorm could not run it: {in_words(error)}"
+        fields = {"verdict": "untested", "fault": True, "reason": reason}
     except BaseException as error:  # the target's own: nothing else raises one
         fields = {"verdict": "refuted", **last_call(board, check.name, f"raised {in_words(error)}", subject.code)}
     return Result(check.name, check.law, check.family, **fields)
@@ -141,6 +142,8 @@ def _watch(subject: Subject, board: Board, end_copy: Callable[[], None]) -> None
             return make(keep_ratio)
 
         subject.make_cache = make_cache
+    if subject.open_cache is not None:
+        subject.open_cache = defaults.of_target(subject.open_cache)
 
 
 class _Defaults:

@@ -1,0 +1,148 @@
+"""What `knorm check` shows: each verdict as it comes, a line for each family that holds, and how to see one again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from textwrap import indent, wrap
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from knorm.cli.options import visible
+from knorm.cli.tables import print_text
+
+if TYPE_CHECKING:
+    from knorm.laws.results import Result
+
+_HEADS = {
+    "holds": ("holds    ", "green"),
+    "refuted": ("REFUTED  ", "bold red"),
+    "expected failure": ("expected ", "yellow"),
+    "unexpectedly holds": ("HOLDS THOUGH EXPECTED TO FAIL  ", "bold red"),
+    "untested": ("untested ", "yellow"),
+    "does not apply": ("n/a      ", "dim"),
+}
+_WIDTH = 80  # of a log; a terminal has its own
+_AS_IT_IS: dict[str, Any] = {
+    "expand_tabs": False,
+    "replace_whitespace": False,
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
+
+
+class Report:
+    """Show the results of `knorm check` as they come.
+
+    Args:
+        console: where they are shown.
+        command: what was typed, without --select: it is shown again with the name of one check that is refuted.
+        verbose: True to show each law that holds, and those that do not apply.
+
+    Example:
+        >>> from knorm.laws.results import Result
+        >>> report = Report(Console(width=60), ["knorm", "check", "mine.py:compress"])
+        >>> report.add(Result("time_order", "Retained positions ascend.", "order", "holds", 60, answered=60))
+        >>> report.close()
+        holds    order: time_order [60 tried, 60 answered; 0.0 s]
+        1 hold, 0 refuted, 0 untested, 0 do not apply, in 0 s
+    """
+
+    def __init__(self, console: Console, command: Sequence[str], verbose: bool = False) -> None:
+        self.console, self.command, self.verbose = console, command, verbose
+        self.results: list[Result] = []
+        self._held: list[Result] = []
+
+    def add(self, result: Result) -> None:
+        """Show a result, or keep it until its family is over."""
+        if self._held and self._held[0].family != result.family:
+            self._fold()
+        self.results.append(result)
+        if self.verbose:
+            self._show(result)
+        elif result.verdict == "holds":
+            self._held.append(result)
+        elif result.verdict != "does not apply":
+            self._show(result)
+
+    def close(self) -> None:
+        """Show what was kept, which laws were refuted, and how many of each verdict there are."""
+        self._fold()
+        if count := self._count("does not apply"):
+            names = ", ".join(dict.fromkeys(name for result in self.results for name in result.needs))
+            laws = "1 law does" if count == 1 else f"{count} laws do"
+            self._write("", (f"{laws} not apply" + (f"; promise more with --trait: {names}" if names else ""), "dim"))
+        wrong = [result for result in self.results if result.failed]
+        if wrong:
+            self._write("", (f"to be mended: {', '.join(result.check for result in wrong)}; to see one alone:", "bold"))
+            again = shlex.join([*self.command, "--select", wrong[0].check])
+            print_text(self.console, Text(f"    {again}"), soft_wrap=True)  # it is to be copied
+        style = "bold red" if wrong else "bold yellow" if self._count("untested") else "bold green"
+        self._write("", (f"{self._summary()}, in {sum(r.seconds for r in self.results):.0f} s", style))
+
+    def _fold(self) -> None:
+        if held := self._held:
+            names, seconds = ", ".join(result.check for result in held), sum(result.seconds for result in held)
+            self._write("holds", (f"{held[0].family}: {names} ", ""), (f"[{_tried(held)}; {seconds:.1f} s]", "dim"))
+        self._held = []
+
+    def _show(self, result: Result) -> None:
+        name = (f"{result.check}: ", "bold" if result.failed else "")
+        self._write(result.verdict, name, (f"{result.law} ", ""), (f"[{_evidence(result)}]", "dim"))
+        if result.verdict != "refuted":
+            return
+        # the name stands in the line above
+        said = (result.counterexample or "").removeprefix(f"{result.check.replace('_', ' ')}: ")
+        for text in (said, f"given: {result.given}" if result.given else ""):
+            for line in text.splitlines():
+                self._write("    ", (line, ""))
+        if result.snippet:
+            code = Text(f"\n{indent(result.snippet, ' ' * 8)}\n")
+            print_text(self.console, code, soft_wrap=True)  # it is to be copied: no line may be broken
+
+    def _write(self, head: str, *parts: tuple[str, str]) -> None:
+        """Write a line behind a verdict, or behind blanks; what does not fit stands below it, indented alike."""
+        start = Text(*_HEADS[head]) if head in _HEADS else Text(head)
+        body = Text.assemble(*((visible(text), style) for text, style in parts))
+        width = (self.console.width if self.console.is_terminal else _WIDTH) - len(start)
+        at, before = 0, start
+        for line in wrap(body.plain, width, **_AS_IT_IS):
+            at = body.plain.index(line, at)
+            print_text(self.console, before + body[at : at + len(line)], soft_wrap=True)
+            at, before = at + len(line), Text(" " * len(start))
+
+    def _count(self, verdict: str) -> int:
+        return sum(result.verdict == verdict for result in self.results)
+
+    def _summary(self) -> str:
+        said = [f"{self._count('holds')} hold", f"{self._count('refuted')} refuted"]
+        for verdict, words in (
+            ("expected failure", "failed as expected"),
+            ("unexpectedly holds", "held though expected to fail"),
+        ):
+            said += [f"{self._count(verdict)} {words}"] if self._count(verdict) else []
+        return ", ".join(
+            [*said, f"{self._count('untested')} untested", f"{self._count('does not apply')} do not apply"]
+        )
+
+
+def _tried(results: Sequence[Result]) -> str:
+    """Say how many cases each of several laws was tried on, at the least."""
+    least = [min(result.examples for result in results), min(result.answered for result in results)]
+    words = f"{least[0]} tried, {least[1]} answered"
+    if evicted := [result.evicted for result in results if result.evicted]:
+        words += f", {min(evicted)} evicted"
+    alike = len({(result.examples, result.answered, result.evicted) for result in results}) == 1
+    return words if alike else f"each at least {words}"
+
+
+def _evidence(result: Result) -> str:
+    if result.verdict == "does not apply":
+        return result.reason or ""
+    refuted = result.verdict in ("refuted", "expected failure")
+    tried = f"example {result.examples}" if refuted else _tried([result])
+    why = result.reason or ("no drawn case was answered" if result.verdict == "untested" else "")
+    parts = [why, tried if result.examples else "", f"{result.seconds:.1f} s"]
+    return "; ".join(part for part in parts if part)

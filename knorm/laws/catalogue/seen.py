@@ -1,0 +1,270 @@
+"""What attention sees of a cache, or of a press, while a model reads: asked through the witness."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from knorm.laws.registry import Condition, Refuted, Vacuous, check
+from knorm.laws.replay import replayed
+from knorm.laws.subjects import Subject
+from knorm.laws.witness import ASTRAY, IN_WORDS, MIXED, Look, Reading, Unanswered, Witnessed, witnessed
+
+ROUNDING = 1e-4  # relative, of float32
+CLOSE = 1e-3  # of logits of about 5
+
+
+def _place(wrong: Tensor) -> list[int]:
+    first: list[int] = wrong.nonzero()[0].tolist()
+    return first
+
+
+def _where(look: Look, row: int, head: int) -> str:
+    call = "the prompt" if look.call == 0 else f"call {look.call} after the prompt"
+    return f"in {call}, layer {look.layer}, row {row}, key/value head {head}"
+
+
+def _short(tokens: list[int], most: int = 24) -> str:
+    """Write token positions, runs as 4-9."""
+    parts: list[list[int]] = []
+    for token in tokens:
+        if parts and token >= 0 and parts[-1][-1] == token - 1:
+            parts[-1] = [parts[-1][0], token]
+        else:
+            parts.append([token])
+    words = [str(part[0]) if part[0] == part[-1] else f"{part[0]}-{part[-1]}" for part in parts]
+    return ", ".join(words if len(words) <= most else [*words[:most], "..."]) or "nothing"
+
+
+def _query(look: Look, query: int) -> str:
+    return f"the query at {int(look.positions[query])}"
+
+
+@check("witness")
+def check_runs(subject: Subject, reading: Reading) -> None:
+    """Every text is read, in calls of any size and any number of rows, or refused in a sentence that says why."""
+    try:
+        witnessed(subject, reading)
+    except Unanswered as error:
+        raise Refuted(f"runs: raised {error}, but should answer, or refuse with a ValueError that says why") from error
+
+
+@check("witness", needs={"merges_values": False}, evicts=True)
+def check_sees_tokens(subject: Subject, reading: Reading) -> None:
+    """All that a query sees are tokens of its own row, head and layer, with the key and the value that were given."""
+    most = max(ROUNDING, 1.1 * subject.traits.lossy)
+    for look in witnessed(subject, reading).looks:
+        shown = look.seen.any(2).any(2)
+        if (wrong := shown & (look.tokens < 0)).any():
+            row, head, slot = _place(wrong)
+            what = IN_WORDS[int(look.tokens[row, head, slot])]
+            raise Refuted(f"sees tokens: slot {slot} {_where(look, row, head)}, which queries see, holds {what}")
+        errors = [("key", look.key_error), ("value", look.value_error)]
+        for name, error in errors[subject.traits.positions == "renumbered" :]:  # keys are turned: another law's
+            if (wrong := shown & (error > most)).any():
+                row, head, slot = _place(wrong)
+                token = int(look.tokens[row, head, slot])
+                raise Refuted(
+                    f"sees tokens: slot {slot} {_where(look, row, head)} holds token {token}, but its {name} "
+                    f"is off by {float(error[row, head, slot]):.3g} of its largest number, "
+                    f"as in {int(wrong.sum())} of {int(shown.sum())} slots that queries see"
+                )
+
+
+@check("witness", evicts=True)
+def check_sees_once(subject: Subject, reading: Reading) -> None:
+    """No query sees a token twice."""
+    for look in witnessed(subject, reading).looks:
+        tokens = (
+            look.tokens[:, :, None, None].masked_fill(~look.seen, -1).masked_fill(look.tokens[:, :, None, None] < 0, -1)
+        )
+        ordered = tokens.sort(-1).values
+        twice = (ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)
+        if twice.any():
+            row, head, group, query, slot = _place(twice)
+            raise Refuted(
+                f"sees once: {_query(look, query)} sees token {int(ordered[row, head, group, query, slot])} twice "
+                f"{_where(look, row, head)}: {_short(look.seen_tokens(row, head, query, group))}"
+            )
+
+
+@check("witness", needs={"time_order": True, "merges_values": False}, evicts=True)
+def check_sees_in_order(subject: Subject, reading: Reading) -> None:
+    """What a query sees stands in time order."""
+    for look in witnessed(subject, reading).looks:
+        for row, head in _heads(look):
+            shown = [token for token in look.seen_tokens(row, head, -1) if token >= 0]
+            if shown != sorted(shown):
+                raise Refuted(f"sees in order: the last query sees {_short(shown)} {_where(look, row, head)}")
+
+
+def _heads(look: Look) -> list[tuple[int, int]]:
+    return [(row, head) for row in range(look.tokens.shape[0]) for head in range(look.tokens.shape[1])]
+
+
+@check("witness")
+def check_sees_no_future(subject: Subject, reading: Reading) -> None:
+    """No query sees a token that comes after it, however many are fed in one call."""
+    for look in witnessed(subject, reading).looks:
+        later = look.seen & (look.tokens[:, :, None, None] > look.positions[:, None])
+        if later.any():
+            row, head, group, query, slot = _place(later)
+            raise Refuted(
+                f"sees no future: {_query(look, query)}, one of {len(look.positions)}, sees token "
+                f"{int(look.tokens[row, head, slot])} {_where(look, row, head)}: "
+                f"{_short(look.seen_tokens(row, head, query, group))}"
+            )
+
+
+@check("witness")
+def check_sees_itself(subject: Subject, reading: Reading) -> None:
+    """Each query sees its own token."""
+    for look in witnessed(subject, reading).looks:
+        own = (look.seen & (look.tokens[:, :, None, None] == look.positions[:, None])).any(-1)
+        # a value that is no token's is another law's
+        own |= (look.seen & ((look.tokens == MIXED) | (look.tokens == ASTRAY))[:, :, None, None]).any(-1)
+        if not own.all():
+            row, head, group, query = _place(~own)
+            raise Refuted(
+                f"sees itself: {_query(look, query)} does not see its own token {_where(look, row, head)}, but sees "
+                f"{_short(look.seen_tokens(row, head, query, group))}"
+            )
+
+
+_PROTECTING = ("protect_first", "protect_recent")
+
+
+@check("witness", applies=Condition(_PROTECTING, lambda t: t.protected > 0), evicts=True)
+def check_sees_protected(subject: Subject, reading: Reading) -> None:
+    """Every query sees the first protect_first tokens and the newest protect_recent, however long it decodes."""
+    traits = subject.traits
+    for look in witnessed(subject, reading).looks:
+        if look.call == 0:
+            continue
+        now = int(look.positions[0])
+        wanted = [
+            *range(min(traits.protect_first, now)),
+            *range(max(traits.protect_first, now - traits.protect_recent), now),
+        ]
+        missing = ~look.seen_by_token(now)[..., 0, :][..., wanted]
+        if missing.any():
+            row, head, group, index = _place(missing)
+            raise Refuted(
+                f"sees protected: {_query(look, 0)} does not see token {wanted[index]} {_where(look, row, head)}, "
+                f"but {_short(look.seen_tokens(row, head, 0, group))}; it should see {_short(wanted)}"
+            )
+
+
+def _earlier(look: Look) -> Tensor:
+    """How many tokens of earlier calls the first query sees: [rows, kv_heads, groups]."""
+    return look.seen_by_token(int(look.positions[0]))[..., 0, :].sum(-1)
+
+
+@check("witness", needs={"rounding": ("ceil", "floor", "half_even"), "ragged": False}, evicts=True)
+def check_sees_the_count(subject: Subject, reading: Reading) -> None:
+    """After the prompt a query sees the promised rounding of ratio x length, and itself."""
+    run = witnessed(subject, reading)
+    should = torch.tensor(subject.traits.count(reading.prompt, reading.keep_ratio))
+    for look in run.looks:
+        if look.call != 1 or look.layer in subject.traits.skip_layers:
+            continue
+        counts = _earlier(look)
+        if (counts != should).any():
+            row, head, group = _place(counts != should)
+            raise Refuted(
+                f"sees the count: {_query(look, 0)} sees {int(counts[row, head, group])} of the prompt's "
+                f"{reading.prompt} tokens {_where(look, row, head)}, but should see {int(should)}"
+            )
+
+
+@check("witness", needs={"acts": "streaming"}, evicts=True)
+def check_keeps_the_budget(subject: Subject, reading: Reading) -> None:
+    """A budget that holds after the prompt holds after each later token."""
+    traits = subject.traits
+    bounds: dict[int, int] = {}
+    for look in witnessed(subject, reading).looks:
+        if look.call == 1:
+            seen = int(_earlier(look).max())
+            if seen < reading.prompt:  # the prompt shows what the budget is
+                bounds[look.layer] = max(seen, traits.prune_after) + traits.granularity - 1
+        if look.call > 1 and look.layer in bounds:
+            counts = _earlier(look)
+            if (counts > bounds[look.layer]).any():
+                row, head, group = _place(counts > bounds[look.layer])
+                raise Refuted(
+                    f"keeps the budget: {_query(look, 0)} sees {int(counts[row, head, group])} earlier tokens "
+                    f"{_where(look, row, head)}, but after the prompt of {reading.prompt} no more than "
+                    f"{bounds[look.layer]} were seen"
+                )
+    if not bounds:
+        raise Vacuous
+
+
+def _differ(one: Witnessed, other: Witnessed, row: int | None = None) -> str | None:
+    """Say where two runs differ in what is seen; row: the one to look at; None: all."""
+    for first, second in zip(one.looks, other.looks, strict=True):
+        rows = slice(None) if row is None else slice(row, row + 1)
+        length = int(first.positions[-1]) + 1
+        mine, theirs = first.seen_by_token(length)[rows], second.seen_by_token(length)[rows]
+        if not torch.equal(mine, theirs):
+            at, head, group, query, _ = _place(mine != theirs)
+            at = at if row is None else row
+            shown = [sorted(look.seen_tokens(at, head, query, group)) for look in (first, second)]
+            return f"{_query(first, query)} sees {_short(shown[0])} {_where(first, at, head)}, but {_short(shown[1])}"
+    return None
+
+
+@check("witness", needs={"batch_independent": True, "deterministic": True}, reads="rows", evicts=True)
+def check_sees_alone(subject: Subject, reading: Reading) -> None:
+    """A row sees the same, whatever the other rows of its batch are."""
+    first = witnessed(subject, reading)
+    row = 0 if reading.seed % 2 else reading.rows - 1
+    # in a batch of one shape: another shape may round otherwise
+    if wrong := _differ(first, witnessed(subject, replace(reading, row=row)), row):
+        raise Refuted(f"sees alone: in a batch of {reading.rows} {wrong} where the other rows are drawn anew")
+
+
+@check("witness", needs={"deterministic": True}, evicts=True)
+def check_sees_again(subject: Subject, reading: Reading) -> None:
+    """Read again, with torch seeded alike, every query sees the same."""
+    first = witnessed(subject, reading)
+    if wrong := _differ(first, witnessed(subject.again(), reading)):
+        raise Refuted(f"sees again: {wrong} when the same is read again")
+
+
+@check("witness", needs={"merges_values": False, "lossy": 0.0}, reads="real", evicts=True)
+def check_attends_exactly(subject: Subject, reading: Reading) -> None:
+    """The model answers as the plain model does under a mask that shows each query what it was seen to see."""
+    run = witnessed(subject, reading)
+    if any(not torch.equal(look.seen_by_token(run.length).sum(-1), look.seen.sum(-1)) for look in run.looks):
+        raise Vacuous  # what is seen is no token, or one that is there twice: other laws'
+    expected = replayed(run, renumbered=subject.traits.positions == "renumbered")
+    logits = torch.cat(run.logits, 1)
+    difference = (logits - expected[:, -logits.shape[1] :]).abs().nan_to_num(torch.inf)
+    if difference.max() > CLOSE:
+        row, at = (difference.amax(-1) > CLOSE).nonzero()[0].tolist()
+        token = run.length - logits.shape[1] + at
+        raise Refuted(
+            f"attends exactly: the logits after token {token} of row {row} differ by {float(difference.max()):.3g} "
+            "from those of the plain model under the same mask"
+            + (", its keys turned to their places in the cache" if subject.traits.positions == "renumbered" else "")
+        )
+
+
+@check("witness", needs={"frees_memory": True, "ragged": False}, evicts=True)
+def check_sees_what_is_held(subject: Subject, reading: Reading) -> None:
+    """What no query sees any more is not held: a cache keeps the bytes of what is seen."""
+    run = witnessed(subject, reading)
+    looks = [look for look in run.looks if look.call == 1]
+    kept = [int(_earlier(look).amax()) for look in looks]
+    if not looks or min(kept) == run.length - sum(reading.calls):
+        raise Vacuous
+    a_token = 2 * 4 * looks[0].tokens.shape[0] * looks[0].tokens.shape[1] * 64
+    should = sum(kept) * a_token
+    if run.bytes_held > 1.1 * should + a_token:
+        raise Refuted(
+            f"sees what is held: {run.bytes_held:,} bytes are held after a prompt of {reading.prompt} tokens, "
+            f"but what later queries see of it, {kept} tokens by layer, takes {should:,}"
+        )

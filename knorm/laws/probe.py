@@ -1,0 +1,237 @@
+"""Probe models: small models of real architectures whose keys are drawn and whose values say which token they are.
+
+A value is 64 channels of +1 and -1, one bit each: the token's position and its complement, its row, its key/value head
+and its layer. Bits survive rounding, and a value that was mixed out of two no longer agrees with its complement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+WIDTH = 64  # of a head
+LAYERS = 2
+HEADS = 4
+VOCABULARY = 128
+FOREIGN = 2**14  # positions from here on are those of calls that a method makes itself
+# What each architecture has besides the sizes that all share: heads are grouped wherever it knows groups.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "head_dim": WIDTH},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": WIDTH},
+    "mistral": {"num_key_value_heads": 2, "head_dim": WIDTH, "sliding_window": None},
+    "gpt_neox": {},
+}
+_FIELDS = (("position", 16), ("inverse", 16), ("row", 8), ("head", 8), ("layer", 8), ("fill", 8))
+_FILL = 0x55
+_FIELD_OF = torch.tensor([field for field, (_, count) in enumerate(_FIELDS) for _ in range(count)])
+_BIT_OF = torch.tensor([bit for _, count in _FIELDS for bit in range(count)])
+_WEIGHTS = torch.nn.functional.one_hot(_FIELD_OF).float() * (2.0**_BIT_OF)[:, None]  # what a channel's bit is worth
+
+
+@lru_cache(maxsize=8)
+def probe(family: str = "llama", attention: str = "sdpa", *, rotary: bool = False) -> PreTrainedModel:
+    """Make a probe model, with seeded weights; the same one comes back for the same arguments.
+
+    Args:
+        family: one of FAMILIES.
+        attention: "sdpa" or "eager".
+        rotary: positions turn keys and queries. By default all angles are zero, so that drawn keys stay as drawn.
+
+    Returns:
+        A model of 2 layers and 4 heads of 64 in float32, in eval mode.
+
+    Example:
+        >>> probe("qwen2").config.num_key_value_heads
+        2
+    """
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HEADS * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 2 * WIDTH,
+        "max_position_embeddings": 4096,
+    }
+    config = AutoConfig.for_model(family, **sizes, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            spread = torch.randn(weight.shape, generator=generator)
+            weight.copy_(0.1 * spread if weight.ndim == 2 else weight)
+        if not rotary:
+            model.base_model.rotary_emb.inv_freq.zero_()
+    result: PreTrainedModel = model
+    return result
+
+
+@lru_cache(maxsize=1)
+def probe_tokenizer() -> Any:
+    """Make a tokenizer of the probes' vocabulary, for methods that read the prompt again in words of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": VOCABULARY - 1, **{f"w{n}": n for n in range(1, VOCABULARY - 1)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="w1")
+    fast.chat_template = None
+    return fast
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """List the attention module of each layer."""
+    layers: Any = model.base_model.layers
+    return [getattr(layer, "self_attn", None) or layer.attention for layer in layers]
+
+
+def kv_heads_of(model: PreTrainedModel) -> int:
+    """Return how many key/value heads the model has."""
+    return int(getattr(model.config, "num_key_value_heads", model.config.num_attention_heads))
+
+
+def tagged(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
+    """Write values that name their token: float [rows, heads, positions, 64] of +1 and -1."""
+    place = positions.expand(rows, heads, -1)
+    parts = {
+        "position": place,
+        "inverse": 0xFFFF - place,
+        "row": torch.arange(rows)[:, None, None].expand_as(place),
+        "head": torch.arange(heads)[None, :, None].expand_as(place),
+        "layer": torch.full_like(place, layer),
+        "fill": torch.full_like(place, _FILL),
+    }
+    numbers = torch.stack([parts[name] for name, _ in _FIELDS], -1)
+    return ((numbers[..., _FIELD_OF] >> _BIT_OF) & 1).float() * 2 - 1
+
+
+def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Read values that `tagged` wrote, possibly rounded since.
+
+    Args:
+        values: [..., 64].
+
+    Returns:
+        The fields by name, int64 [...], and whether they name a token at all: False for zeros and for mixtures.
+    """
+    values = values.float()
+    numbers = ((values > 0).float() @ _WEIGHTS).long()  # sums of powers of two below 2^16: exact
+    fields = dict(zip((name for name, _ in _FIELDS), numbers.unbind(-1), strict=True))
+    size = values.abs()
+    sound = (fields["position"] + fields["inverse"] == 0xFFFF) & (fields["fill"] == _FILL)
+    return fields, sound & (size.amin(-1) > 0.5 * size.amax(-1))
+
+
+@dataclass
+class Draws:
+    """Keys drawn for a probe, the tags of its values, and which tokens the call under way feeds.
+
+    Attributes:
+        keys: float32 [layers, rows, kv_heads, tokens, 64], before a norm of keys that the architecture has; None: the
+            model projects its own.
+        given: the same after that norm: what attention is given where nothing was compressed.
+        row: the row that stays, while all others are drawn anew; None: none is.
+        start: position of the first token of the call under way; None: a method calls the model by itself.
+        tokens: how many the call feeds, known from its first projection on.
+    """
+
+    model: PreTrainedModel
+    rows: int
+    length: int
+    seed: int
+    scale: float = 1.0
+    drawn: bool = True
+    row: int | None = None
+    start: int | None = None
+    tokens: int | None = None
+    keys: Tensor | None = field(init=False, default=None)
+    given: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if not self.drawn:
+            return
+        shape = (LAYERS, self.rows, kv_heads_of(self.model), self.length, WIDTH)
+        keys = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed)) * self.scale
+        if self.row is not None:
+            others = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + 1)) * self.scale
+            others[:, self.row] = keys[:, self.row]
+            keys = others
+        self.keys = self.given = keys
+        norms = [getattr(module, "k_norm", None) for module in attention_modules(self.model)]
+        if norms[0] is not None:
+            with torch.no_grad():
+                self.given = torch.stack([norm(keys) for norm, keys in zip(norms, self.keys, strict=True)])  # type: ignore
+
+    def begin(self, start: int) -> None:
+        """Note that a call of the run's own begins, whose first token has this position."""
+        self.start, self.tokens = start, None
+
+    def end(self) -> None:
+        """Note that the call is over: what the model is fed now, a method feeds it."""
+        self.start = None
+
+    def positions(self, count: int) -> Tensor:
+        """Return the positions of `count` projected tokens: a method may project the last ones of its call again."""
+        if self.start is None:
+            return FOREIGN + torch.arange(count) % FOREIGN
+        self.tokens = self.tokens or count
+        return self.start + self.tokens - count + torch.arange(count)
+
+    def tags(self, layer: int, rows: int, count: int) -> Tensor:
+        """Return values [rows, kv_heads, count, 64] for the tokens that are projected."""
+        return tagged(rows, kv_heads_of(self.model), layer, self.positions(count))
+
+    def drawn_keys(self, layer: int, rows: int, count: int) -> Tensor:
+        """Return keys [rows, kv_heads, count, 64] for the tokens that are projected."""
+        assert self.keys is not None
+        places = self.positions(count) % self.length
+        return self.keys[layer][torch.arange(rows) % self.keys.shape[1]][:, :, places]
+
+
+@contextmanager
+def projected(draws: Draws) -> Iterator[None]:
+    """Let a probe's projections give drawn keys and tagged values, for a while."""
+    handles = []
+    for layer, module in enumerate(attention_modules(draws.model)):
+        if hasattr(module, "query_key_value"):
+            handles.append(module.query_key_value.register_forward_hook(_fused(draws, layer)))  # type: ignore
+            continue
+        handles.append(module.v_proj.register_forward_hook(_separate(draws.tags, layer)))  # type: ignore
+        if draws.drawn:
+            handles.append(module.k_proj.register_forward_hook(_separate(draws.drawn_keys, layer)))  # type: ignore
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _separate(states: Any, layer: int) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        rows, count = output.shape[:2]
+        replaced: Tensor = states(layer, rows, count).transpose(1, 2).reshape(output.shape).to(output)
+        return replaced
+
+    return hook
+
+
+def _fused(draws: Draws, layer: int) -> Any:
+    """GPT-NeoX projects queries, keys and values at once: a head's three stand side by side."""
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        rows, count = output.shape[:2]
+        parts = list(output.view(rows, count, kv_heads_of(draws.model), 3 * WIDTH).split(WIDTH, -1))
+        if draws.drawn:
+            parts[1] = draws.drawn_keys(layer, rows, count).transpose(1, 2)
+        parts[2] = draws.tags(layer, rows, count).transpose(1, 2)
+        return torch.cat(parts, -1).reshape(output.shape)
+
+    return hook

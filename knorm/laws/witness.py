@@ -1,0 +1,386 @@
+"""The witness: what attention is given while a method runs on a probe model, call by call and layer by layer.
+
+It stands around the model's own attention, under whatever a method puts over it, and reads which tokens each query
+sees, in the order of their slots, and whether their keys and values are those that were given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from knorm.laws.blame import is_ours, is_refusal
+from knorm.laws.probe import (
+    FOREIGN,
+    VOCABULARY,
+    Draws,
+    attention_modules,
+    kv_heads_of,
+    probe,
+    probe_tokenizer,
+    projected,
+    read_tags,
+)
+from knorm.laws.registry import Malformed, Refusal
+from knorm.laws.subjects import Subject, in_words
+from knorm.model_attention import cache_keyword, implementation_of, observed
+
+EMPTY, MIXED, STRANGE, ASTRAY = -1, -2, -3, -4  # what a slot may hold in place of a token
+IN_WORDS = {
+    EMPTY: "an empty slot, all zeros",
+    MIXED: "a value that is no token's",
+    STRANGE: "a token of a call that the method made by itself",
+    ASTRAY: "a token of another row, head or layer",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Say what is read: a prompt, then calls of given sizes.
+
+    Attributes:
+        prompt: tokens of the first call.
+        calls: tokens of each later call.
+        keep_ratio: as for a compressor; a method with a budget of its own is given none.
+        rows: of the batch.
+        seed: of the tokens and of the drawn keys.
+        family: architecture of the probe, one of probe.FAMILIES.
+        scale: of the drawn keys.
+        real: keys are those that the model makes of the tokens, and positions turn them.
+        row: the row that stays, while all others are drawn anew; None: none is.
+    """
+
+    prompt: int
+    calls: tuple[int, ...]
+    keep_ratio: float = 0.5
+    rows: int = 1
+    seed: int = 0
+    family: str = "llama"
+    scale: float = 1.0
+    real: bool = False
+    row: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Count the tokens in all."""
+        return self.prompt + sum(self.calls)
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Draw the tokens, int64 [rows, length]."""
+        ids = self._tokens(self.seed)
+        if self.row is None:
+            return ids
+        others = self._tokens(self.seed + 1)
+        others[self.row] = ids[self.row]
+        return others
+
+    def _tokens(self, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(1, VOCABULARY - 1, (self.rows, self.length), generator=generator)
+
+    def __repr__(self) -> str:
+        sizes = [*map(str, self.calls)]
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        rows += "" if self.row is None else f", all but row {self.row} drawn anew"
+        drawn = "its own keys" if self.real else "drawn keys" + f" times {self.scale:g}" * (self.scale != 1)
+        return (
+            f"a prompt of {self.prompt} tokens, then calls of {_runs(sizes)}, in {rows}, at ratio {self.keep_ratio}, "
+            f"on a {self.family} with {drawn}, seed {self.seed}"
+        )
+
+
+def _runs(sizes: list[str]) -> str:
+    """1, 1, 1, 2 -> 3 x 1, 2."""
+    parts: list[tuple[str, int]] = []
+    for size in sizes:
+        if parts and parts[-1][0] == size:
+            parts[-1] = (size, parts[-1][1] + 1)
+        else:
+            parts.append((size, 1))
+    return ", ".join(size if count == 1 else f"{count} x {size}" for size, count in parts)
+
+
+@dataclass
+class Look:
+    """Record what the attention of one layer was given in one call.
+
+    Attributes:
+        call: 0 for the prompt.
+        layer: its index.
+        positions: of the call's own tokens, int64 [queries].
+        tokens: the position of the token in each slot, or EMPTY ... ASTRAY: int64 [rows, kv_heads, slots].
+        seen: which slots a query sees, after the mask: bool [rows, kv_heads, groups, queries, slots].
+        key_error: largest difference of a slot's key from the one given, relative to the largest number of that; 0
+            where keys are the model's own: float [rows, kv_heads, slots].
+        value_error: the same for values.
+    """
+
+    call: int
+    layer: int
+    positions: Tensor
+    tokens: Tensor
+    seen: Tensor
+    key_error: Tensor
+    value_error: Tensor
+
+    def seen_tokens(self, row: int, head: int, query: int, group: int = 0) -> list[int]:
+        """List the tokens that a query sees, in the order of their slots."""
+        shown: list[int] = self.tokens[row, head][self.seen[row, head, group, query]].tolist()
+        return shown
+
+    def seen_by_token(self, length: int) -> Tensor:
+        """Tell which tokens each query sees: bool [rows, kv_heads, groups, queries, length]."""
+        rows, heads, groups, queries, _ = self.seen.shape
+        index = self.tokens.where((self.tokens >= 0) & (self.tokens < length), length)
+        index = index[:, :, None, None].expand_as(self.seen)
+        counts = torch.zeros(rows, heads, groups, queries, length + 1, dtype=torch.int32)
+        return counts.scatter_add_(-1, index, self.seen.int())[..., :length] > 0
+
+
+@dataclass
+class Witnessed:
+    """Record a reading, as attention saw it.
+
+    Attributes:
+        reading: what was read.
+        looks: a Look for each call and layer.
+        logits: float [rows, length, vocabulary]; of the prompt, the last token's.
+        length: tokens that were fed, which a method may have added to.
+        bytes_held: memory that the cache keeps alive after the prompt.
+    """
+
+    reading: Reading
+    looks: list[Look] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    length: int = 0
+    bytes_held: int = 0
+
+    @property
+    def evicted(self) -> bool:
+        """Tell whether a query after the prompt did not see a token that came before it."""
+        for look in self.looks:
+            before = int(look.positions[-1]) + 1
+            if look.call and not look.seen_by_token(before)[..., -1, :].all():
+                return True
+        return False
+
+
+class Opened(Protocol):
+    """Describe a method that is open on a model: a methods.method.Session, or what stands for a bare cache."""
+
+    cache: Any
+
+    def prompt(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]: ...
+    def end_prompt(self) -> int: ...
+
+
+class BareCache:
+    """Hold a cache that a model is given without anything around it: transformers' own masks, whatever they are.
+
+    Attributes:
+        renumbered: True where positions are left to the model, which takes them from the cache.
+    """
+
+    def __init__(self, cache: Any, *, renumbered: bool = False) -> None:
+        self.cache, self.renumbered, self.tokens = cache, renumbered, 0
+
+    def prompt(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        """Return the keywords of the prompt's call."""
+        self.tokens = input_ids.shape[1]
+        return {"input_ids": input_ids, "position_ids": position_ids}
+
+    def end_prompt(self) -> int:
+        """Return the position of the next token."""
+        return int(self.cache.get_seq_length()) if self.renumbered else self.tokens
+
+
+class _Recorder:
+    """Writes down a Look whenever the model's own attention is called in a call of the run's own."""
+
+    def __init__(self, model: PreTrainedModel, draws: Draws, run: Witnessed) -> None:
+        self.draws, self.run, self.call = draws, run, 0
+        self.eager = implementation_of(model.config) == "eager"
+        self.layer_of = {id(module): layer for layer, module in enumerate(attention_modules(model))}
+        self.heads = kv_heads_of(model)
+
+    def __call__(
+        self, attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **keywords: Any
+    ) -> Any:
+        result = attention(module, query, key, value, mask, **keywords)  # first: what does not fit is the method's
+        layer = self.layer_of.get(id(module))
+        if self.draws.start is not None and layer is not None:
+            self.run.looks.append(self._look(layer, query, key, value, mask))
+        return result
+
+    def _look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Look:
+        rows, heads, queries, _ = query.shape
+        slots, groups = key.shape[2], heads // self.heads
+        allowed = _allowed(mask, queries, slots, self.eager).expand(rows, heads, queries, slots)
+        allowed = allowed.view(rows, self.heads, groups, queries, slots).clone()
+        fields, sound = read_tags(value)
+        tokens = fields["position"].clone()
+        places = torch.arange(rows)[:, None, None], torch.arange(self.heads)[None, :, None]
+        at_home = (fields["row"] == places[0]) & (fields["head"] == places[1]) & (fields["layer"] == layer)
+        tokens[tokens >= FOREIGN] = STRANGE
+        tokens[sound & ~at_home] = ASTRAY
+        tokens[~sound] = MIXED
+        tokens[(value == 0).all(-1)] = EMPTY
+        real = tokens.clamp(min=0)
+        value_error = torch.where(tokens >= 0, (value.float().abs() - 1).abs().amax(-1), torch.zeros(()))
+        key_error = torch.zeros(tokens.shape)
+        if self.draws.given is not None:
+            given = self.draws.given[layer][(*places, real % self.draws.length)]
+            error = ((key.float() - given).abs().amax(-1) / given.abs().amax(-1)).nan_to_num(torch.inf)
+            key_error = torch.where(tokens >= 0, error, key_error)
+            if (error > 1e-3).any():  # else all are the keys that were given
+                allowed &= ~_let_through(query, key, given, allowed)
+        assert self.draws.start is not None
+        positions = self.draws.start + torch.arange(queries)
+        return Look(self.call, layer, positions, tokens, allowed, key_error, value_error.nan_to_num(torch.inf))
+
+
+def _allowed(mask: Tensor | None, queries: int, slots: int, eager: bool) -> Tensor:
+    """Tell what a mask lets through: bool, broadcast to [rows, heads, queries, slots]."""
+    if mask is None:  # PyTorch's own causal rule counts from the first slot, and is not applied to one query
+        everything = torch.ones(1, 1, queries, slots, dtype=torch.bool)
+        return everything if eager or queries == 1 else everything.tril()
+    shown = mask[..., :slots]
+    return shown if shown.dtype == torch.bool else shown > -1e4
+
+
+def _let_through(query: Tensor, key: Tensor, given: Tensor, allowed: Tensor) -> Tensor:
+    """Tell which slots have a key of another's making that no query can see, however the mask is."""
+    replaced = nn.functional.cosine_similarity(key.float(), given, dim=-1) < 0.5
+    if not replaced.any():
+        return torch.zeros_like(allowed)
+    rows, heads, groups, queries, _ = allowed.shape
+    scores = query.float().view(rows, heads, groups, queries, -1) @ key.float()[:, :, None].mT * key.shape[-1] ** -0.5
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num()
+    return replaced[:, :, None, None] & (weights < torch.finfo(torch.float32).tiny)
+
+
+@contextmanager
+def _opened(subject: Subject, model: PreTrainedModel, reading: Reading) -> Iterator[Opened]:
+    """Open a subject's method on a model, or make its cache."""
+    length = reading.length + 1  # a method may add a token to the prompt
+    if subject.method is None:
+        renumbered = subject.traits.positions == "renumbered"
+        yield BareCache(subject.cache(reading.keep_ratio, model, length, reading.rows), renumbered=renumbered)
+        return
+    method = subject.method(reading.keep_ratio)
+    # not method.session: what is raised comes out as it is, to be told from refusals and from knorm's own
+    with method._opened(model, length, reading.rows, probe_tokenizer()) as session:
+        for module in attention_modules(model):
+            module.masked_key_indices = None  # type: ignore[assignment]  # as kvpress' attention has it from the prompt on
+        yield session
+
+
+def witness(subject: Subject, reading: Reading) -> Witnessed:
+    """Run a subject on a probe and write down what attention saw.
+
+    Args:
+        subject: a laws.subjects.Subject with a method or a cache.
+        reading: what is read.
+
+    Returns:
+        What was seen.
+
+    Whatever the subject raises is raised as it is.
+    """
+    attention = "eager" if subject.eager else "sdpa"
+    model = probe(reading.family, attention, rotary=reading.real)
+    draws = Draws(
+        model,
+        reading.rows,
+        reading.length + 8,
+        reading.seed + 1,
+        reading.scale,
+        drawn=not reading.real,
+        row=reading.row,
+    )
+    run = Witnessed(reading)
+    recorder = _Recorder(model, draws, run)
+    torch.manual_seed(reading.seed)
+    with torch.no_grad(), projected(draws), observed(model, recorder), _opened(subject, model, reading) as method:
+        _read(model, method, reading, draws, recorder)
+    return run
+
+
+def _read(model: PreTrainedModel, method: Opened, reading: Reading, draws: Draws, recorder: _Recorder) -> None:
+    ids, keyword, run = reading.input_ids, cache_keyword(model), recorder.run
+    places = torch.arange(reading.length).expand(ids.shape)
+    given = method.prompt(ids[:, : reading.prompt], places[:, : reading.prompt])
+    draws.begin(0)
+    run.logits.append(model(**given, use_cache=True, **{keyword: method.cache}).logits[:, -1:])
+    run.length = draws.tokens or reading.prompt
+    draws.end()
+    shift, start = method.end_prompt() - run.length, reading.prompt
+    run.bytes_held = held_bytes(method.cache)
+    for call, size in enumerate(reading.calls, start=1):
+        stop = start + size
+        recorder.call = call
+        own_positions = isinstance(method, BareCache) and method.renumbered
+        options = {} if own_positions else {"position_ids": places[:, :size] + run.length + shift}
+        draws.begin(run.length)
+        out = model(input_ids=ids[:, start:stop], use_cache=True, **options, **{keyword: method.cache})
+        draws.end()
+        run.logits.append(out.logits)
+        start, run.length = stop, run.length + size
+
+
+def held_bytes(cache: Any) -> int:
+    """Add up the memory that a cache keeps alive: of each storage, the whole, and once."""
+    todo, done, storages = [cache], set(), {}
+    while todo:
+        thing = todo.pop()
+        if id(thing) in done:
+            continue
+        done.add(id(thing))
+        if isinstance(thing, Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, dict):
+            todo += thing.values()
+        elif isinstance(thing, (list, tuple)):
+            todo += thing
+        elif hasattr(thing, "__dict__") and not isinstance(thing, (type, nn.Module)) and not callable(thing):
+            todo += vars(thing).values()
+    return sum(storages.values())
+
+
+class Unanswered(Malformed):
+    """Say that the method broke off in a reading that it should have answered."""
+
+
+MOST_RUNS = 400  # remembered
+
+
+def witnessed(subject: Subject, reading: Reading) -> Witnessed:
+    """Return what attention saw of a reading; each is run once, and read by all laws.
+
+    Raises:
+        Refusal: the method declined the reading in a sentence of its own.
+        Unanswered: it broke off otherwise.
+    """
+    if reading not in subject.runs:
+        while len(subject.runs) >= MOST_RUNS:
+            del subject.runs[next(iter(subject.runs))]
+        subject.announce(repr(reading))
+        try:
+            subject.runs[reading] = witness(subject, reading)
+        except (Exception, SystemExit) as error:
+            if is_ours(error):
+                raise
+            kind = Refusal if is_refusal(error) else Unanswered
+            subject.runs[reading] = kind(in_words(error))
+            raise subject.runs[reading] from error
+    run = subject.runs[reading]
+    if isinstance(run, Exception):
+        raise run
+    return run

@@ -1,0 +1,151 @@
+"""The witness reads what attention is given, and the laws that are asked through it judge caches by nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mutants.parts import WindowCache
+from transformers import DynamicCache, StaticCache
+
+from knorm.laws import CHECKS, Subject, Traits, check_compressor, run_check
+from knorm.laws.adapters import adapt
+from knorm.laws.blame import is_ours, is_refusal
+from knorm.laws.known import KVPRESS, TRANSFORMERS
+from knorm.laws.probe import FAMILIES, probe, read_tags, tagged
+from knorm.laws.replay import replayed
+from knorm.laws.witness import EMPTY, Reading, Unanswered, witness, witnessed
+
+READING = Reading(prompt=9, calls=(1, 2, 7), rows=2, seed=3)
+WINDOW = Subject("window", Traits(), make_cache=WindowCache)
+
+
+def test_tags_name_their_token_and_survive_rounding_but_no_mixture():
+    values = tagged(2, 3, 1, torch.arange(40))
+    fields, sound = read_tags(values.bfloat16() * 0.93)
+    assert sound.all()
+    assert torch.equal(fields["position"], torch.arange(40).expand(2, 3, -1))
+    assert fields["row"][1].unique().tolist() == [1]
+    assert fields["head"][:, 2].unique().tolist() == [2]
+    assert not read_tags((values[:, :, 1:] + values[:, :, :-1]) / 2)[1].any()
+    assert not read_tags(values * 0)[1].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_cache_shows_each_query_all_before_it_with_the_keys_that_were_given(family):
+    run = witness(adapt(DynamicCache), Reading(prompt=9, calls=(1, 2, 7), rows=2, family=family))
+    assert len(run.looks) == 4 * 2
+    for look in run.looks:
+        seen = torch.arange(int(look.positions[-1]) + 1) <= look.positions[:, None]
+        assert torch.equal(look.seen_by_token(seen.shape[1]), seen.expand(*look.seen.shape[:3], -1, -1))
+        assert float(look.key_error.max()) < 1e-6
+        assert not look.value_error.any()
+    assert not run.evicted
+
+
+def test_spare_slots_are_there_but_no_query_sees_them():
+    run = witness(adapt(StaticCache), READING)
+    look = run.looks[-1]
+    assert int((look.tokens == EMPTY).sum())
+    assert not (look.seen & (look.tokens == EMPTY)[:, :, None, None]).any()
+
+
+def test_a_window_is_seen_to_evict():
+    run = witness(WINDOW, READING)
+    first = next(look for look in run.looks if look.call == 1)
+    assert first.seen_tokens(0, 0, 0) == [7, 8, 9]
+    assert run.evicted
+
+
+@pytest.mark.parametrize("subject", [adapt(DynamicCache), WINDOW], ids=lambda subject: subject.name)
+def test_what_was_seen_is_replayed_by_the_plain_model(subject):
+    run = witness(subject, Reading(prompt=9, calls=(1, 2, 7), rows=2, real=True))
+    logits = torch.cat(run.logits, 1)
+    assert (logits - replayed(run, renumbered=False)[:, -logits.shape[1] :]).abs().max() < 1e-4
+
+
+def test_the_probe_is_given_back_as_it_was():
+    model = probe()
+    before = dict(vars(model.config))
+    witness(WINDOW, READING)
+    assert vars(model.config) == before
+    assert not [m for m in model.modules() if m._forward_hooks or hasattr(m, "masked_key_indices")]
+
+
+def raised(function):
+    try:
+        function()
+    except Exception as error:
+        return error
+
+
+def refuses():
+    raise ValueError("a prompt of 3 tokens is too short")
+
+
+def unpacks():
+    a, b = [1, 2, 3]
+    return a, b
+
+
+def test_refusals_are_told_from_crashes():
+    assert is_refusal(raised(refuses))
+    assert not is_refusal(raised(unpacks)), "a ValueError of Python's own"
+    assert not is_refusal(raised(lambda: {}["key"]))
+    assert not is_ours(raised(refuses))
+
+
+class Refusing(WindowCache):
+    def __init__(self, keep_ratio):
+        raise NotImplementedError("this cache wants another machine")
+
+
+class Crashing(WindowCache):
+    def update(self, *_, **__):  # a list of two
+        return [*_][9]
+
+
+def test_a_target_that_refuses_everything_is_untested_with_its_own_reason():
+    result = run_check(CHECKS["sees_tokens"], Subject("refusing", Traits(), make_cache=Refusing))
+    assert result.verdict == "untested"
+    assert "refused: NotImplementedError: this cache wants another machine" in result.reason
+    assert (result.answered, result.evicted) == (0, 0)
+
+
+def test_a_crash_is_refuted_by_one_law():
+    subject = Subject("crashing", Traits(), make_cache=Crashing)
+    assert run_check(CHECKS["runs"], subject).verdict == "refuted"
+    assert run_check(CHECKS["sees_tokens"], subject).verdict == "untested"
+    result = run_check(CHECKS["positions"], subject)
+    assert result.verdict == "untested"
+    assert f"in {result.examples}: as the witness saw: tokens 0 to " in result.reason
+    assert run_check(CHECKS["positions"], subject.again()).verdict == "refuted", "asked alone"
+    with pytest.raises(Unanswered, match="IndexError"):
+        witnessed(subject, READING)
+
+
+def test_a_fault_of_knorms_own_is_no_verdict(monkeypatch):
+    monkeypatch.setattr("knorm.laws.witness._allowed", None)
+    with pytest.raises(TypeError, match="not callable"):
+        run_check(CHECKS["sees_tokens"], Subject("window", Traits(), make_cache=WindowCache))
+
+
+def test_what_evicts_nothing_is_not_said_to_hold():
+    class Keeps(DynamicCache):
+        def __init__(self, keep_ratio):
+            super().__init__()
+
+    result = run_check(CHECKS["sees_tokens"], Subject("keeps", Traits(), make_cache=Keeps))
+    assert (result.verdict, result.evicted) == ("untested", 0)
+    assert "nothing was evicted" in result.reason
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_no_law_on_what_attention_sees_is_refuted_by_a_cache_that_keeps_everything(cache):
+    results = check_compressor(cache, select=["seen", "positions", "chunks", "left_padding", "crop"])
+    assert {result.verdict for result in results} == {"holds", "does not apply"}
+
+
+def test_every_known_trait_stands_for_a_sentence():
+    for known in (*KVPRESS.values(), *TRANSFORMERS.values()):
+        Traits(**known.traits)
+        assert len(known.sentence.split()) > 5

@@ -1,0 +1,163 @@
+"""What the laws say of real methods: python tools/exam.py HEADING TARGET ... [--traits tools/exam.toml].
+
+A TARGET is one of `knorm check`, kvpress:* or transformers:*, or a folder: then each of its files has a function, class
+or factory `good` that no law may refute and, unless it is a control, a `bug` that one must. Traits that a file's own
+comments promise are declared in a TOML file, by the file's name. Writes a section of docs/exam.md under HEADING, with
+--write, and prints it.
+
+What a person makes of each refutation of a method stands in the same file, under [verdicts].
+
+Exits 1 where a `good` is not held to be correct or a `bug` is, or where a refutation was read by nobody; 3 where knorm
+itself broke off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import logging
+import re
+import sys
+import time
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from knorm.laws import Result, iter_results
+from knorm.laws.loading import load_target
+from knorm.methods.known import WEIGHTS
+from knorm.methods.targets import expanded
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "exam.md"
+HEAD = (
+    "# The exam: what the laws say of real methods\n\nWritten by `tools/exam.py`, quick profile, seed 0. A law counts "
+    "as untested where fewer than 20 cases were\nanswered, or evicted anything.\n"
+)
+MOST = 400  # characters of a sentence
+PACKAGES = ("kvpress", "transformers", "torch")
+
+
+def targets_of(names: list[str]) -> list[tuple[str, str, str | None]]:
+    """List what is examined: the target, the name of its traits, and "bug" or "good" where that is known."""
+    found: list[tuple[str, str, str | None]] = []
+    for name in names:
+        if not Path(name).is_dir():
+            found += [(target, target, None) for target in expanded(name)]
+            continue
+        for file in sorted(Path(name).glob("*.py")):
+            text = file.read_text(encoding="utf-8")
+            for variant in ("bug", "good"):
+                if re.search(rf"^(def {variant}\(|class {variant}\b|{variant} = )", text, re.MULTILINE):
+                    found.append((f"{file}:{variant}", file.stem, variant))
+    return found
+
+
+def examine(target: str, traits: dict[str, object]) -> tuple[list[Result], str]:
+    """Try every law that applies; returns the results, or what kept the target from being loaded."""
+    weights = next((where for press, where in WEIGHTS.items() if press in target), None)
+    if weights:
+        return [], f"not run: reads {weights}"
+    try:
+        subject = load_target(target, traits=traits)
+    except ValueError as error:
+        return [], f"not loaded: {error}"
+    return [result for result in iter_results(subject) if result.verdict != "does not apply"], ""
+
+
+def row(target: str, variant: str | None, results: list[Result], why: str, seconds: float) -> str:
+    """Write a line of the table."""
+    name = target if variant is None else f"{Path(target.partition(':')[0]).stem} `{variant}`"
+    if why:
+        return f"| {name} | {why} | | | | |"
+    counts = [sum(result.verdict == verdict for result in results) for verdict in ("holds", "untested")]
+    refuted = ", ".join(f"`{result.check}`" for result in results if result.verdict == "refuted") or "-"
+    evicted = max((result.evicted for result in results), default=0)
+    return f"| {name} | {counts[0]} | {refuted} | {counts[1]} | {evicted} | {seconds:.0f} |"
+
+
+def sentences(target: str, results: list[Result], judged: dict[str, str]) -> list[str]:
+    """Write what came out, a line for each law that is refuted or untested, and what a person makes of it."""
+    name = Path(target.partition(":")[0]).stem + ":" + target.rpartition(":")[2] if ".py:" in target else target
+    lines = []
+    for result in results:
+        if result.verdict != "holds":
+            said = " ".join(((result.counterexample if result.failed else result.reason) or "").split())
+            said = said if len(said) <= MOST else f"{said[: MOST - 3]}..."
+            said += "" if said.endswith(".") else "."
+            verdict = f" **{judged[result.check]}**" if result.check in judged else ""
+            lines.append(f"- {name}, `{result.check}` {result.verdict}: {said}{verdict}")
+    return lines
+
+
+def section(heading: str, names: list[str], declared: dict[str, dict[str, object]]) -> tuple[str, int]:
+    """Examine the targets; returns the section and how many verdicts are not as they should be."""
+    rows, notes, wrong, ran, evicting = [], [], 0, 0, 0
+    verdicts = declared.get("verdicts", {})
+    for target, name, variant in targets_of(names):
+        begin = time.perf_counter()
+        results, why = examine(target, declared.get(name, {}))
+        rows.append(row(target, variant, results, why, time.perf_counter() - begin))
+        print(rows[-1], flush=True)
+        judged: Any = verdicts.get(re.sub(r".*?:(\w+).*", r"\1", target), {})
+        notes += sentences(target, results, judged)
+        ran += bool(results)
+        evicting += any(result.evicted >= 20 for result in results)
+        failed = any(result.verdict != "holds" for result in results) or bool(why)
+        wrong += (variant == "good" and failed) or (variant == "bug" and not any(r.failed for r in results))
+        wrong += variant is None and any(result.failed and result.check not in judged for result in results)
+    versions = ", ".join(f"{package} {version}" for package in PACKAGES if (version := _version(package)))
+    lines = [
+        f"## {heading}",
+        "",
+        f"{versions}. {len(rows)} targets, {ran} ran, {evicting} evicted in 20 cases or more.",
+        "",
+    ]
+    lines += [
+        "| target | hold | refuted | untested | cases that evicted | s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*lines, *rows, "", *notes, ""]), wrong
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write(heading: str, text: str) -> None:
+    """Put a section into the document, in place of the one of that heading."""
+    before = DOCUMENT.read_text(encoding="utf-8") if DOCUMENT.exists() else HEAD
+    parts = re.split(r"(?=^## )", before, flags=re.MULTILINE)
+    others = [part.rstrip("\n") + "\n" for part in parts[1:] if not part.startswith(f"## {heading}\n")]
+    DOCUMENT.write_text("\n".join([HEAD, *sorted([*others, text])]), encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("heading")
+    parser.add_argument("targets", nargs="+")
+    parser.add_argument("--traits", type=Path, default=ROOT / "tools" / "exam.toml")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    try:
+        text, wrong = section(options.heading, options.targets, tomllib.loads(options.traits.read_text()))
+    except Exception as error:
+        print(f"knorm broke off: {error!r}", file=sys.stderr)
+        return 3
+    print(f"\n{text}")
+    if options.write:
+        write(options.heading, text)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
