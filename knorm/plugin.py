@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import contextlib
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+_GOLDENS: dict[str, dict[str, Any]] = {
+    "golden-dir": {"metavar": "DIR", "help": "Goldens to compare with. [the project's, else knorm's own]"},
+    "require-goldens": {
+        "action": "store_true",
+        "help": "Fail, not skip, where a device class has no goldens (CI).",
+    },
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -19,10 +29,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="How hard the tests of knorm.laws.parametrize_with_checks try. [quick]",
     )
     group.addoption("--knorm-seed", type=int, default=0, metavar="N", help="The same seed draws the same cases. [0]")
-    group.addoption("--golden-dir", metavar="DIR", help="Goldens to compare with. [the checkout's, else the installed]")
-    group.addoption(
-        "--require-goldens", action="store_true", help="Fail, not skip, where a device class has no goldens (CI)."
-    )
+    for name, options in _GOLDENS.items():
+        group.addoption(f"--knorm-{name}", **options)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(parser: pytest.Parser) -> Generator[None, Any, Any]:
+    """Offer the old names of options too, where no plugin and no conftest.py has taken them."""
+    result = yield
+    for name, options in _GOLDENS.items():
+        own = {**options, "dest": f"knorm_{name.replace('-', '_')}", "help": f"The same as --knorm-{name}."}
+        with contextlib.suppress(ValueError, argparse.ArgumentError):  # it is taken
+            parser.getgroup("knorm").addoption(f"--{name}", **own)
+    return result
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,33 +62,98 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         OPTIONS.update(profile=item.config.getoption("knorm_profile"), seed=item.config.getoption("knorm_seed"))
 
 
-@pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Read-only comparison: golden("streaming-32", device="cuda") measures a case and fails where anything moved.
+class Goldens:
+    """Compare with goldens, and never write: the value of the fixture `golden`."""
 
-    Skips where there is no golden of this device class at all; with --require-goldens that fails.
-    """
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._config, self._folder = request.config, request.path.parent
 
-    def compare(case: str, *, device: str = "cpu") -> Any:
+    def __call__(self, case: str, *, device: str = "cpu") -> Any:
+        """Measure a case of the project that the test lies in, else one of knorm's own, and compare it.
+
+        Fails where anything moved. Skips where there is no golden of this device class at all; with
+        --knorm-require-goldens that fails.
+
+        Args:
+            case: its name.
+            device: to measure on.
+
+        Returns:
+            The outcome: its findings hold golden and measured values.
+
+        Example:
+            >>> def test_nothing_moved(golden):
+            ...     golden("snap-half")
+        """
+        __tracebackhide__ = True
+        from knorm.golden.verify import verify_goldens
+
+        try:
+            workspace = self._workspace()
+            (outcome,) = verify_goldens(workspace.store, [case], device, catalogue=workspace.load([case]))
+        except (ValueError, RuntimeError, AssertionError) as error:  # PyTorch's own, where it has no such device
+            pytest.fail(str(error), pytrace=False)
+        return self._judged(outcome)
+
+    def check(
+        self, name: str, metrics: Mapping[str, Any], tensors: Any = None, *, gate: Any = None, device: str = "cpu"
+    ) -> Any:
+        """Compare values of the test's own with an accepted golden.
+
+        `knorm golden record --from-tests` makes the candidate that `knorm golden accept NAME` puts in place. Fails and
+        skips as for a case.
+
+        Args:
+            name: of the golden; a-z, 0-9, - and _.
+            metrics: numbers and texts by name. Whole numbers and texts must be equal, others within 1e-5, relative.
+            tensors: by name, of NumPy, torch, or nested lists. Whole numbers must be equal, others within 1e-5 of the
+                largest.
+            gate: another relative tolerance, or "exact", "same_environment", "same_versions", "at_most"; for all
+                values, or a dictionary by name.
+            device: whose class the golden is of.
+
+        Returns:
+            The outcome; None while `record` runs the test.
+
+        Example:
+            >>> def test_counts(golden):
+            ...     golden.check("counts", {"kept": 128}, tensors={"positions": [0, 5, 7]})
+        """
+        __tracebackhide__ = True
+        from knorm.golden.values import check_values, measured_values
+
+        try:
+            workspace = self._workspace()
+            if name in workspace.names:
+                raise ValueError(f"golden.check({name!r}): a case is named so: give the values another name")
+            outcome = check_values(name, measured_values(metrics, tensors, gate), workspace.store, device)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            pytest.fail(str(error), pytrace=False)
+        return self._judged(outcome) if outcome else None
+
+    def _workspace(self) -> Any:
+        from knorm.golden.workspace import find_workspace
+
+        folder = self._config.getoption("knorm_golden_dir")
+        return find_workspace(Path(folder) if folder else None, self._folder)
+
+    def _judged(self, outcome: Any) -> Any:
         __tracebackhide__ = True
         from rich.console import Console
 
         from knorm.cli.tables import show_outcome
-        from knorm.golden.store import Store
-        from knorm.golden.verify import verify_goldens
 
-        folder = request.config.getoption("golden_dir")
-        try:
-            (outcome,) = verify_goldens(Store(Path(folder) if folder else None), [case], device)
-        except (ValueError, RuntimeError, AssertionError) as error:  # PyTorch's own, where it has no such device
-            pytest.fail(str(error), pytrace=False)
         console = Console(width=120)
         with console.capture() as capture:
             show_outcome(console, outcome)
-        if outcome.failed or (not outcome.compared and request.config.getoption("require_goldens")):
+        if outcome.failed or (not outcome.compared and self._config.getoption("knorm_require_goldens")):
             pytest.fail(capture.get(), pytrace=False)
         if not outcome.compared:
             pytest.skip(f"{outcome.verdict.upper()}: {outcome.evidence}")
         return outcome
 
-    return compare
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Goldens:
+    """Read-only comparison: golden("snap-half") of a case, golden.check("name", {"kept": 128}) of the test's values."""
+    return Goldens(request)

@@ -15,14 +15,15 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify cli plugin "
-    "__main__",
+    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify "
+    "scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
     "facts published",
     "evaluation.published": "schema measure judge",
-    "golden": "format shift gates files environment store approval metrics latency cases verify",
+    "golden": "format shift rules gates project files environment store approval metrics latency pythia cases declared "
+    "verify values workspace history",
     "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
     "readings known adapters loading snippets search "
     "catalogue runner own own_model own_cache process",
@@ -30,7 +31,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify check "
-    "ppl explain bench golden",
+    "ppl explain bench golden_log golden init",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
@@ -92,7 +93,21 @@ METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
     "__init__",
-    *("outputs", "options", "setting", "compared", "prompts", "verify", "check", "ppl", "explain", "bench", "golden"),
+    *(
+        "outputs",
+        "options",
+        "setting",
+        "compared",
+        "prompts",
+        "verify",
+        "check",
+        "ppl",
+        "explain",
+        "bench",
+        "golden",
+        "golden_log",
+        "init",
+    ),
 )
 
 

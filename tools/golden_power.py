@@ -249,7 +249,7 @@ def document(files: list[Path]) -> str:
         "could be found or repeated. It fired under the bound of 1e-5 that held then; the bound was widened to 1e-4 "
         "because of it, and all runs are judged by that here: this one run is no independent proof. The injected "
         "changes touch every window and lie at least ten times beyond a gate; what touches few windows is bounded by "
-        "`ANY_WINDOW` in `knorm/golden/gates.py` and shown in `tests/golden/test_gates.py`. None of them changes "
+        "`ANY_WINDOW` in `knorm/golden/rules.py` and shown in `tests/golden/test_gates.py`. None of them changes "
         "peak memory: the power of its gate is not shown.\n"
     )
     parts.append(

@@ -13,6 +13,7 @@ from knorm.cli.outputs import MADE_BY, replace_file
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
     from knorm.evaluation.ways import Evaluation
+    from knorm.golden.history import Entry
     from knorm.statistics import Comparison
 
 
@@ -68,6 +69,26 @@ def plot_frontier(rows: Sequence[Evaluation], title: str, file: Path) -> None:
     axes.set(xlabel="bytes of cache per token", ylabel="KL(full || compressed), nats per token", yscale="log")
     axes.axhspan(axes.get_ylim()[0], floor, color="gray", alpha=0.2, label="the full cache run again, and less")
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    finish_figure(figure, [axes], title, file)
+
+
+def plot_history(entries: Sequence[Entry], names: Sequence[str], title: str, file: Path) -> None:
+    """Draw metrics of a golden over its acceptances, each relative to what was accepted first."""
+    figure, axes = new_figure((9, 5), columns=1)
+    for name in names:
+        points = []
+        for place, entry in enumerate(entries):
+            metric = entry.golden.metric(name)
+            if metric and not isinstance(metric.value, str) and not isinstance(metric.anchor, str) and metric.anchor:
+                points.append((place, 100 * (metric.value - metric.anchor) / abs(metric.anchor)))
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.axhline(0, color="gray", linestyle=":")
+    reasons = [f"{e.golden.provenance.date[:10]}\n{e.golden.provenance.reason[:30]}" for e in entries]
+    axes.set_xticks(range(len(entries)), reasons, rotation=30, ha="right", fontsize="x-small")
+    axes.set(ylabel="change from what was accepted first, %")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     finish_figure(figure, [axes], title, file)
 
 

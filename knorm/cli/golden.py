@@ -9,31 +9,40 @@ from typing import Any
 
 import click
 
+from knorm.cli.golden_log import golden_log
 from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
 from knorm.cli.outputs import write_json
 
 
 @click.group()
 def golden() -> None:
-    """Golden results: did anything move since a person accepted them?"""
+    """Golden results: did anything move since a person accepted them?
+
+    The cases are those of the project that one stands in, declared in its knorm.toml or in [tool.knorm] of its
+    pyproject.toml; elsewhere knorm's own.
+    """
 
 
+golden.add_command(golden_log)
 _golden_dir = click.option(
     "--golden-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the goldens.  [those of this checkout, else those installed with knorm]",
+    help="Folder of the goldens.  [the project's; without one those of this checkout, or installed with knorm]",
 )
 
 
-def _store(folder: Path | None, json: Path | None) -> Any:
-    """The goldens; a result must not be written among them."""
-    from knorm.golden.store import Store
+def _workspace(folder: Path | None, json: Path | None) -> Any:
+    """The cases and goldens that one works on; a result must not be written among them."""
+    from knorm.golden.project import find_project
 
-    store = Store(folder)
-    if json and store.folder.resolve() in json.resolve().parents:
+    find_project(Path.cwd())  # what is declared wrongly is said before anything heavy is loaded
+    from knorm.golden.workspace import find_workspace
+
+    workspace = find_workspace(folder)
+    if json and workspace.store.folder.resolve() in json.resolve().parents:
         raise ValueError(f"--json {json} lies among the goldens, which only `knorm golden accept` writes")
-    return store
+    return workspace
 
 
 _some_cases = click.argument("cases", nargs=-1, metavar="[CASE]...")
@@ -48,24 +57,25 @@ _golden_device = click.option(
 def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None:
     """Which cases there are, and which goldens, candidates and leftovers."""
     from knorm.cli.tables import goldens_table
-    from knorm.golden.cases import CASES
     from knorm.golden.files import Damaged
 
-    console, store = make_console(quiet), _store(golden_dir, json)
+    console, workspace = make_console(quiet), _workspace(golden_dir, json)
+    store = workspace.store
     rows: list[tuple[str, ...]] = []
     damaged = 0
-    for case in CASES.values():
-        devices = sorted(device for name, device in store.files if name == case.id)
+    pins = workspace.pins | dict.fromkeys(store.of_tests, "values of a test")
+    for case, what in pins.items():
+        devices = sorted(device for name, device in store.files if name == case)
         for device in devices:
             try:
-                made = store.read(case.id, device)[0].provenance
-                rows.append((case.id, device, made.date[:10], made.commit[:12], made.reason, case.what))
+                made = store.read(case, device)[0].provenance
+                rows.append((case, device, made.date[:10], made.commit[:12], made.reason, what))
             except Damaged as error:
                 damaged += 1
-                rows.append((case.id, device, "DAMAGED", "-", str(error), case.what))
+                rows.append((case, device, "DAMAGED", "-", str(error), what))
         if not devices:
-            rows.append((case.id, "-", "-", "-", "no golden yet: knorm golden record", case.what))
-    orphans = store.orphans([*CASES])
+            rows.append((case, "-", "-", "-", f"no golden yet: knorm golden record {case}{store.option}", what))
+    orphans = store.orphans(workspace.names)
     rows += [(name, "-", "ORPHAN", "-", "belongs to no case", "-") for name in orphans]
     console.print(goldens_table(rows))
     for file in store.candidates():
@@ -92,13 +102,18 @@ def golden_verify(
     golden_dir: Path | None,
 ) -> None:
     """Measure each CASE, by default all, and compare it with its golden of exactly this device class."""
+    workspace = _workspace(golden_dir, json)
     from knorm.cli.tables import show_outcome
+    from knorm.golden.environment import device_class
     from knorm.golden.verify import verify_goldens
     from knorm.models import hush
 
+    console, store, outcomes = make_console(quiet), workspace.store, []
+    known = workspace.load(cases or None)
+    if not cases:
+        workspace.check(device_class(check_device(device)))
     hush()
-    console, store, outcomes = make_console(quiet), _store(golden_dir, json), []
-    for outcome in verify_goldens(store, list(cases) or None, check_device(device)):
+    for outcome in verify_goldens(store, list(cases) or None, check_device(device), catalogue=known):
         outcomes.append(outcome)
         show_outcome(console, outcome)
     failed = sum(outcome.failed for outcome in outcomes)
@@ -109,11 +124,10 @@ def golden_verify(
             said.append(f"{number} {verdict.upper()}")
     style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
     console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
-    if moved := " ".join(outcome.case for outcome in outcomes if outcome.verdict == "moved"):
+    if moved := " ".join(outcome.case for outcome in outcomes if outcome.verdict in ("moved", "missing", "damaged")):
         on = "" if device == "cpu" else f" --device {device}"
         console.print(
-            f"If the change is intended: knorm golden record {moved}{on}{store.option}, look at it, then "
-            f'knorm golden accept {moved} --reason "..."{store.option}',
+            f"If the change is intended, commit it, then: knorm golden record {moved}{on}{store.option}",
             soft_wrap=True,
             markup=False,
         )
@@ -129,8 +143,14 @@ def golden_verify(
     is_flag=True,
     help="Record all cases that this device measures, except optional and timed ones.",
 )
+@click.option(
+    "--from-tests",
+    is_flag=True,
+    help="Run the tests, and record what they give to golden.check; CASEs are pytest's arguments: -- tests -k name.",
+)
 @_golden_device
 @click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
+@click.option("--unmoved", is_flag=True, help="Write candidates also where nothing moved, as for another environment.")
 @_golden_dir
 @with_options(*COMMON)
 def golden_record(
@@ -138,58 +158,89 @@ def golden_record(
     quiet: bool,
     cases: tuple[str, ...],
     everything: bool,
+    from_tests: bool,
     device: str,
     runs: int,
+    unmoved: bool,
     golden_dir: Path | None,
 ) -> None:
-    """Measure each CASE several times and write a candidate beside its golden, which stays as it is."""
-    if bool(cases) == everything:  # before anything heavy is loaded
+    """Measure each CASE and say what moved; where anything did, measure it again and write a candidate.
+
+    The candidate lies beside its golden, which stays as it is.
+    """
+    if from_tests and everything:
+        raise ValueError("--all and --from-tests are two selections: give one of them")
+    if not from_tests and bool(cases) == everything:  # before anything heavy is loaded
         raise ValueError("name the cases to record, or give --all")
+    workspace = _workspace(golden_dir, json)
     import torch
 
-    from knorm.golden.cases import CASES, find_case
+    from knorm.golden.environment import device_class
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
 
     kind = torch.device(check_device(device)).type
-    chosen = (
-        [c for c in CASES.values() if kind in c.devices and not (c.optional or c.timed)]
-        if everything
-        else [*map(find_case, cases)]
-    )
+    chosen = _cases_of_tests(workspace, cases, runs) if from_tests else [*workspace.load(cases or None).values()]
+    if everything:
+        chosen = [case for case in chosen if kind in case.devices and not (case.optional or case.timed)]
     hush()
-    console, store = make_console(quiet), _store(golden_dir, json)
-    now, written = checkout(store.folder), []
+    console, store = make_console(quiet), workspace.store
+    store.prepare()
+    now, mine = checkout(store.folder), device_class(device)
+    written: dict[str, str] = {}
     if not now.clean:
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
     for case in chosen:
-        made, measured = record(case, device, now, runs)
-        file = store.write_candidate(made, measured.tensors)
-        written.append(str(file))
-        _show_changes(console, store, made, measured.tensors)
+        old = _accepted(console, store, case.id, mine)
+        recorded = record(case, device, now, runs, unless=None if unmoved else old)
+        if recorded is None:
+            dropped = store.drop_candidate(case.id, mine)
+            more = "; the earlier candidate is removed" if dropped else ""
+            console.print(f"{case.id} ({mine}): nothing moved, no candidate{more}", soft_wrap=True, markup=False)
+            continue
+        file = store.write_candidate(recorded[0], recorded[1].tensors)
+        written[case.id] = str(file)
+        _show_changes(console, old, recorded[0], recorded[1].tensors)
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
-    if now.clean:
-        names = " ".join(case.id for case in chosen)
-        said = f'To accept: knorm golden accept {names} --reason "..."{store.option}'
+        if case.beside is not None:
+            console.print(case.beside(device), soft_wrap=True, markup=False)
+    if now.clean and written:
+        said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)
-    write_json(json, {"device": device, "candidates": written})
+    write_json(json, {"device": device, "candidates": [*written.values()]})
 
 
-def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any]:
-    """Print what a candidate would change; the changes."""
-    from knorm.cli.tables import changes_table
+def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> list[Any]:
+    """Run the tests, and make a case of each name that they check; none is that of a declared case."""
+    from knorm.golden.values import cases_of_tests
+
+    chosen = [*cases_of_tests(arguments, max(runs, 3)).values()]
+    if taken := sorted({case.id for case in chosen} & {*workspace.names}):
+        raise ValueError(f"golden.check({taken[0]!r}): a case is named so: give the values another name")
+    return chosen
+
+
+def _accepted(console: Any, store: Any, case: str, device_class: str) -> Any:
+    """Read a golden with its tensors; None where there is none, or none that can be trusted, which is said."""
     from knorm.golden.files import Damaged
-    from knorm.golden.format import differing
+
+    try:
+        return store.read(case, device_class)
+    except FileNotFoundError:
+        return None
+    except Damaged as damaged:
+        console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
+        return None
+
+
+def _show_changes(console: Any, old: Any, made: Any, tensors: Any) -> list[Any]:
+    """Print what a candidate would change in a golden, if there is one; the changes."""
+    from knorm.cli.tables import changes_table
+    from knorm.golden.format import differences
     from knorm.golden.gates import gate_changes
     from knorm.golden.verify import changes
 
-    old = None
-    if (made.case, made.device_class) in store.files:
-        try:
-            old = store.read(made.case, made.device_class)
-        except Damaged as damaged:
-            console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
     findings = changes(old, (made, tensors))
     title = f"{made.case} ({made.device_class})"
     if old and any(change.verdict != "holds" or change.golden != change.measured for change in findings):
@@ -200,27 +251,28 @@ def _show_changes(console: Any, store: Any, made: Any, tensors: Any) -> list[Any
         )
         console.print(said, markup=False)
     if old:
-        was, now = old[0].configuration, made.configuration
-        for name in differing(was, now):
-            console.print(f"configuration: {name} was {was.get(name)}, is {now.get(name)}", markup=False)
+        for change in differences(old[0].configuration, made.configuration):
+            console.print(f"configuration: {change}", soft_wrap=True, markup=False)
         for metric, change in gate_changes(old[0], made).items():
             console.print(f"GATE  {metric} is {change}", soft_wrap=True, markup=False)
     return findings
 
 
-def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, Any, Any]]:
-    """Read candidates by case, or by file; refuses unknown ones, and two for one golden."""
-    from knorm.golden.cases import CASES, find_case
-    from knorm.golden.format import differing
+def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tuple[Path, Any, Any]], Any]:
+    """Read candidates by case, or by file, and load their cases; refuses unknown ones, and two for one golden."""
+    from knorm.golden.cases import check_name
+    from knorm.golden.format import differences
     from knorm.golden.store import read_candidate
 
+    store = workspace.store
+    known = [*workspace.names, *store.of_tests]
     files: list[Path] = []
     for name in names:
         if name.endswith(".candidate"):
             files.append(Path(name))
             continue
-        case = find_case(name).id
-        waiting = [file for file in store.candidates() if file.parent.name == case]
+        check_name(name, known)
+        waiting = [file for file in store.candidates() if file.parent.name == name]
         if not waiting:
             raise ValueError(f"{name} has no candidate in {store.folder}: knorm golden record {name}{store.option}")
         files += waiting
@@ -229,11 +281,14 @@ def _chosen_candidates(store: Any, names: tuple[str, ...]) -> list[tuple[Path, A
     for file, made, _ in candidates:
         if places.count((made.case, made.device_class)) > 1:
             raise ValueError(f"{file} is one of two candidates for {made.case}/{made.device_class}: give one of them")
-        if made.case not in CASES:
-            raise ValueError(f"{file} is of case {made.case!r}, which is unknown; known are {', '.join(sorted(CASES))}")
-        if changed := differing(made.configuration, CASES[made.case].configuration()):
-            raise ValueError(f"{file}: field 'configuration' ({changed[0]}) is not that of the case: record it again")
-    return candidates
+        if made.case not in known:
+            raise ValueError(f"{file} is of case {made.case!r}, which is unknown; known are {', '.join(sorted(known))}")
+    cases = workspace.load_of(made.case for _, made, _ in candidates)
+    for file, made, _ in candidates:
+        if changed := differences(made.configuration, cases[made.case].configuration()):
+            again = f"knorm golden record {cases[made.case].recorded or made.case}{store.option}"
+            raise ValueError(f"{file}: the case is configured otherwise now ({changed[0]}): {again}")
+    return candidates, cases
 
 
 @golden.command("diff")
@@ -245,13 +300,15 @@ def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], gol
 
     The verdicts are those of `knorm golden verify`. Exit code 1 where a metric moved.
     """
-    console, store = make_console(quiet), _store(golden_dir, json)
+    console, workspace = make_console(quiet), _workspace(golden_dir, json)
+    store = workspace.store
     names = candidates or tuple(str(file) for file in store.candidates())
     if not names:
         raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
     changed = {}
-    for _, made, tensors in _chosen_candidates(store, names):
-        changed[f"{made.case}/{made.device_class}"] = _show_changes(console, store, made, tensors)
+    for _, made, tensors in _chosen_candidates(workspace, names)[0]:
+        old = _accepted(console, store, made.case, made.device_class)
+        changed[f"{made.case}/{made.device_class}"] = _show_changes(console, old, made, tensors)
     write_json(json, {"changes": {name: [asdict(change) for change in findings] for name, findings in changed.items()}})
     sys.exit(
         REFUTED if any(change.verdict == "moved" for findings in changed.values() for change in findings) else HOLDS
@@ -296,11 +353,13 @@ def golden_accept(
     from knorm.golden.store import checkout
 
     permissions = parse_permissions(allow_worse, allow_gate)
-    console, store = make_console(quiet), _store(golden_dir, json)
-    chosen, now = _chosen_candidates(store, candidates), checkout(store.folder)
+    console, workspace = make_console(quiet), _workspace(golden_dir, json)
+    store = workspace.store
+    (chosen, cases), now = _chosen_candidates(workspace, candidates), checkout(store.folder)
     pairs = [(made, tensors) for _, made, tensors in chosen]
+    codes = {name: now.code_of(case.sources) for name, case in cases.items()}
     try:
-        approved = approve(store, pairs, reason, now=now, permissions=permissions)
+        approved = approve(store, pairs, reason, now=now, permissions=permissions, codes=codes)
     except Refused as refused:
         command = refused.command(candidates, reason, permissions, store.option)
         lead = "Then" if any(problem.stale for problem in refused.problems) else "If that is intended"

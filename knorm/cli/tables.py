@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from knorm.evaluation.facts import Recall
     from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
+    from knorm.golden.history import Entry
     from knorm.golden.verify import Outcome
 
 
@@ -229,3 +230,29 @@ def goldens_table(rows: Sequence[tuple[str, ...]]) -> Table:
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+_METRICS_SHOWN = 5
+
+
+def history_table(entries: Sequence[Entry], names: Sequence[str], title: str) -> Table:
+    """Show accepted goldens, the oldest first: when, why, and each metric's value with its change from the anchor."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in ("recorded", "commit", "reason", *names[:_METRICS_SHOWN]):
+        table.add_column(column, overflow="fold", justify="right" if column in names else "left")
+    for entry in entries:
+        made = entry.golden.provenance
+        cells = [made.date[:10], (entry.commit or "")[:12] or "not committed", made.reason]
+        for name in names[:_METRICS_SHOWN]:
+            metric = entry.golden.metric(name)
+            cells.append("-" if metric is None else f"{_value(metric.value)}{_drift(metric.value, metric.anchor)}")
+        table.add_row(*map(Text, cells))
+    if len(names) > _METRICS_SHOWN:
+        table.caption = f"{len(names) - _METRICS_SHOWN} more metrics changed: --metric NAME shows them"
+    return table
+
+
+def _drift(value: int | float | str, anchor: int | float | str) -> str:
+    if isinstance(value, str) or isinstance(anchor, str) or not anchor or value == anchor:
+        return ""
+    return f" ({(value - anchor) / abs(anchor):+.2%})"

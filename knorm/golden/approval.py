@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from shlex import quote
@@ -118,7 +118,13 @@ class Refused(ValueError):
 
 
 def approve(
-    store: Store, candidates: Sequence[Candidate], reason: str, *, now: Checkout, permissions: Sequence[Permission] = ()
+    store: Store,
+    candidates: Sequence[Candidate],
+    reason: str,
+    *,
+    now: Checkout,
+    permissions: Sequence[Permission] = (),
+    codes: Mapping[str, str] | None = None,
 ) -> list[Golden]:
     """Make the goldens that candidates become: all of them, or none. Writes nothing.
 
@@ -128,6 +134,7 @@ def approve(
         reason: why the change is intended.
         now: the checkout that they are accepted in.
         permissions: what may be worse, and what may be judged by another gate.
+        codes: by case, the hash of the code under test, where that is not knorm's alone.
 
     Raises:
         ValueError: a permission names no case that is accepted.
@@ -146,7 +153,8 @@ def approve(
         problems.append(Problem(text, stale=everything))
     goldens = []
     for candidate, tensors in candidates:
-        problems += _origin_problems(store, candidate, now)
+        here = replace(now, code=(codes or {}).get(candidate.case, now.code))
+        problems += _origin_problems(store, candidate, here)
         before = None
         try:
             before = store.read(candidate.case, candidate.device_class)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,16 @@ import torch
 from torch import Tensor
 
 from knorm.core import compress
-from knorm.evaluation.published.measure import load_seed_texts, seed_ids
+from knorm.evaluation.published.measure import seed_ids
 from knorm.evaluation.published.schema import PYTHIA, bug_report
 from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.environment import How
-from knorm.golden.format import Measured, Metric, Noise, digest
+from knorm.golden.format import Environment, Measured, Metric, Noise, digest
 from knorm.golden.latency import COUNTED_SHAPE, POLICIES, TIMED_SHAPE, measure_counters, measure_latency
 from knorm.golden.metrics import count, fingerprint, memory_ratio, ppl_ratio, tokens
-from knorm.models import load_embedded, load_model, load_text, random_gpt_neox
+from knorm.golden.pythia import judged_claims, load_texts, load_weights
+from knorm.models import load_embedded, load_text, random_gpt_neox
 from knorm.paths import ASSETS
 from knorm.policy import Policy
 from knorm.schedule import cache_lengths
@@ -41,8 +43,15 @@ NOISE = {
 class Case:
     """Define one case: what it pins in a sentence, its configuration, and the kinds of device that measure it.
 
-    optional   it needs what is not in the box: without that, or without a golden, it is not compared
-    timed      it is measured by a clock: only where it is asked for by name, with the machine to itself
+    optional     it needs what is not in the box: without that, or without a golden, it is not compared
+    timed        it is measured by a clock: only where it is asked for by name, with the machine to itself
+    how          the way to run it that is its own
+    one_thread   it is measured by one thread on a CPU: its tensors are small, and more threads only wait
+    packages     of others that the method comes from: name -> version; part of the environment
+    sources      files and folders of the code under test, besides knorm's own
+    environment  that it was measured in, where that is not this process'
+    recorded     what `knorm golden record` is given for it, where that is not its name
+    beside       measures on a device what `record` shows beside it, as text
     """
 
     id: str
@@ -52,6 +61,13 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")
     optional: bool = False
     timed: bool = False
+    how: How = field(default_factory=How)
+    one_thread: bool = False
+    packages: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[Path, ...] = ()
+    environment: Environment | None = None
+    recorded: str = ""
+    beside: Callable[[str], str] | None = None
 
 
 CASES: dict[str, Case] = {}
@@ -61,11 +77,19 @@ def _as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
     return [policy.as_json() for policy in policies]
 
 
-def find_case(name: str) -> Case:
-    """Look up a case by its name. Raises ValueError for an unknown one."""
-    if name not in CASES:
-        raise ValueError(f"no case is named {name!r}; there are {', '.join(sorted(CASES))}")
-    return CASES[name]
+def find_case(name: str, catalogue: Mapping[str, Case] | None = None) -> Case:
+    """Look up a case by its name, by default among knorm's own. Raises ValueError for an unknown one."""
+    known = CASES if catalogue is None else catalogue
+    check_name(name, known)
+    return known[name]
+
+
+def check_name(name: str, known: Iterable[str]) -> None:
+    """Raise ValueError for a name that no case has; the nearest one is offered."""
+    if name not in (names := sorted(known)):
+        near = get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        raise ValueError(f"no case is named {name!r}; {hint} are {', '.join(names) or 'none'}")
 
 
 # Tokens: the NLL of each under a policy
@@ -91,7 +115,8 @@ def _embedded_configuration() -> dict[str, Any]:
     }
 
 
-def _digest_of(model: Any) -> str:
+def digest_of(model: Any) -> str:
+    """Hash a model's weights, in their order."""
     digest = hashlib.sha256()
     for weight in model.parameters():
         digest.update(weight.detach().cpu().numpy().tobytes())
@@ -101,7 +126,7 @@ def _digest_of(model: Any) -> str:
 @lru_cache(maxsize=2)
 def _random(device: str) -> Any:
     model: Any = random_gpt_neox()
-    if (digest := _digest_of(model)) != RANDOM_SHA256:
+    if (digest := digest_of(model)) != RANDOM_SHA256:
         raise ValueError(
             f"the random GPT-NeoX has sha256 {digest[:12]}, but should have {RANDOM_SHA256[:12]}: NumPy's "
             "PCG64 or transformers' order of its weights changed"
@@ -262,15 +287,10 @@ def _pythia_configuration() -> dict[str, Any]:
 
 
 def _pythia(device: str, how: How) -> Measured:
-    """The report's protocol on both texts; what weights and texts they were is a metric.
-
-    From KNORM_PYTHIA70M (a folder), KNORM_WIKITEXT and KNORM_PG19 (files), else from the Hub or its cache.
-    """
-    protocol = bug_report().protocol
-    given = {"wikitext": ("KNORM_WIKITEXT", "wikitext2"), "pg19": ("KNORM_PG19", "pg19")}
-    texts = load_seed_texts(protocol, {n: os.environ.get(variable) or hub for n, (variable, hub) in given.items()})
-    model, tokenizer = load_model(os.environ.get("KNORM_PYTHIA70M") or PYTHIA, device=device)
-    metrics: list[Metric] = [fingerprint("weights", _digest_of(model))]
+    """The report's protocol on both texts; what weights and texts they were is a metric."""
+    protocol, texts = bug_report().protocol, load_texts()
+    model, tokenizer = load_weights(device)
+    metrics: list[Metric] = [fingerprint("weights", digest_of(model))]
     tensors: dict[str, np.ndarray[Any, Any]] = {}
     for name, text in texts.items():
         ids = seed_ids(tokenizer, text, protocol.streamed_tokens)
@@ -282,8 +302,9 @@ def _pythia(device: str, how: How) -> Measured:
 
 
 CASES["pythia-70m"] = Case(
-    "pythia-70m", "the report's protocol on Pythia-70M's own weights", _pythia_configuration, _pythia, ("cuda",), True
-)
+    "pythia-70m", "the report's protocol on Pythia-70M's own weights", _pythia_configuration, _pythia, optional=True,
+    beside=judged_claims,
+)  # fmt: skip
 
 
 # Selections: positions retained of fixed tensors

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save
 
 from knorm.golden.format import Environment, Golden, Measured, Provenance, Tensors, digest
-from knorm.golden.gates import RULES
+from knorm.golden.rules import RULES
 from knorm.strict import first_error, no_field_twice
 
 SCHEMA = 1

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from knorm.strict import Strict
 
 Tensors = Mapping[str, np.ndarray[Any, Any]]
+OF_TESTS = {"values": "of a test"}  # the configuration of goldens that no case declares
 
 
 class Noise(Strict):
@@ -38,7 +39,7 @@ class Noise(Strict):
 class Gate(Strict):
     """Say how a metric is judged.
 
-    rule        one of `gates.RULES`: its class says where it speaks and what it lets pass
+    rule        one of `rules.RULES`: its class says where it speaks and what it lets pass
     threshold   what the rule takes for its bound, in the rule's own unit; None where it needs none
     noise       where the bounds come from
     """
@@ -60,14 +61,18 @@ class Metric(Strict):
     name: str
     unit: str
     direction: Literal["lower", "higher", "same"]
-    kind: Literal["count", "selection", "schedule", "nll", "ratio", "memory"]
+    kind: Literal["count", "selection", "schedule", "nll", "kl", "share", "ratio", "memory", "value"]
     value: int | float | str
     anchor: int | float | str
     gate: Gate
 
 
 class Environment(Strict):
-    """Hold what numbers may depend on besides the code; numerics: batches and attention. No host is named."""
+    """Hold what numbers may depend on besides the code. No host is named.
+
+    numerics   batches and attention, in words
+    packages   of others that the method under test comes from, and knorm where it is not under test: name -> version
+    """
 
     device: str
     driver: str | None
@@ -79,6 +84,7 @@ class Environment(Strict):
     transformers: str
     numpy: str
     python: str
+    packages: dict[str, str] = Field(default_factory=dict)
 
 
 class Provenance(Strict):
@@ -135,6 +141,31 @@ def digest(data: bytes) -> str:
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Names of the entries in which two mappings differ."""
     return [name for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Say where two configurations differ, and only there.
+
+    >>> differences({"a": 1, "policies": [{"keep_ratio": "0.5"}]}, {"a": 1, "policies": [{"keep_ratio": "0.4"}]})
+    ["policies.0.keep_ratio was '0.5', is '0.4'"]
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = [
+            differences(old[name], new[name], f"{place}.{name}")
+            if name in old and name in new
+            else [f"{f'{place}.{name}'.lstrip('.')} {_there(old, new, name)}"]
+            for name in {**old, **new}
+        ]
+        return [line for each in lines for line in each]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line for at, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{place}.{at}")
+        ]
+    return [] if old == new else [f"{place.lstrip('.')} was {old!r}, is {new!r}"]
+
+
+def _there(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:
+    return f"is new: {new[name]!r}" if name in new else f"is gone, was {old[name]!r}"
 
 
 def environment_changes(then: Environment, now: Environment) -> list[str]:

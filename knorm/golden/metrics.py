@@ -10,20 +10,40 @@ MEAN_SHIFT = 2e-6  # nats a token: smaller shifts are nobody's concern
 PPL_RATIO = 1e-4  # relative, of PPL at a ratio to PPL at 1.0
 MEMORY_RATIO = 0.02  # relative, of peak memory to that without compression
 
-Kind = Literal["count", "selection", "schedule", "nll", "ratio", "memory"]
-Direction = Literal["lower", "same"]
+SAME_TOP = 0.005  # of the tokens: so many near-ties between the two likeliest may fall otherwise
+
+Kind = Literal["count", "selection", "schedule", "nll", "kl", "share", "ratio", "memory", "value"]
+Direction = Literal["lower", "higher", "same"]
 
 
-def tokens(name: str, mean: float, noise: Noise) -> Metric:
-    """Make the metric of token NLLs, nats: their mean; beside it belongs a tensor [windows, tokens] of this name."""
-    return _metric(name, mean, "nll", "nats/token", "lower", Gate(rule="tokens", threshold=MEAN_SHIFT, noise=noise))
+def tokens(name: str, mean: float, noise: Noise, *, kind: Kind = "nll", threshold: float | None = None) -> Metric:
+    """Make the metric of token NLLs or KLs, nats: their mean; a tensor [windows, tokens] of this name belongs to it."""
+    gate = Gate(rule="tokens", threshold=MEAN_SHIFT if threshold is None else threshold, noise=noise)
+    return _metric(name, mean, kind, "nats/token", "lower", gate)
+
+
+def share(name: str, value: float, unit: str, *, threshold: float | None = None) -> Metric:
+    """Make the metric of a share of the tokens, which may differ by the threshold."""
+    gate = Gate(rule="within", threshold=SAME_TOP if threshold is None else threshold)
+    return _metric(name, value, "share", unit, "higher", gate)
 
 
 def count(
-    name: str, number: int | str, unit: str, *, rule: str = "exact", kind: Kind = "count", direction: Direction = "same"
+    name: str,
+    number: int | str,
+    unit: str,
+    *,
+    rule: str = "exact",
+    kind: Kind = "count",
+    direction: Direction = "same",
+    threshold: float | None = None,
 ) -> Metric:
-    """Make the metric of a whole number, or of one for each layer, which has to be equal where its rule speaks."""
-    return _metric(name, number, kind, unit, direction, Gate(rule=rule))
+    """Make the metric of a whole number, or of one for each layer, which has to be equal where its rule speaks.
+
+    With a threshold it may differ by that share, everywhere.
+    """
+    gate = Gate(rule="near", threshold=threshold) if threshold else Gate(rule=rule)
+    return _metric(name, number, kind, unit, direction, gate)
 
 
 def fingerprint(name: str, text: str, *, kind: Kind = "selection", of: str = "", rule: str = "exact") -> Metric:

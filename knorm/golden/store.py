@@ -22,10 +22,11 @@ from safetensors.numpy import load
 
 from knorm.git import git
 from knorm.golden.files import Damaged, pack, parse
-from knorm.golden.format import Golden, Tensors, digest
+from knorm.golden.format import OF_TESTS, Golden, Tensors, digest
 from knorm.paths import PACKAGE, REPORTED, goldens
 
 _TEMPORARY, _LOCK, _CANDIDATE = ".tmp", ".lock", ".candidate"
+_IGNORED = f"*{_CANDIDATE}\n{_LOCK}\n.*{_TEMPORARY}\n"
 _LOCK_SECONDS = 10.0
 _READS, _PAUSE_SECONDS = 50, 0.01  # of a changing golden; a pause outlasts a tick of the file system's clock
 
@@ -37,6 +38,19 @@ class Checkout:
     commit: str
     clean: bool
     code: str
+
+    def code_of(self, sources: Sequence[Path]) -> str:
+        """Hash the code under test: knorm's own, and files and folders of a project."""
+        return hash_of_sources(self.code, sources) if sources else self.code
+
+
+def hash_of_sources(code: str, sources: Sequence[Path]) -> str:
+    """Hash Python files, and those in folders, with the hash of knorm's own code."""
+    lines = [code]
+    for source in sorted(sources):
+        files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
+        lines += [f"{file.relative_to(source.parent).as_posix()} {digest(file.read_bytes())}" for file in files]
+    return digest("\n".join(lines).encode())
 
 
 def hash_of_code(package: Path = PACKAGE) -> str:
@@ -75,15 +89,33 @@ def checkout(folder: Path) -> Checkout:
 
 
 class Store:
-    """Read and write a folder of goldens, which must exist; only `write_candidate` and `accept` write."""
+    """Read and write a folder of goldens; only `write_candidate` and `accept` write.
 
-    def __init__(self, folder: Path | None = None) -> None:
+    Args:
+        folder: must exist; by default knorm's own.
+        ours: it is the project's, and need not be there before something is recorded.
+    """
+
+    def __init__(self, folder: Path | None = None, *, ours: bool = False) -> None:
         self.folder = folder or goldens()
-        self.option = f" --golden-dir {quote(str(folder))}" if folder else ""  # for commands that are to be pasted
+        given = folder is not None and not ours
+        self.option = f" --golden-dir {quote(str(folder))}" if given else ""  # for commands that are to be pasted
+        if ours and not os.path.lexists(self.folder):
+            return
         if not self.folder.is_dir():
             raise ValueError(
                 f"no goldens in {self.folder}: give --golden-dir the folder that holds <case>/<class>.json"
             )
+
+    def prepare(self) -> None:
+        """Make the folder, which git is told to ignore candidates in, if it is not there."""
+        if self.folder.is_dir():
+            return
+        try:
+            self.folder.mkdir(parents=True)
+            (self.folder / ".gitignore").write_text(_IGNORED, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot make {self.folder}: {error.strerror}") from None
 
     @cached_property
     def files(self) -> dict[tuple[str, str], Path]:
@@ -156,10 +188,21 @@ class Store:
         return self.folder / golden.case / f"{golden.device_class}-{(golden.tensors or '')[:12]}.safetensors"
 
     def orphans(self, cases: Sequence[str]) -> list[str]:
-        """Find what belongs to no case: folders with goldens in them, and goldens beside the folders."""
+        """Find what belongs to no case and no test: folders with goldens in them, and goldens beside the folders."""
         folders = {file.parent.name for ending in ("json", "safetensors") for file in self.folder.glob(f"*/*.{ending}")}
         loose = [file.name for file in self.folder.glob("*.json")]
-        return sorted(folders - {REPORTED, *cases}) + sorted(loose)
+        return sorted(folders - {REPORTED, *cases, *self.of_tests}) + sorted(loose)
+
+    @property
+    def of_tests(self) -> list[str]:
+        """List the goldens and candidates whose values come from tests; what cannot be read is none of them."""
+        names = set()
+        for file in [*self.files.values(), *self.candidates()]:
+            with suppress(OSError, ValueError):
+                text = file.read_text(encoding="utf-8") if file.suffix == ".json" else read_candidate(file)[0].text()
+                if parse(text, file.name).configuration == OF_TESTS:
+                    names.add(file.parent.name)
+        return sorted(names)
 
     def leftovers(self) -> list[Path]:
         """Find what an interrupted write of a golden left behind; the next accept of that golden removes it."""
@@ -186,8 +229,18 @@ class Store:
     def write_candidate(self, golden: Golden, tensors: Tensors) -> Path:
         """Write a candidate beside the golden it would replace; the golden stays as it is."""
         file = self.folder / golden.case / f"{golden.device_class}{_CANDIDATE}"
+        self.prepare()
         with self._locked():
             _write(file, pack(tensors or {"none": np.zeros(1)}, {"golden": golden.text()}))
+        return file
+
+    def drop_candidate(self, case: str, device_class: str) -> Path | None:
+        """Remove a candidate that an earlier recording left; return its path, None where there was none."""
+        file = self.folder / case / f"{device_class}{_CANDIDATE}"
+        if not file.is_file():
+            return None
+        with self._locked():
+            file.unlink(missing_ok=True)
         return file
 
     def accept(self, golden: Golden, tensors: Tensors, candidate: Path | None = None) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -13,8 +14,8 @@ from knorm import __version__
 from knorm.golden.cases import CASES, Case, find_case
 from knorm.golden.environment import How, device_class, environment
 from knorm.golden.files import make
-from knorm.golden.format import Golden, Measured, Provenance, Tensors, differing, environment_changes
-from knorm.golden.gates import Finding, Results, judge
+from knorm.golden.format import Environment, Golden, Measured, Provenance, Tensors, differences, environment_changes
+from knorm.golden.gates import Finding, Results, gate_changes, judge
 from knorm.golden.store import Checkout, Store
 
 RUNS = 3  # that agree, at least, before anything is recorded
@@ -49,23 +50,39 @@ class Outcome:
 
 
 def verify_goldens(
-    store: Store, cases: list[str] | None = None, device: str = "cpu", how: How | None = None
+    store: Store,
+    cases: list[str] | None = None,
+    device: str = "cpu",
+    how: How | None = None,
+    *,
+    catalogue: Mapping[str, Case] | None = None,
 ) -> Iterator[Outcome]:
     """Measure each case and compare it with its golden of exactly this device class; by default all of the device's.
 
     Orphans are looked for where all cases are. Nothing is written. Raises ValueError for an unknown case.
+
+    Args:
+        store: their goldens.
+        cases: names; by default all.
+        device: to measure on.
+        how: another way to run each than its own.
+        catalogue: the cases that there are; by default knorm's own.
+
+    Yields:
+        The outcome of each case.
     """
-    chosen = [find_case(name) for name in cases] if cases is not None else list(CASES.values())
+    known = CASES if catalogue is None else catalogue
+    chosen = [find_case(name, known) for name in cases] if cases is not None else list(known.values())
     kind, mine = torch.device(device).type, device_class(device)
     for case in chosen:
         if cases is None and (case.timed or (case.optional and (case.id, mine) not in store.files)):
             continue
         if kind in case.devices:
-            yield verify_case(case, store, device, mine, how or How())
+            yield verify_case(case, store, device, mine, how or case.how)
         elif cases is not None:
             yield Outcome(case.id, mine, "not compared", f"is measured on {' and '.join(case.devices)} only")
     if cases is None:
-        for name in store.orphans([*CASES]):
+        for name in store.orphans([*known]):
             yield Outcome(
                 name, "", "orphan", f"{store.folder.name}/{name} belongs to no case: remove it, or bring the case back"
             )
@@ -73,8 +90,31 @@ def verify_goldens(
 
 def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
     """Measure one case and compare it."""
+    with _threads_of(case, device):
+        return _verify_case(case, store, device, mine, how)
+
+
+@contextmanager
+def _threads_of(case: Case, device: str) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if case.one_thread and torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _environment(case: Case, device: str, how: How | None) -> Environment:
+    if case.environment is not None:
+        return case.environment
+    here = environment(device, how)
+    return here.model_copy(update={"packages": {**case.packages}}) if case.packages else here
+
+
+def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
     begin = time.perf_counter()
-    recording = f"knorm golden record {case.id} --device {device}{store.option}"
+    recording = f"knorm golden record {case.recorded or case.id} --device {device}{store.option}"
     try:
         golden, tensors = store.read(case.id, mine)
     except FileNotFoundError:
@@ -89,13 +129,10 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
     except ValueError as damaged:
         return Outcome(case.id, mine, "damaged", str(damaged))
     configuration = case.configuration()
-    if changed := differing(golden.configuration, configuration):
-        name = changed[0]
-        evidence = (
-            f"its configuration changed: {name} was {golden.configuration.get(name)}, is {configuration.get(name)}"
-        )
-        return Outcome(case.id, mine, "moved", f"{evidence}: record it again")
-    here = environment(device, how)
+    if changed := differences(golden.configuration, configuration):
+        more = f" ({len(changed)} differences)" if changed[1:] else ""
+        return Outcome(case.id, mine, "moved", f"its configuration changed: {changed[0]}{more}: record it again")
+    here = _environment(case, device, how)
     try:
         measured = case.measure(device, how)
     except ValueError as error:
@@ -120,24 +157,54 @@ def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> O
     return Outcome(case.id, mine, "holds", said, findings, seconds)
 
 
-def record(case: Case, device: str, now: Checkout, runs: int = RUNS, how: How | None = None) -> tuple[Golden, Measured]:
+def record(
+    case: Case,
+    device: str,
+    now: Checkout,
+    runs: int = RUNS,
+    how: How | None = None,
+    *,
+    unless: tuple[Golden, Tensors] | None = None,
+) -> tuple[Golden, Measured] | None:
     """Measure a case `runs` times, which have to agree, and make a candidate of it. Writes nothing.
 
-    Raises ValueError for fewer than three runs, and where runs disagree.
+    Args:
+        case: to measure.
+        device: to measure on.
+        now: the checkout that it is measured in.
+        runs: at least three.
+        how: another way to run it than its own.
+        unless: the golden and its tensors; where one run shows that nothing moved from it, no other run is made.
+
+    Returns:
+        The candidate and what was measured; None where nothing moved.
+
+    Raises:
+        ValueError: fewer than three runs, or runs that disagree.
     """
     if runs < RUNS:
         raise ValueError(f"--runs {runs}, but should be at least {RUNS}: one run cannot show that runs agree")
     if torch.device(device).type not in case.devices:
         raise ValueError(f"{case.id} is measured on {' and '.join(case.devices)} only, not on {device}")
-    here, mine, configuration = environment(device, how), device_class(device), case.configuration()
+    with _threads_of(case, device):
+        return _record(case, device, now, runs, how or case.how, unless)
+
+
+def _record(
+    case: Case, device: str, now: Checkout, runs: int, how: How, unless: tuple[Golden, Tensors] | None
+) -> tuple[Golden, Measured] | None:
+    here, mine, configuration = _environment(case, device, how), device_class(device), case.configuration()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     provenance = Provenance(
-        knorm=__version__, commit=now.commit, clean=now.clean, code=now.code, date=date, runs=runs, reason=""
-    )
-    first = case.measure(device, how or How())
+        knorm=__version__, commit=now.commit, clean=now.clean, code=now.code_of(case.sources), date=date, runs=runs,
+        reason="",
+    )  # fmt: skip
+    first = case.measure(device, how)
     golden = make(case.id, mine, configuration, first, here, provenance)
+    if unless and not _differs(unless, (golden, first.tensors)):
+        return None
     for _ in range(runs - 1):
-        again = case.measure(device, how or How())
+        again = case.measure(device, how)
         findings = judge(Results.of(golden, first.tensors), Results(again.metrics, again.tensors, here))
         if moved := [finding for finding in findings if finding.verdict == "moved"]:
             raise ValueError(f"{case.id}: runs disagree, nothing was recorded: {moved[0].metric} {moved[0].evidence}")
@@ -145,6 +212,13 @@ def record(case: Case, device: str, now: Checkout, runs: int = RUNS, how: How | 
             said = f"{unsure[0].metric} {unsure[0].evidence}"
             raise ValueError(f"{case.id}: too noisy to record, nothing was: {said}. Leave the machine to it")
     return golden, first
+
+
+def _differs(old: tuple[Golden, Tensors], new: tuple[Golden, Tensors]) -> bool:
+    """Tell whether there is anything to accept: another configuration, other gates, or a metric that does not hold."""
+    if old[0].configuration != new[0].configuration or gate_changes(old[0], new[0]):
+        return True
+    return any(finding.verdict not in ("holds", "shown") for finding in changes(old, new))
 
 
 def changes(old: tuple[Golden, Tensors] | None, new: tuple[Golden, Tensors]) -> list[Finding]:

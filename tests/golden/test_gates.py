@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from knorm.cli import main
-from knorm.golden import cases, gates, verify
+from knorm.golden import cases, rules, verify
 from knorm.golden.cases import Case
 from knorm.golden.environment import device_class
 from knorm.golden.files import Damaged
 from knorm.golden.format import Gate, Measured, environment_changes
-from knorm.golden.gates import MEAN_ABSOLUTE, RULES, Pair, Results, gate_changes, judge
+from knorm.golden.gates import Results, gate_changes, judge
+from knorm.golden.rules import MEAN_ABSOLUTE, RULES, Pair
 from knorm.golden.shift import shift_of
 
 ENVIRONMENTS = {"same": HERE, "versions": HERE.model_copy(update={"device": "another"}), "elsewhere": ELSEWHERE}
@@ -35,6 +36,9 @@ def example(rule, change):
     if rule == "tokens":
         nll = NLL + np.float32(0.5 * step)
         return metric(rule, float(nll.astype(np.float64).mean()), "nll", TOKENS, "lower"), {rule: nll}
+    if rule == "close":
+        numbers = NLL + np.float32(5.0 * step)
+        return metric(rule, float(numbers.mean()), "value", gate, "lower"), {rule: numbers}
     if rule == "timing":
         blocks = BLOCKS + 0.2 * step
         return metric(rule, float(np.exp(blocks.mean())), "ratio", gate, "lower"), {rule: blocks}
@@ -60,6 +64,9 @@ EXPECTED = {
     "same_environment": {"same": ANY, "versions": SHOWN, "elsewhere": SHOWN},
     "same_versions": {"same": ANY, "versions": ANY, "elsewhere": SHOWN},
     "tokens": {"same": ANY, "versions": ANY, "elsewhere": ANY},
+    "within": {"same": ANY, "versions": ANY, "elsewhere": ANY},
+    "near": {"same": ANY, "versions": ANY, "elsewhere": ANY},
+    "close": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "at_most": {"same": WORSE, "versions": WORSE, "elsewhere": WORSE},
     "timing": {"same": WORSE, "versions": ("holds", "shown", "holds"), "elsewhere": ("holds", "shown", "holds")},
 }
@@ -128,7 +135,7 @@ def test_verify_and_diff_give_the_same_verdicts(command, where, change):
     command.settle(results(change, ENVIRONMENTS[where]))
     verified, _ = command("verify", "rules")
     (outcome,) = from_json("outcomes")
-    assert command("record", "rules")[0] == 0
+    assert command("record", "rules", "--unmoved")[0] == 0
     differing, _ = command("diff")
     findings = from_json("changes")[f"rules/{device_class('cpu')}"]
     assert findings == outcome["findings"]
@@ -159,7 +166,7 @@ def test_what_is_shown_or_inconclusive_is_no_failure_of_diff(command, accepted, 
     command.settle(found)
     assert command("verify", "rules")[0] == 0
     assert {f["verdict"] for f in from_json("outcomes")[0]["findings"]} == {verdict}
-    assert command("record", "rules")[0] == 0
+    assert command("record", "rules", "--unmoved")[0] == 0
     code, (out, _) = command("diff")
     assert code == 0
     assert "moved" not in out
@@ -178,8 +185,8 @@ def test_of_a_new_golden_everything_is_new():
 
 @pytest.mark.parametrize("where", ENVIRONMENTS)
 def test_each_ratio_of_times_is_resampled_once(monkeypatch, where):
-    calls, real = [], gates.compare_times
-    monkeypatch.setattr(gates, "compare_times", lambda *a, **k: calls.append(k["alpha"]) or real(*a, **k))
+    calls, real = [], rules.compare_times
+    monkeypatch.setattr(rules, "compare_times", lambda *a, **k: calls.append(k["alpha"]) or real(*a, **k))
     judge(times(0.0, 6), replace(times(0.1, 6), environment=ENVIRONMENTS[where]))
     assert calls == [pytest.approx(0.01 / 6)] * 6
 
@@ -283,7 +290,7 @@ def test_a_shift_of_all_windows_moves_and_one_within_the_noise_does_not():
 def test_what_is_not_a_number_or_of_another_shape_moves(same):
     broken = NLL.copy()
     broken[2, 5] = np.nan
-    assert moved(broken, same) == "the NLL of window [2, 5] is not finite"
+    assert moved(broken, same) == "the value of window [2, 5] is not finite"
     assert "[7, 40] windows and tokens, but the golden has [8, 40]" in moved(NLL[:7], same)
 
 

@@ -1,0 +1,263 @@
+"""The project that one stands in: the cases that its knorm.toml, or [tool.knorm] in pyproject.toml, declares.
+
+Everything that can be seen without importing PyTorch is refused here, one line a problem.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from knorm.files import read_text
+from knorm.paths import REPORTED
+from knorm.policy import exact_ratio
+
+CONFIG, PYPROJECT = "knorm.toml", "pyproject.toml"
+METRICS = ("nll", "kl", "same_top", "counts", "bytes")
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_MOST_BYTES = 2**20
+_TWICE = re.compile(r"Cannot declare \('?(?:.*'case', )'([^']*)'\) twice(?: \(at (line \d+))?")
+
+MetricName = Literal["nll", "kl", "same_top", "counts", "bytes"]
+Device = Literal["cpu", "cuda"]
+
+
+class Declared(BaseModel):
+    """Hold one case as it is declared.
+
+    Attributes:
+        target: the method, as on every command line: "mypress.presses:MyPress(window_size=16)", "mine.py:compress".
+        kind: the method's kind, where it does not follow from its parameters (docs/targets.md).
+        keep_ratio: budgets, each a share of the cache, as they are written.
+        keep_tokens: budgets, each a number of tokens. With neither, the method has a budget of its own.
+        model: as --model; by default embedded-llama for a press, else embedded.
+        text: as --text; column: of a .parquet or .jsonl.
+        window: tokens of a window; windows: how many.
+        prompt_length: tokens of the prompt, after which a method acts; by default half a window.
+        batch: windows that run at a time.
+        how: as `knorm ppl --how`.
+        metrics: which of METRICS are pinned.
+        thresholds: by metric, in place of the gates' own: nats per token for nll and kl, a share of tokens for
+            same_top, a relative change for counts and bytes.
+        devices: what kinds of device measure the case.
+        what: what the case pins, in a few words.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    target: str = Field(min_length=1)
+    kind: str | None = None
+    keep_ratio: list[str] = Field(default_factory=list)
+    keep_tokens: list[int] = Field(default_factory=list)
+    model: str | None = None
+    text: str = "narrative"
+    column: str = "text"
+    window: int = Field(default=256, ge=2)
+    windows: int = Field(default=4, ge=1)
+    prompt_length: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
+    how: Literal["auto", "schedule", "two calls", "loop"] = "auto"
+    metrics: list[MetricName] = Field(default_factory=lambda: [*METRICS], min_length=1)  # type: ignore[arg-type]
+    thresholds: dict[MetricName, float] = Field(default_factory=dict)
+    devices: list[Device] = Field(default_factory=lambda: ["cpu", "cuda"], min_length=1)  # type: ignore[arg-type]
+    what: str = ""
+
+    @property
+    def prompt(self) -> int:
+        """Return the tokens of the prompt."""
+        return self.window // 2 if self.prompt_length is None else self.prompt_length
+
+    @field_validator("keep_ratio", mode="before")
+    @classmethod
+    def _ratios(cls, given: Any) -> list[str]:
+        ratios = _several(given)
+        for ratio in ratios:
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float | str):
+                raise ValueError(f"is {ratio!r}, but should be a number in (0, 1], or several in brackets")
+            exact_ratio(ratio)
+        return [str(ratio) for ratio in ratios]
+
+    @field_validator("keep_tokens", mode="before")
+    @classmethod
+    def _tokens(cls, given: Any) -> list[int]:
+        tokens = _several(given)
+        for number in tokens:
+            if type(number) is not int or number < 1:
+                raise ValueError(f"is {number!r}, but should be a whole number from 1 up, or several in brackets")
+        return tokens
+
+    @field_validator("thresholds")
+    @classmethod
+    def _bounds(cls, given: dict[str, float]) -> dict[str, float]:
+        for name, bound in given.items():
+            if bound < 0:
+                raise ValueError(f"has {name} = {bound}, but should not be negative")
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> Declared:
+        if self.keep_ratio and self.keep_tokens:
+            raise ValueError("keep_ratio and keep_tokens are two budgets: give one of them")
+        budgets = [*self.keep_ratio, *map(str, self.keep_tokens)]
+        if twice := next((budget for budget in budgets if budgets.count(budget) > 1), None):
+            raise ValueError(f"the budget {twice} stands there twice")
+        if self.prompt >= self.window:
+            raise ValueError(
+                f"prompt_length is {self.prompt}, but should be below window = {self.window}: only tokens after the "
+                "prompt are scored"
+            )
+        if unused := [name for name in self.thresholds if name not in self.metrics]:
+            raise ValueError(f"thresholds names {unused[0]}, which is not among its metrics")
+        return self
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    golden_dir: str = "golden"
+    case: dict[str, Declared] = Field(default_factory=dict)
+
+    @field_validator("golden_dir")
+    @classmethod
+    def _inside(cls, folder: str) -> str:
+        parts = Path(folder).parts
+        if not parts or Path(folder).is_absolute() or ".." in parts or parts == (".",):
+            raise ValueError(f"is {folder!r}, but should be a folder below the one of this file")
+        return folder
+
+
+@dataclass(frozen=True)
+class Project:
+    """Hold what a project declares.
+
+    Attributes:
+        file: the configuration that declares it.
+        golden_dir: the folder of its goldens, which may not exist yet.
+        cases: its cases by name.
+    """
+
+    file: Path
+    golden_dir: Path
+    cases: Mapping[str, Declared]
+
+    @property
+    def root(self) -> Path:
+        """Return the folder that targets, models and texts are looked for in."""
+        return self.file.parent
+
+
+class Misdeclared(ValueError):
+    """Say everything that is wrong with a project's cases, one line a problem; nothing was measured."""
+
+    def __init__(self, where: str, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        lines = [f"{where}: {problem}" for problem in self.problems]
+        super().__init__("\n".join(lines))
+
+
+def find_project(start: Path) -> Project | None:
+    """Find the project that a folder lies in: the first with a configuration, from the folder upwards.
+
+    The search ends at the top of a git checkout: goldens name its commit.
+
+    Args:
+        start: a folder.
+
+    Returns:
+        The project; None where no knorm.toml and no pyproject.toml with [tool.knorm] is found.
+
+    Raises:
+        Misdeclared: a configuration that cannot be read, or declares what it should not, one line a problem.
+
+    Example:
+        >>> find_project(Path("/")) is None
+        True
+    """
+    start = start.resolve()
+    for folder in (start, *start.parents):
+        own, shared = folder / CONFIG, folder / PYPROJECT
+        table = _tool(shared) if shared.is_file() else None
+        if own.is_file():
+            if table is not None:
+                raise Misdeclared(CONFIG, [f"{PYPROJECT} beside it has [tool.knorm] too: keep one of them"])
+            return _project(own, _parsed(own), CONFIG)
+        if table is not None:
+            return _project(shared, table, f"{PYPROJECT}, [tool.knorm]")
+        if (folder / ".git").exists():
+            return None
+    return None
+
+
+def _tool(file: Path) -> Mapping[str, Any] | None:
+    """Return [tool.knorm] of a pyproject.toml; what else is in it, and wrong, is not knorm's concern."""
+    text = read_text(file, _MOST_BYTES)
+    if not re.search(r"^\s*\[+\s*tool\s*\.\s*knorm\b", text, re.MULTILINE):
+        return None
+    table = _parsed(file).get("tool", {}).get("knorm")
+    return table if isinstance(table, dict) else None
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_text(file, _MOST_BYTES))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        if twice := _TWICE.search(str(error)):
+            raise Misdeclared(file.name, [f"two cases are named {twice[1]!r} ({twice[2] or 'at the end'})"]) from None
+        raise Misdeclared(file.name, [f"is not TOML: {error}"]) from None
+
+
+def _project(file: Path, table: Mapping[str, Any], where: str) -> Project:
+    problems = []
+    names = table.get("case")
+    for name in names if isinstance(names, dict) else ():
+        if not NAME.fullmatch(name) or name == REPORTED:
+            said = "is reserved" if name == REPORTED else "should be at most 64 of a-z, 0-9, - and _"
+            problems.append(f"case {name!r}: the name {said}")
+    try:
+        declared = _File.model_validate(table)
+    except ValidationError as error:
+        problems += _problems(error)
+    if problems:
+        raise Misdeclared(where, problems)
+    return Project(file, file.parent / declared.golden_dir, declared.case)
+
+
+def _problems(error: ValidationError) -> Iterator[str]:
+    """Write each error in a line: the case, the key, what it is, and what it should be."""
+    for one in error.errors():
+        place = [str(part) for part in one["loc"]]
+        case = f"case {place[1]}: " if place[:1] == ["case"] and place[1:] else ""
+        key = ".".join(place[2:] if case else place)
+        known = Declared.model_fields if case else _File.model_fields
+        if one["type"] == "extra_forbidden":
+            near = get_close_matches(key, known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            yield f"{case}unknown key {key!r}; {hint}"
+        elif one["type"] == "missing":
+            yield f"{case}{key} is missing" + (", which names the method" if key == "target" else "")
+        elif one["type"] == "value_error":
+            said = str(one["ctx"]["error"])
+            yield f"{case}{said if said.startswith(key.partition('.')[0]) else f'{key} {said}'}".replace("  ", " ")
+        elif one["type"] == "literal_error":
+            given = place[-2] if place[-1:] == ["[key]"] else one["input"]
+            near = get_close_matches(str(given), METRICS, 1, 0.5)
+            hint = f": did you mean {near[0]}?" if near else ""
+            expected = one["ctx"]["expected"]
+            yield f"{case}{place[2] if case else key} has {given!r}, but should have {expected}{hint}"
+        else:
+            yield f"{case}{key} is {one['input']!r}: {one['msg'][0].lower()}{one['msg'][1:]}"
+
+
+def _several(given: Any) -> list[Any]:
+    if isinstance(given, list):
+        if not given:
+            raise ValueError("is empty, but should name a budget")
+        return given
+    return [given]
