@@ -16,6 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from platformdirs import user_cache_dir
 from torch import Tensor
 
 from knorm.core import select
@@ -45,10 +46,16 @@ def _events(policy: Policy, length: int, prompt_length: int) -> tuple[Int64Array
 
 
 def _jit(function: Any) -> Any:
+    """Compile at the first call, and keep the result in the user's cache folder: uninstalling leaves nothing behind."""
+    options: Any = numba.config
+    given, folder = options.CACHE_DIR, user_cache_dir("knorm", appauthor=False)
+    options.CACHE_DIR = given or folder  # read once, for each function
     try:
         return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no folder to cache in: a read-only installation
+    except (RuntimeError, OSError):  # no folder to cache in: a read-only home
         return numba.njit(nogil=True)(function)
+    finally:
+        options.CACHE_DIR = given
 
 
 @_jit

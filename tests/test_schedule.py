@@ -4,6 +4,7 @@ from math import ceil
 
 import pytest
 import torch
+from commands import in_a_new_process, new_environment
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -174,3 +175,18 @@ def test_never_evicted_is_the_schedule_of_the_full_cache():
     padding = torch.tensor([0, 3])
     assert torch.equal(never(scores.shape, padding=padding), evicted_at(scores, Policy(), padding=padding))
     assert never((2, 0)).shape == (2, 0)
+
+
+def test_what_is_compiled_lies_in_the_users_cache_folder(tmp_path):
+    code = """
+        from pathlib import Path
+        import knorm, torch
+        from knorm import Policy, evicted_at
+
+        before = {*Path(knorm.__file__).parent.rglob("*.nb?")}
+        evicted_at(torch.arange(6.0), Policy(0.5, 4, protocol="streaming"))
+        assert {*Path(knorm.__file__).parent.rglob("*.nb?")} == before
+    """
+    done = in_a_new_process(code, env=new_environment(XDG_CACHE_HOME=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert [*tmp_path.joinpath("knorm").rglob("schedule._evict*.nbc")]

@@ -8,7 +8,7 @@ import traceback
 import click
 
 from knorm import __version__
-from knorm.cli import bench, check, explain, golden, init, ppl, verify
+from knorm.cli import bench, check, explain, golden, init, outputs, ppl, verify
 from knorm.cli.options import BROKEN, WRONG_USAGE, visible
 
 
@@ -32,7 +32,9 @@ def main() -> None:
     """Run a command; wrong input is one line and exit code 2, with -v a traceback; a bug of knorm's own always one."""
     try:
         cli.main(standalone_mode=False)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort:  # Ctrl-C
+        kept = ", ".join(map(str, outputs.WRITTEN))
+        click.echo(f"knorm: interrupted; {f'written before: {kept}' if kept else 'nothing was written'}", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()

@@ -26,6 +26,7 @@ from knorm.cli.options import (
     model_options,
     policy_options,
     progress_bar,
+    waiting,
     with_options,
 )
 from knorm.cli.outputs import file_option, write_json
@@ -142,19 +143,20 @@ def _check_timing(timing: TimingOptions, device: str) -> float:
 
 def _load(asked: _Asked) -> tuple[PreTrainedModel, Any, dict[str, Prompt], list[Policy]]:
     """Load the model, its tokenizer, prompts by name, and policies."""
-    import torch
-
-    from knorm.bench.latency import check_fits
-    from knorm.bench.policies import make_prompts
-
     given = asked.prompts
     policies = asked.policies.policies()
     if len({*policies}) < len(policies):
         raise ValueError(f"--keep-ratio {','.join(asked.policies.keep_ratio)}: one stands there twice")
     if asked.timing.threads < 1:
         raise ValueError(f"--threads {asked.timing.threads}, but should be at least 1")
-    torch.set_num_threads(asked.timing.threads)
-    model, tokenizer = asked.model.load()
+    with waiting():
+        import torch
+
+        from knorm.bench.latency import check_fits
+        from knorm.bench.policies import make_prompts
+
+        torch.set_num_threads(asked.timing.threads)
+        model, tokenizer = asked.model.load()
     in_tokens = given.prompt_tokens is not None
     prompts = make_prompts(
         tokenizer,

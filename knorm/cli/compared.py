@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from knorm.cli.options import ModelOptions, PolicyOptions, make_console, progress_bar
+from knorm.cli.options import ModelOptions, PolicyOptions, make_console, progress_bar, waiting
 from knorm.cli.setting import TextOptions
 
 if TYPE_CHECKING:
@@ -164,14 +164,15 @@ def prepared(text_options: TextOptions, model_options: ModelOptions, prompt: int
     Raises:
         ValueError: for options that cannot work.
     """
-    from knorm.evaluation.ways import Ways
-    from knorm.evaluation.windows import cut_windows
-    from knorm.models import load_text
-
     if batch < 1:
         raise ValueError(f"--batch {batch}, but should be at least 1")
-    model, tokenizer = model_options.load()
-    text = load_text(text_options.text, text_options.column)
+    with waiting():
+        from knorm.evaluation.ways import Ways
+        from knorm.evaluation.windows import cut_windows
+        from knorm.models import load_text
+
+        model, tokenizer = model_options.load()
+        text = load_text(text_options.text, text_options.column)
     windows = cut_windows(tokenizer, text, text_options.window, text_options.windows)
     ways = Ways(model, windows, prompt, batch=batch, tokenizer=tokenizer)
     count, length = windows.input_ids.shape

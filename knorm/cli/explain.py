@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     help="Take positions from the tokens seen, or, as an unaware loop does, from those stored.",
 )
 @click.option("--worst", default=8, show_default=True, help="How many of the tokens that got worse to show.")
-@file_option("--plot", "Draw perplexity and recency against ratio (.png, .svg, .pdf).")
+@file_option("--plot", "Draw the ranked changes, and the curve that they explain (.png, .svg, .pdf).")
 @with_options(*COMMON)
 @click.pass_context
 def explain(
@@ -93,7 +93,7 @@ def explain(
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
 
     from knorm.cli.explained import show_explanation
-    from knorm.cli.figures import plot_curves
+    from knorm.cli.figures import plot_explanation
     from knorm.evaluation.explain import curves_around, explain
 
     runner, (policy,) = setting.runner, setting.policies
@@ -108,7 +108,7 @@ def explain(
         curves = curves_around(runner, policy, CURVE.keep_ratio.split(","), on_step=step) if plot else {}
     show_explanation(make_console(quiet), explanation, f"{setting.title}, keep_ratio {policy.keep_ratio}")
     if plot:
-        plot_curves(curves, setting.title, plot)
+        plot_explanation(explanation, curves, str(policy.keep_ratio), setting.title, plot)
     write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **_fields(explanation)})
     sys.exit(HOLDS)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -106,6 +107,20 @@ def bundled(kind: type, keyword: str, *options: Decorator, **fixed: Any) -> Deco
         return with_options(*options)(command)
 
     return decorate
+
+
+@contextmanager
+def waiting(what: str = "Loading PyTorch and the model") -> Iterator[None]:
+    """Show on a terminal's stderr what is under way, until it is done; not with --quiet."""
+    from rich.console import Console
+
+    errors = Console(stderr=True)
+    context = click.get_current_context(silent=True)
+    if not errors.is_terminal or (context and context.params.get("quiet")):
+        yield
+        return
+    with errors.status(f"{what} ..."):
+        yield
 
 
 def progress_bar(quiet: bool) -> Progress:

@@ -23,6 +23,7 @@ MADE_BY = "made with knorm"  # in the metadata of each figure
 _RESULT = re.compile(rb'\{\s*("schema": "knorm-|"environment": \{\s*"knorm": )')
 _GOLDEN = re.compile(rb'\{\s*"schema_version": \d+,\s*"case": ')
 _FORCE = "knorm.force"
+WRITTEN: list[Path] = []  # by this process, for whoever interrupts it
 _LOOKED_AT = 4096  # bytes at either end of a file that tell whose it is
 
 
@@ -130,6 +131,7 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
         mode = file.stat().st_mode if file.exists() else 0o666 & ~_umask()
         beside.chmod(mode & 0o777)
         beside.replace(file)
+        WRITTEN.append(file)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from knorm.cli.options import ModelOptions, PolicyOptions, bundled, check_outputs
+from knorm.cli.options import ModelOptions, PolicyOptions, bundled, check_outputs, waiting
 from knorm.policy import Policy
 from knorm.sources import find_text
 
@@ -80,15 +80,16 @@ def load_setting(
     find_text(text_options.text)
     model_options.check()
 
-    from knorm.evaluation.runner import Runner
-    from knorm.evaluation.windows import cut_windows
-    from knorm.models import load_text
-    from knorm.perplexity import check_run
+    with waiting():
+        from knorm.evaluation.runner import Runner
+        from knorm.evaluation.windows import cut_windows
+        from knorm.models import load_text
+        from knorm.perplexity import check_run
 
+        model, tokenizer = model_options.load()
+        text = load_text(text_options.text, text_options.column)
+        windows = cut_windows(tokenizer, text, text_options.window, text_options.windows)
     prompt_length = 1 if policy_options.prompt_length is None else policy_options.prompt_length
-    model, tokenizer = model_options.load()
-    text = load_text(text_options.text, text_options.column)
-    windows = cut_windows(tokenizer, text, text_options.window, text_options.windows)
     for policy in policies:
         check_run(model, windows.input_ids, policy, prompt_length)
     count, length = windows.input_ids.shape

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from knorm.cli.options import COMMON, HOLDS, REFUTED, make_console, with_options
+from knorm.cli.options import COMMON, HOLDS, REFUTED, make_console, waiting, with_options
 from knorm.cli.outputs import write_json
 
 
@@ -18,11 +18,12 @@ def verify(json: Path | None, quiet: bool) -> None:
     """Check knorm itself on the embedded model: laws, one pass against the loop, perplexity curves, goldens."""
     from rich.text import Text
 
-    from knorm.cli.tables import curve_table, show_suspicions
-    from knorm.models import hush
-    from knorm.verify import verify as run
+    with waiting("Loading PyTorch and transformers"):
+        from knorm.cli.tables import curve_table, show_suspicions
+        from knorm.models import hush
+        from knorm.verify import verify as run
 
-    hush()
+        hush()
     console, verdicts = make_console(quiet), []
     for verdict in run():
         verdicts.append(verdict)
@@ -41,6 +42,9 @@ def verify(json: Path | None, quiet: bool) -> None:
             show_suspicions(console, verdict.doubts)
             console.print("")
     refuted = sum(not verdict.holds for verdict in verdicts)
+    for verdict in verdicts:
+        if not verdict.holds:
+            console.print(Text(f"refuted: {verdict.claim}", "bold red"), soft_wrap=not console.is_terminal)
     console.print(
         f"{sum(v.holds and v.compared for v in verdicts)} hold, {refuted} refuted, "
         f"in {sum(v.seconds for v in verdicts):.0f} s",

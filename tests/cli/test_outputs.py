@@ -143,7 +143,7 @@ def test_a_figure_is_known_as_knorms_own(tmp_path, suffix):
     from knorm.cli.figures import new_figure, save_figure
 
     file = tmp_path / f"curve{suffix}"
-    figure, axes = new_figure((2, 2), 1)
+    figure, axes = new_figure((2, 2))
     axes.plot([0, 1], [0, 1])
     save_figure(figure, file)
     assert outputs.is_ours(file)
