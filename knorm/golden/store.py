@@ -84,7 +84,9 @@ def checkout(folder: Path) -> Checkout:
         commit = git(top, "rev-parse", "--verify", "-q", "HEAD")
     except ValueError:
         raise ValueError(f"{top} has no commit yet, which a golden names: commit first") from None
-    dirty = git(top, "status", "--porcelain", "--", ".", f":(exclude,literal){inside}")
+    # Recording imports a project's code, whose bytecode changes nothing.
+    spared = (f":(exclude,literal){inside}", ":(exclude,glob)**/__pycache__/**")
+    dirty = git(top, "status", "--porcelain", "-uall", "--", ".", *spared)
     return Checkout(commit, not dirty, hash_of_code())
 
 

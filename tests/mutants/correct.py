@@ -151,7 +151,17 @@ def knorm_cache(keep_ratio):
 
 CORRECT.append(Correct(Subject("window_cache", Traits(), make_cache=WindowCache)))
 CORRECT.append(Correct(Subject("turned_cache", Traits(positions="renumbered"), make_cache=TurnedCache)))
-CORRECT.append(Correct(adapt(DynamicCache)))
+
+
+def kept_by_reset():
+    """Tell whether transformers' own reset() keeps tokens, as older versions do: zeros, which later queries see."""
+    cache = DynamicCache()
+    cache.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
+    cache.reset()
+    return cache.get_seq_length() > 0
+
+
+CORRECT.append(Correct(adapt(DynamicCache), {"reset": "reset() keeps tokens, as zeros"} if kept_by_reset() else {}))
 
 
 @correct("evaluate", **PROMISES)
