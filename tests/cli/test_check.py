@@ -98,6 +98,7 @@ def compress(keys, values, keep_ratio):
 """
 
 
+@pytest.mark.processes
 def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     select = ("--select", "count,order,nonfinite,sees_once,crop")
     code, out, err = run_knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
@@ -145,6 +146,7 @@ def compress(keys, values, keep_ratio):
 """
 
 
+@pytest.mark.processes
 def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(run_knorm):
     names = "retained_count,at_least_one,monotone_count,time_order,subnormal"
     options = ("--like", "knorm", "--trait", "nonfinite=none", "--select", names, "--limit", "2", "-q")
@@ -192,6 +194,7 @@ def compress(keys, values, keep_ratio):
 """
 
 
+@pytest.mark.processes
 def test_a_target_that_forks_is_judged_as_another(run_knorm):
     code, out, _ = run_knorm("check", target(COMES_BACK_TWICE), "--select", "accepts,dtype", "--json", "out.json")
     assert (code, verdicts("out.json")) == (0, {"accepts": "holds", "dtype": "holds"})
@@ -199,6 +202,7 @@ def test_a_target_that_forks_is_judged_as_another(run_knorm):
     assert "holds    numerics: dtype [" in out
 
 
+@pytest.mark.processes
 def test_a_target_that_writes_everywhere_forges_nothing_and_leaves_no_process(run_knorm):
     code, out, err = run_knorm("check", target(FORGES), "--select", "accepts", "--json", "out.json")
     assert (code, verdicts("out.json")) == (1, {"accepts": "refuted"})
@@ -208,6 +212,7 @@ def test_a_target_that_writes_everywhere_forges_nothing_and_leaves_no_process(ru
     assert not [file for file in Path("/proc").glob("[0-9]*/cmdline") if b"600.125" in file.read_bytes()]
 
 
+@pytest.mark.processes
 def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(run_knorm):
     code, out, _ = run_knorm(
         "-v", "check", target(IN_NORM_ORDER), "--select", "time_order,nesting", "--json", "out.json"

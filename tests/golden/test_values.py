@@ -50,6 +50,7 @@ def fresh(monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+@pytest.mark.processes
 def test_the_life_of_a_tests_values(suite, monkeypatch):
     command, tests = suite
     monkeypatch.syspath_prepend(str(Path.cwd()))
@@ -88,6 +89,7 @@ def test_the_life_of_a_tests_values(suite, monkeypatch):
     tests().assert_outcomes(passed=1)
 
 
+@pytest.mark.processes
 def test_a_missing_golden_fails_where_there_are_others(suite, monkeypatch):
     command, tests = suite
     monkeypatch.syspath_prepend(str(Path.cwd()))
@@ -101,6 +103,7 @@ def test_a_missing_golden_fails_where_there_are_others(suite, monkeypatch):
     result.stdout.fnmatch_lines(["*MISSING*counts*knorm golden record --from-tests*"])
 
 
+@pytest.mark.processes
 def test_what_a_test_run_gives_has_to_agree_and_to_pass(suite):
     command, _ = suite
     file = Path("test_own.py")
@@ -177,6 +180,7 @@ def test_a_name_that_is_no_folder_is_refused(name):
         check_values(name, measured_values({"a": 1}), None, "cpu")
 
 
+@pytest.mark.processes
 def test_a_case_can_be_measured_as_often_as_the_tests_ran(suite, monkeypatch):
     monkeypatch.delenv(FOLDER, raising=False)
     (case,) = cases_of_tests(["test_own.py"], 3).values()
