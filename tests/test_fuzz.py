@@ -57,7 +57,6 @@ for attempt in (
     assert (outside / "kept").read_text() == "as it was"
 
 
-@pytest.mark.processes
 def test_a_few_hundred_attacks_find_nothing(tmp_path):
     command = [sys.executable, str(TOOLS / "fuzz.py"), "--commands", "60", "--calls", "300", "--seed", "1"]
     done = subprocess.run(
