@@ -79,10 +79,6 @@ def _context_of(config: object) -> _Context | None:
 
 def implementation_of(config: PreTrainedConfig) -> str:
     """Name the implementation that a configuration came with, which knorm may have switched for now."""
-    return _own(config)
-
-
-def _own(config: PreTrainedConfig) -> str:
     switched = _switched.get(id(config))
     return str(switched.own if switched else config._attn_implementation)
 
@@ -100,7 +96,7 @@ def _call_attention(module: nn.Module, *states: Any, **keywords: Any) -> tuple[T
     context = _context_of(module.config)
     if context and context.attention:
         return context.attention(module, *states, **keywords)
-    own = "sdpa" if context else _own(module.config)  # type: ignore[arg-type]
+    own = "sdpa" if context else implementation_of(module.config)  # type: ignore[arg-type]
     if own == "knorm":
         raise RuntimeError(
             "attention implementation 'knorm' was called outside knorm: "
@@ -113,7 +109,7 @@ def _mask(*args: Any, config: Any = None, attention_mask: Tensor | None = None, 
     """No mask where the attention makes its own; without an entry here, transformers would drop padding in silence."""
     context = _context_of(config)
     if context is None or context.attention is None or context.masked:
-        make = AttentionMaskInterface().get("sdpa" if context and not context.masked else _own(config))
+        make = AttentionMaskInterface().get("sdpa" if context and not context.masked else implementation_of(config))
         if make is None or make is _mask:
             return None
         return make(*args, config=config, attention_mask=attention_mask, **keywords)
@@ -236,7 +232,7 @@ def own_attention(module: nn.Module) -> Attention:
         Transformers' own function, whatever other packages have registered over it; inside `observed`, the
         observer around it.
     """
-    attention = _implementation(module, _own(module.config))  # type: ignore[arg-type]
+    attention = _implementation(module, implementation_of(module.config))  # type: ignore[arg-type]
     observers = [observe for configs, observe in _observers.get() if id(module.config) in configs]
     return partial(observers[-1], attention) if observers else attention
 
@@ -256,7 +252,7 @@ def attention_over(model: PreTrainedModel, attention: Attention, *, masked: bool
 
     As in `attention_through`, other threads are left alone, and the model's own setting comes back.
     """
-    own = _own(model.config)
+    own = implementation_of(model.config)
     if own not in ("sdpa", "eager"):
         raise ValueError(
             f"the model attends by {own!r}, but should by 'sdpa' or 'eager': model.set_attn_implementation()"
@@ -375,7 +371,7 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
         >>> cache.positions(layer=0)[0, 0].tolist()[0]
         -1
     """
-    own = _own(model.config)
+    own = implementation_of(model.config)
     if own not in ("sdpa", "eager"):
         raise ValueError(
             f"the model attends by {own!r}, but should by 'sdpa' or 'eager': model.set_attn_implementation()"

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from knorm.golden.project import CONFIG, NAME, Declared, Misdeclared, Project, find_project
+from knorm.files import read_text
+from knorm.golden.project import CONFIG, NAME, PYPROJECT, Declared, Misdeclared, Project, find_project
 from knorm.methods.kinds import RATIOS, TOKENS
 
 CIS = ("github", "gitlab")
@@ -184,8 +185,8 @@ def files_of(start: Start, root: Path, ci: str) -> dict[str, str]:
 
 
 def _is_package(root: Path) -> bool:
-    file = root / "pyproject.toml"
-    return (root / "setup.py").exists() or (file.exists() and "[project]" in file.read_text("utf-8", "replace"))
+    file = root / PYPROJECT
+    return (root / "setup.py").exists() or (file.exists() and "[project]" in read_text(file, _MOST_BYTES))
 
 
 def _config(start: Start) -> str:

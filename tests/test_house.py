@@ -32,6 +32,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.process": "protocol usage worker start supervisor",
     "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify check "
     "ppl explain bench golden_log golden init",
+    "cli.schemas": "parts quality timing verdicts",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))

@@ -245,7 +245,7 @@ def _show(
     }  # fmt: skip
     rows = [as_fields(row) for row in measured.rows]
     reported = [
-        {"claim": j.claim.id, "verdict": j.verdict, "reported": j.reported, "measured": j.measured, "why": j.why}
+        {"claim": j.claim.id, "verdict": j.verdict, "published": j.reported, "measured_here": j.measured, "why": j.why}
         for j in judged
     ]
     fields = {**counted, "verdict": measured.verdict, "advice": lines, "rows": rows, "claims": reported}

@@ -12,9 +12,12 @@ import click
 
 from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, check_device, make_console, with_options
 from knorm.cli.outputs import write_json
+from knorm.files import read_text
 from knorm.laws.names import refuse_unknown, suite_revision
 from knorm.laws.results import Result
 from knorm.laws.targets import KINDS
+
+_MOST_BYTES = 2**26  # of a --baseline
 
 
 @click.command()
@@ -124,12 +127,14 @@ def _before(file: Path, target: str) -> dict[tuple[str, str], str]:
 
     should = "should be a file that `knorm check --json` wrote"
     try:
-        old = json.loads(file.read_text(encoding="utf-8"))
+        text = read_text(file, _MOST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"--baseline {should}: {error}") from None
+    try:
+        old = json.loads(text)
         verdicts = {(str(result["check"]), str(result["verdict"])) for result in old["results"]}
         suite, of = old["suite"], old["target"]
-    except OSError as error:
-        raise ValueError(f"--baseline {file}: {error.strerror}, but {should}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"--baseline {file} cannot be read ({type(error).__name__}: {error}), but {should}") from error
     if of != target:
         raise ValueError(f"--baseline {file} is of {of}, but should be of {target}")

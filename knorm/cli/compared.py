@@ -199,7 +199,7 @@ def row_fields(row: Evaluation) -> dict[str, Any]:
         "method": row.method,
         **budget_fields(row.budget),
         "how": row.how,
-        "check": row.check,
+        "checked": row.check,
         "changed": row.changed,
         **asdict(row.damage),
         "bytes_per_token": row.bytes_per_token,

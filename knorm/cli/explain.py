@@ -159,6 +159,7 @@ def _explain_target(
     show_method(console, found, title)
     fields = asdict(found) | budget_fields(found.budget)
     options = {**asdict(model_options), **asdict(text_options), "batch": batch, "prompt_length": prompt}
+    fields["checked"] = fields.pop("check")
     del fields["budget"], fields["explanation"]
     return {**options, **_fields(found.explanation), **fields}
 
@@ -166,4 +167,6 @@ def _explain_target(
 def _fields(explanation: Explanation) -> dict[str, Any]:
     """Return an explanation as JSON has it."""
     fields = asdict(explanation)
-    return fields | {"findings": fields.pop("verdict")}
+    for token in fields["worst"]:
+        token["evicted_token"] = token.pop("evicted")
+    return fields | {"conclusions": fields.pop("verdict")}

@@ -208,7 +208,7 @@ def golden_record(
     if now.clean and written:
         said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)
-    write_json(json, {"device": device, "candidates": [*written.values()]})
+    write_json(json, {"device": device, "written": [*written.values()]})
 
 
 def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> list[Any]:
@@ -368,4 +368,4 @@ def golden_accept(
     for path in written:
         console.print(f"accepted {path}", soft_wrap=True, markup=False)
     console.print("Commit them with the change that they belong to.")
-    write_json(json, {"accepted": written, "reason": reason})
+    write_json(json, {"written": written, "reason": reason})

@@ -47,7 +47,7 @@ def init(json: Path | None, quiet: bool, target: str | None, ci: str | None) -> 
         console.print(f"wrote {name}", soft_wrap=True, markup=False)
     for line in _said(start, target, files):
         console.print(line, soft_wrap=True, markup=False)
-    fields = {"target": start.target, "others": start.others, "expected_failures": dict(start.expected)}
+    fields = {"target": start.target, "also_seen": start.others, "expected_failures": dict(start.expected)}
     write_json(json, {**fields, "written": [*files]})
 
 
@@ -97,7 +97,8 @@ def _said(start: Start, target: str | None, files: dict[str, Any]) -> list[str]:
         lines.append(f"Note: {start.why}")
     if start.expected:
         names = ", ".join(start.expected)
-        lines.append(f"{len(start.expected)} laws are refuted, and expected to fail in the test: {names}.")
+        laws = "1 law is" if len(start.expected) == 1 else f"{len(start.expected)} laws are"
+        lines.append(f"{laws} refuted, and expected to fail in the test: {names}.")
     if ".gitlab/knorm.yml" in files:
         lines.append("Include .gitlab/knorm.yml in your .gitlab-ci.yml.")
     lines.append(

@@ -167,9 +167,8 @@ def write_json(file: Path | None, result: Mapping[str, Any], form: str = "") -> 
 
         name = f"{_schema()}-{form}" if form else _schema()
         fields = {"schema": name, "schema_version": VERSION, "environment": environment(), **result}
-        if name in FORMS:
-            fields = FORMS[name].model_validate(fields).model_dump(mode="json", by_alias=True)
-        text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
+        checked = FORMS[name].model_validate(fields).model_dump(mode="json", by_alias=True)
+        text = json.dumps(checked, indent=1, allow_nan=False) + "\n"
 
         def write(beside: Path) -> None:
             beside.write_text(text, encoding="utf-8")

@@ -29,6 +29,7 @@ from knorm.laws.probe import (
 )
 from knorm.laws.registry import Malformed, Refusal
 from knorm.laws.subjects import Subject, in_words
+from knorm.methods.caches import tensors_of
 from knorm.model_attention import cache_keyword, implementation_of, observed
 
 EMPTY, MIXED, STRANGE, ASTRAY = -1, -2, -3, -4  # what a slot may hold in place of a token
@@ -337,20 +338,10 @@ def _read(model: PreTrainedModel, method: Opened, reading: Reading, draws: Draws
 
 def held_bytes(cache: Any) -> int:
     """Add up the memory that a cache keeps alive: of each storage, the whole, and once."""
-    todo, done, storages = [cache], set(), {}
-    while todo:
-        thing = todo.pop()
-        if id(thing) in done:
-            continue
-        done.add(id(thing))
-        if isinstance(thing, Tensor):
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif isinstance(thing, dict):
-            todo += thing.values()
-        elif isinstance(thing, (list, tuple)):
-            todo += thing
-        elif hasattr(thing, "__dict__") and not isinstance(thing, (type, nn.Module)) and not callable(thing):
-            todo += vars(thing).values()
+    storages = {}
+    for tensor in tensors_of(cache):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

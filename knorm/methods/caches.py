@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,18 +74,22 @@ def stored_bytes(cache: Any) -> int:
         >>> stored_bytes({"keys": torch.zeros(2, 3), "more": [torch.zeros(1)]})
         28
     """
-    todo, done, tensors = [cache], set(), 0
+    return sum(tensor.nbytes for tensor in tensors_of(cache))
+
+
+def tensors_of(cache: Any) -> Iterator[Tensor]:
+    """Generate all tensors that a cache reaches, each once; modules and functions are not followed."""
+    todo, done = [cache], set()
     while todo:
         value = todo.pop()
         if id(value) in done:
             continue
         done.add(id(value))
         if isinstance(value, Tensor):
-            tensors += value.nbytes
+            yield value
         elif isinstance(value, dict):
             todo += value.values()
         elif isinstance(value, (list, tuple, set)):
             todo += value
         elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)) and not callable(value):
             todo += vars(value).values()
-    return tensors

@@ -368,7 +368,10 @@ def test_a_baseline_hides_what_was_refuted_or_untested_before_and_nothing_else(r
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "--baseline old.json: No such file or directory, but should be a file that `knorm check --json` wrote"),
+        (
+            None,
+            "--baseline should be a file that `knorm check --json` wrote: old.json cannot be read: it is not there",
+        ),
         ("[", "--baseline old.json cannot be read (JSONDecodeError: "),
         ("[]", "--baseline old.json cannot be read (TypeError: "),
         ("{}", "--baseline old.json cannot be read (KeyError: 'results'), but should be a file that "),
@@ -615,3 +618,12 @@ def test_what_can_be_told_from_the_arguments_is_told_before_anything_heavy_is_lo
 def test_the_names_of_checks_read_from_the_source_are_those_of_the_catalogue():
     assert check_names() == {check.name: check.family for check in CHECKS.values()}
     assert tuple(EFFORT) == PROFILES
+
+
+@pytest.mark.parametrize(("make", "message"), [(os.mkfifo, "is a pipe"), (lambda f: f.write_text("[" * 10**5), "read")])
+def test_a_baseline_is_read_within_limits(run_knorm, tmp_path, make, message):
+    make(tmp_path / "old.json")
+    code, _, err = run_knorm("check", "knorm:compress", "--baseline", "old.json")
+    assert code == 2
+    assert message in err
+    assert "should be a file that `knorm check --json` wrote" in err

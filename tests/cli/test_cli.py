@@ -337,7 +337,7 @@ def test_explain_says_what_moved_perplexity(run_knorm):
     assert (code, err) == (0, "")
     assert "order: no effect, at most" in out
     assert all(f"{e['kind']}: {e['sentence']}".split(";")[0][:40] in out for e in found["effects"])
-    assert all(line in " ".join(out.split()) for line in found["findings"])
+    assert all(line in " ".join(out.split()) for line in found["conclusions"])
     assert (found["keep_ratio"], found["policy"]["prune_after"], found["windows"]) == (0.9, 16, 2)
     assert Path("e.png").read_bytes().startswith(b"\x89PNG")
 

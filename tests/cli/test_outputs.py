@@ -16,6 +16,8 @@ from commands import strict_json
 from knorm.cli import outputs
 from knorm.cli.options import COMMON, with_options
 from knorm.cli.outputs import replace_file, write_json
+from knorm.cli.schemas import FORMS
+from knorm.cli.schemas.parts import Result
 from knorm.paths import goldens
 
 
@@ -30,6 +32,17 @@ def measure(json, quiet):
     """Count a run that a refused file must prevent."""
     click.echo("measured")
     write_json(json, {"rows": [1]})
+
+
+class Measured(Result):
+    """Hold what `measure` writes."""
+
+    rows: list[int]
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch):
+    monkeypatch.setitem(FORMS, "knorm-measure", Measured)
 
 
 def run(*arguments):

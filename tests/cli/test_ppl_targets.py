@@ -47,7 +47,7 @@ def test_a_row_for_each_target_and_budget_and_the_control_first(ppl):
     ]  # fmt: skip
     newest, own, control = rows["mine.py:newest", 0.5], rows["knorm", 0.5], rows["full cache, again", None]
     assert (newest["how"], own["how"]) == ("two calls", "schedule")
-    assert newest["check"].startswith("checked on window 1: equal to the loop within ")
+    assert newest["checked"].startswith("checked on window 1: equal to the loop within ")
     assert (newest["tokens"], newest["windows"]) == (96, 3)
     assert control["kl"] < 1e-9 < newest["kl"] < rows["mine.py:newest", 0.25]["kl"]
     assert newest["kl_low"] < newest["kl"] < newest["kl_high"]

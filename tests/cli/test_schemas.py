@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from pydantic import ValidationError
 
 from knorm.cli import cli, schemas
+from knorm.cli.schemas import quality
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--windows", "2", "--window", "64")
@@ -37,6 +38,10 @@ def test_the_schemas_under_docs_are_those_of_today(tool):
         (("explain", "--keep-ratio", "0.5", "--prune-after", "16", *SMALL), "knorm-explain"),
         (("explain", 'transformers:QuantizedCache(backend="fp8")', *SMALL), "knorm-explain-method"),
         (("bench", "--blocks", "8", "--new-tokens", "2", "--prompt-tokens", "32"), "knorm-bench"),
+        (("check", "knorm:compress", "--select", "dtype,ties"), "knorm-check"),
+        (("golden", "list"), "knorm-golden-list"),
+        (("golden", "verify", "selections"), "knorm-golden-verify"),
+        (("golden", "log", "selections", "--device-class", "nvidia-h200"), "knorm-golden-log"),
     ],
 )
 def test_a_result_is_what_its_schema_says(arguments, name, tmp_path, monkeypatch):
@@ -52,7 +57,7 @@ def test_a_result_is_what_its_schema_says(arguments, name, tmp_path, monkeypatch
 
 
 def test_a_ratio_is_a_number():
-    part = schemas.Recall(nll=1, ppl=2.7, accuracy="1/2", tokens=3, others=1.5)
+    part = quality.Recall(nll=1, ppl=2.7, accuracy="1/2", tokens=3, others=1.5)
     assert part.model_dump()["accuracy"] == 0.5
 
 
@@ -60,12 +65,12 @@ def test_a_ratio_is_a_number():
 def test_a_field_that_no_schema_names_is_refused(change):
     fields = {"nll": 1.0, "ppl": 2.7, "accuracy": 0.5, "tokens": 3, "others": 1.5}
     with pytest.raises(ValidationError):
-        schemas.Recall.model_validate({**fields, **change})
+        quality.Recall.model_validate({**fields, **change})
 
 
 def kinds(field):
     """Return the types that a field may have, null left out."""
-    return {part.get("type") or part["$ref"] for part in field.get("anyOf", [field])} - {"null"}
+    return frozenset(part.get("type") or part["$ref"] for part in field.get("anyOf", [field])) - {"null"}
 
 
 def test_a_name_has_one_type_in_all_results():
@@ -74,5 +79,5 @@ def test_a_name_has_one_type_in_all_results():
         whole = form.model_json_schema(mode="serialization")
         for part in (whole, *whole["$defs"].values()):
             for name, field in part["properties"].items():
-                seen.setdefault(name, set()).update(kinds(field))
+                seen.setdefault(name, set()).add(kinds(field))
     assert {name: types for name, types in seen.items() if len(types) > 1} == {}

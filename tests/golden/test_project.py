@@ -262,7 +262,7 @@ def test_only_what_moved_becomes_a_candidate(accepted, monkeypatch):
     Path("mine.py").write_text(NEWEST.replace("* keep_ratio)", "* keep_ratio) - (keep_ratio >= 0.5)"))
     code, out, _ = accepted("record", "--all", "--json", "out.json")
     assert code == 0
-    assert [Path(name).parent.name for name in json.loads(Path("out.json").read_text())["candidates"]] == ["half"]
+    assert [Path(name).parent.name for name in json.loads(Path("out.json").read_text())["written"]] == ["half"]
     assert f"tokens ({CPU}): nothing moved, no candidate" in out
     assert out.splitlines()[-1] == 'To accept: knorm golden accept half --reason "..."'
     Path("mine.py").write_text(NEWEST)
