@@ -30,8 +30,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify check "
-    "ppl explain bench golden_log golden init",
+    "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify asked "
+    "check ppl explain bench golden_log golden init",
     "cli.schemas": "parts quality timing verdicts",
 }
 TESTS = Path(__file__).parent
