@@ -433,7 +433,7 @@ def test_several_targets_are_tried_one_after_the_other_and_summed_up(run_knorm, 
     assert "sorted.py:compress" in lines
     assert "    knorm check sorted.py:compress --select time_order" in lines
     assert "REFUTED  sorted.py:compress: time_order" in lines
-    assert "NOT LOADED  missing_name.py:compress: missing_name.py has no 'compress'" in " ".join(out.split())
+    assert "NOT LOADED missing_name.py:compress: missing_name.py has no 'compress'" in " ".join(out.split())
     assert lines[-1] == "3 targets: 3 hold, 1 refuted, 0 untested, 0 do not apply"
     found = strict_json("out.json")["targets"]
     assert [(one["name"], len(one["results"]), bool(one["not_run"])) for one in found] == [
