@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from knorm.cli.numbers import Above
 from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, check_device, make_console, with_options
 from knorm.cli.outputs import write_json
 from knorm.files import read_text
@@ -26,24 +27,34 @@ _MOST_BYTES = 2**26  # of a --baseline
     "--as",
     "kind",
     metavar="KIND",
-    help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}.  [follows from its parameters]",
+    show_default="follows from its parameters",
+    help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}.",
 )
 @click.option("--like", metavar="knorm", help="The target promises all that knorm's own core does.")
 @click.option(
-    "--trait", "traits", multiple=True, metavar="NAME=VALUE", help="A promise of the target, e.g. rounding=ceil."
+    "--trait",
+    "traits",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A promise of the target, e.g. rounding=ceil. May be repeated.",
 )
-@click.option("--select", metavar="NAME[,NAME]", help="Run only these checks or families of checks.  [all]")
+@click.option(
+    "--select",
+    metavar="NAME[,NAME]",
+    show_default="all",
+    help="Run only these checks or families of checks.",
+)
 @click.option(
     "--expect-failure",
     multiple=True,
     metavar="CHECK=REASON",
-    help="A check that may fail; if it holds, that is reported.",
+    help="A check that may fail; if it holds, that is reported. May be repeated.",
 )
 @click.option(
     "--expect-untested",
     multiple=True,
     metavar="CHECK=REASON",
-    help="A check that may stay untested; it may not be refuted.",
+    help="A check that may stay untested; it may not be refuted. May be repeated.",
 )
 @click.option(
     "--baseline",
@@ -54,7 +65,13 @@ _MOST_BYTES = 2**26  # of a --baseline
 @click.option("--profile", default="quick", show_default=True, help="How hard to try: quick or thorough.")
 @click.option("--seed", default=0, show_default=True, help="The same seed draws the same cases.")
 @click.option("--device", default="cpu", show_default=True, help="Where the drawn tensors lie: cpu, cuda, cuda:1 ...")
-@click.option("--limit", default=20.0, show_default=True, help="Seconds that the target may take for an answer.")
+@click.option(
+    "--limit",
+    type=Above("seconds"),
+    default=20.0,
+    show_default=True,
+    help="Seconds that the target may take for an answer.",
+)
 @with_options(*COMMON)
 @click.pass_obj
 def check(
@@ -69,9 +86,9 @@ def check(
     limit: float,
     **given: Any,
 ) -> None:
-    """Try to refute the laws that TARGET's promises ask of it, in a process of its own.
+    """Try to refute the laws that TARGET's promises ask of it.
 
-    TARGET: path/to/file.py:name, package.module:name, or kvpress:PressName.
+    That is done in a process of its own. TARGET: path/to/file.py:name, package.module:name, or kvpress:PressName.
     """
     from knorm.cli.verdicts import Report
     from knorm.laws.process.protocol import Request
@@ -81,8 +98,6 @@ def check(
     names = None if select is None else tuple(name.strip() for name in select.split(",") if name.strip())
     if names == ():
         raise ValueError("--select is empty, but should be names of checks or families, e.g. order,retained_count")
-    if not limit > 0:
-        raise ValueError(f"--limit {limit:g}, but should be seconds above 0")
     expected = tuple(_expected("--expect-failure", text) for text in expect_failure)
     tolerated = _before(baseline, given["target"]) if baseline else {}
     tolerated |= {(name, "untested"): why for name, why in (_expected("--expect-untested", x) for x in expect_untested)}
