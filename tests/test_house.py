@@ -31,7 +31,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
-    "check ppl explain bench golden_log golden init",
+    "asked check ppl explain bench golden_log golden init",
     "cli.schemas": "parts quality timing verdicts",
 }
 TESTS = Path(__file__).parent
