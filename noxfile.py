@@ -1,5 +1,6 @@
 """Sessions for nox: what tox runs, and the tests against other versions of transformers."""
 
+import os
 from pathlib import Path
 
 import nox
@@ -53,6 +54,8 @@ def exam(session: nox.Session) -> None:
     session.run("python", "tools/exam.py", "Presses of kvpress", "kvpress:*", "--write", env=NO_CUDA)
     session.install("--upgrade", "-c", PINS, ".[test]")
     session.run("python", "tools/exam.py", "Caches of transformers", "transformers:*", "--write", env=NO_CUDA)
+    if "KNORM_CHECKOUTS" in os.environ:  # a folder of other projects' repositories, as tools/exam_targets.py says
+        session.run("python", "tools/exam.py", "Public functions", "functions:*", "--write", env=NO_CUDA)
 
 
 @nox.session

@@ -24,8 +24,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation.published": "schema measure judge",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases declared "
     "verify values workspace history",
-    "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
-    "readings known adapters loading shown scripts snippets search "
+    "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
+    "replay readings known adapters loading shown scripts snippets search "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
