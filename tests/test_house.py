@@ -22,8 +22,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
     "facts published",
     "evaluation.published": "schema measure judge",
-    "golden": "format shift rules gates project files environment store approval metrics latency pythia cases declared "
-    "verify values workspace history",
+    "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
+    "declared verify values workspace history",
     "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
     "readings known adapters loading snippets search "
     "catalogue runner own own_model own_cache process",

@@ -135,8 +135,9 @@ def reference(folder: Path, device: str) -> None:
     for case in CASES.values():
         if device in case.devices and not case.optional:
             (folder / case.id).mkdir(parents=True, exist_ok=True)
-            golden, measured = record(case, device, Checkout("0" * 40, True, hash_of_code()))
-            print(Store(folder).write_candidate(golden, measured.tensors))
+            recorded = record(case, device, Checkout("0" * 40, True, hash_of_code()))
+            assert recorded is not None
+            print(Store(folder).write_candidate(recorded.golden, recorded.measured.tensors))
 
 
 def one_run(job: tuple[Path, str, str | None, int]) -> dict[str, Any]:

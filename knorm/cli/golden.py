@@ -175,7 +175,9 @@ def golden_record(
     workspace = _workspace(golden_dir, json)
     import torch
 
+    from knorm.cli.tables import show_noise
     from knorm.golden.environment import device_class
+    from knorm.golden.noise import passes
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
@@ -189,26 +191,32 @@ def golden_record(
     store.prepare()
     now, mine = checkout(store.folder), device_class(device)
     written: dict[str, str] = {}
+    noise: dict[str, Any] = {}
     if not now.clean:
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
     for case in chosen:
         old = _accepted(console, store, case.id, mine)
-        recorded = record(case, device, now, runs, unless=None if unmoved else old)
+        recorded = record(case, device, now, runs, before=old, unmoved=unmoved)
         if recorded is None:
             dropped = store.drop_candidate(case.id, mine)
             more = "; the earlier candidate is removed" if dropped else ""
             console.print(f"{case.id} ({mine}): nothing moved, no candidate{more}", soft_wrap=True, markup=False)
             continue
-        file = store.write_candidate(recorded[0], recorded[1].tensors)
+        made, measured, seen = recorded.golden, recorded.measured, recorded.seen
+        file = store.write_candidate(made, measured.tensors)
         written[case.id] = str(file)
-        _show_changes(console, old, recorded[0], recorded[1].tensors)
+        _show_changes(console, old, made, measured.tensors)
+        if seen is not None:
+            gates = passes(measured, seen)
+            show_noise(console, seen, gates)
+            noise[case.id] = seen.as_fields() | {"gates": [asdict(gate) for gate in gates]}
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
         if case.beside is not None:
             console.print(case.beside(device), soft_wrap=True, markup=False)
     if now.clean and written:
         said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)
-    write_json(json, {"device": device, "written": [*written.values()]})
+    write_json(json, {"device": device, "written": [*written.values()], "noise": noise})
 
 
 def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> list[Any]:

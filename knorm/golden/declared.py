@@ -18,7 +18,7 @@ from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.cases import NOISE, Case, digest_of
 from knorm.golden.environment import How
 from knorm.golden.format import Measured, Metric, digest
-from knorm.golden.metrics import count, fingerprint, share, tokens
+from knorm.golden.metrics import SAME_TOP, count, fingerprint, share, tokens
 from knorm.golden.project import Declared, Misdeclared, Project
 from knorm.methods.door import method
 from knorm.methods.functions import ClassMethod, FunctionMethod
@@ -30,6 +30,8 @@ from knorm.policy import exact_ratio
 from knorm.sources import EMBEDDED_MODELS, find_model, find_text
 
 Array = np.ndarray[Any, Any]
+_KINDS = {"nll": "nll", "kl": "kl", "same_top": "share", "counts": "count", "bytes": "memory"}  # of the metrics
+_NEAR_TIE = 1.5  # tokens whose likeliest may be another
 
 
 def load_cases(project: Project, names: Iterable[str] | None = None) -> dict[str, Case]:
@@ -70,7 +72,8 @@ def _case(project: Project, name: str, declared: Declared) -> Case:
     return Case(
         name, what, partial(_configuration, declared, model), partial(_measure, project, declared, model, methods),
         devices=tuple(declared.devices), how=How(batch=declared.batch, numerics=f"{many} at a time"),
-        one_thread=model in EMBEDDED_MODELS, packages=packages, sources=sources,
+        one_thread=model in EMBEDDED_MODELS, packages=packages, sources=sources, own_noise=True,
+        fixed=tuple(_KINDS[name] for name in declared.thresholds),
     )  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def _measure(project: Project, declared: Declared, name: str, methods: list[Meth
     windows = _windows(project.root, root, name, device, *text)
     ways = Ways(how.model(model), windows, declared.prompt, batch=how.batch, tokenizer=tokenizer)
     smallest = min(methods, key=_size)
-    first = ways.evaluate(smallest, declared.how)
+    first = ways.evaluate(smallest, cast(Way, how.way or declared.how))
     way = cast(Way, first.how)
     runs = [first if each is smallest else ways.evaluate(each, way) for each in methods]
     metrics = [
@@ -189,7 +192,8 @@ def _of_run(
             yield tokens(name + suffix, mean, noise, kind=name, threshold=bounds.get(name))
     if "same_top" in declared.metrics:
         share_of = f"of {run.damage.tokens} tokens"
-        yield share(f"same_top{suffix}", run.damage.same_top, share_of, threshold=bounds.get("same_top"))
+        threshold = bounds.get("same_top", max(SAME_TOP, _NEAR_TIE / run.damage.tokens))
+        yield share(f"same_top{suffix}", run.damage.same_top, share_of, threshold=threshold)
     if "counts" in declared.metrics:
         queries = run.per_token.nll[:, :-1].numel() or 1  # those after the prompt; the last one predicts nothing
         seen = round(float(run.tokens_seen.sum()) * queries)

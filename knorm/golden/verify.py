@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import torch
 
@@ -16,9 +17,11 @@ from knorm.golden.environment import How, device_class, environment
 from knorm.golden.files import make
 from knorm.golden.format import Environment, Golden, Measured, Provenance, Tensors, differences, environment_changes
 from knorm.golden.gates import Finding, Results, gate_changes, judge
+from knorm.golden.noise import Seen, measure_noise, with_gates, with_gates_of
 from knorm.golden.store import Checkout, Store
 
 RUNS = 3  # that agree, at least, before anything is recorded
+_QUIETER = 10.0  # times: a gate that is so much wider than its method's noise asks for is made anew
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,15 @@ def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> 
     return Outcome(case.id, mine, "holds", said, findings, seconds)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Hold what `record` makes: the candidate, what was measured, and the noise that its gates let pass, if it was."""
+
+    golden: Golden
+    measured: Measured
+    seen: Seen | None = None
+
+
 def record(
     case: Case,
     device: str,
@@ -164,9 +176,12 @@ def record(
     runs: int = RUNS,
     how: How | None = None,
     *,
-    unless: tuple[Golden, Tensors] | None = None,
-) -> tuple[Golden, Measured] | None:
+    before: tuple[Golden, Tensors] | None = None,
+    unmoved: bool = False,
+) -> Recorded | None:
     """Measure a case `runs` times, which have to agree, and make a candidate of it. Writes nothing.
+
+    Where its gates are to come from its own noise, it is measured as often as that takes.
 
     Args:
         case: to measure.
@@ -174,7 +189,8 @@ def record(
         now: the checkout that it is measured in.
         runs: at least three.
         how: another way to run it than its own.
-        unless: the golden and its tensors; where one run shows that nothing moved from it, no other run is made.
+        before: the golden and its tensors, whose gates are kept where they fit the noise.
+        unmoved: make a candidate although one run shows that nothing moved from the golden.
 
     Returns:
         The candidate and what was measured; None where nothing moved.
@@ -187,21 +203,31 @@ def record(
     if torch.device(device).type not in case.devices:
         raise ValueError(f"{case.id} is measured on {' and '.join(case.devices)} only, not on {device}")
     with _threads_of(case, device):
-        return _record(case, device, now, runs, how or case.how, unless)
+        return _record(case, device, now, runs, how or case.how, before, unmoved)
 
 
 def _record(
-    case: Case, device: str, now: Checkout, runs: int, how: How, unless: tuple[Golden, Tensors] | None
-) -> tuple[Golden, Measured] | None:
-    here, mine, configuration = _environment(case, device, how), device_class(device), case.configuration()
+    case: Case,
+    device: str,
+    now: Checkout,
+    runs: int,
+    how: How,
+    before: tuple[Golden, Tensors] | None,
+    unmoved: bool,
+) -> Recorded | None:
+    here, configuration = _environment(case, device, how), case.configuration()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     provenance = Provenance(
         knorm=__version__, commit=now.commit, clean=now.clean, code=now.code_of(case.sources), date=date, runs=runs,
         reason="",
     )  # fmt: skip
-    first = case.measure(device, how)
-    golden = make(case.id, mine, configuration, first, here, provenance)
-    if unless and not _differs(unless, (golden, first.tensors)):
+    made = partial(make, case.id, device_class(device), configuration, environment=here, provenance=provenance)
+    plain = first = case.measure(device, how)
+    same = before[0] if before and before[0].configuration == configuration and case.own_noise else None
+    if same:
+        first = with_gates_of(same, plain)
+    golden = made(measured=first)
+    if before and not unmoved and not _differs(before, (golden, first.tensors)):
         return None
     for _ in range(runs - 1):
         again = case.measure(device, how)
@@ -211,7 +237,12 @@ def _record(
         if unsure := [finding for finding in findings if finding.verdict == "inconclusive"]:
             said = f"{unsure[0].metric} {unsure[0].evidence}"
             raise ValueError(f"{case.id}: too noisy to record, nothing was: {said}. Leave the machine to it")
-    return golden, first
+    if not case.own_noise:
+        return Recorded(golden, first)
+    seen = measure_noise(case.measure, device, how, plain)
+    noisy = with_gates(plain, seen, case.fixed)
+    noisy = with_gates_of(same, noisy, _QUIETER) if same else noisy
+    return Recorded(made(measured=noisy), noisy, seen)
 
 
 def _differs(old: tuple[Golden, Tensors], new: tuple[Golden, Tensors]) -> bool:

@@ -273,6 +273,22 @@ def test_only_what_moved_becomes_a_candidate(accepted, monkeypatch):
     assert [*Path("golden").rglob("*.candidate")]
 
 
+def test_record_says_what_the_noise_was_and_what_the_gates_let_pass(project):
+    Path("knorm.toml").write_text(TWO.replace('"kl", "counts"', '"nll", "kl"'))
+    code, out, _ = project("record", "tokens", "--json", "out.json")
+    assert code == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    start = next(place for place, line in enumerate(lines) if "runs in which nothing that matters differs" in line)
+    assert "(4 other roundings of the weights, another attention, batch 2" in lines[start]
+    assert lines[start + 1] == "metric noise lets pass the method does"
+    assert lines[start + 2].startswith("nll/full, a typical window ")
+    assert " 1.0e-04 - nats/token" in lines[start + 2]
+    noise = json.loads(Path("out.json").read_text())["noise"]["tokens"]
+    rows = {row["metric"]: row for row in noise["gates"]}
+    typical = rows["kl/4 tokens, a typical window"]
+    assert 0 < typical["noise"] < 1e-5 < typical["passes"] < typical["does"]
+
+
 # Life of a project's goldens
 
 
