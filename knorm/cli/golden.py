@@ -209,7 +209,7 @@ def golden_record(
         if seen is not None:
             gates = passes(measured, seen)
             show_noise(console, seen, gates)
-            noise[case.id] = seen.as_fields() | {"gates": [asdict(gate) for gate in gates]}
+            noise[case.id] = seen.as_fields() | {"bounds": [asdict(gate) for gate in gates]}
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
         if case.beside is not None:
             console.print(case.beside(device), soft_wrap=True, markup=False)

@@ -234,7 +234,7 @@ def show_noise(console: Console, seen: Seen, gates: Sequence[Passes]) -> None:
         table.add_column(column, justify="left" if column in ("    metric", "") else "right", overflow="fold")
     for gate in gates:
         does = "-" if gate.does is None else f"{gate.does:.1e}"
-        table.add_row(f"    {gate.metric}", f"{gate.noise:.1e}", f"{gate.passes:.1e}", does, gate.unit)
+        table.add_row(f"    {gate.metric}", f"{gate.most:.1e}", f"{gate.passes:.1e}", does, gate.unit)
     console.print(table)
     for what, nats in seen.matters.items():
         moved = "it cannot be run so" if math.isinf(nats) else f"it moves a typical window by {nats:.1e} nats a token"

@@ -62,7 +62,7 @@ class Seen:
     def as_fields(self) -> dict[str, Any]:
         """Return what JSON holds of it."""
         matters = {what: nats if math.isfinite(nats) else None for what, nats in self.matters.items()}
-        return {"runs": self.runs, "what": [*self.what], "matters": matters}
+        return {"repetitions": self.runs, "varied": [*self.what], "matters": matters}
 
 
 def rounded_otherwise(model: Any, seed: int) -> Any:
@@ -265,7 +265,7 @@ class Passes:
     """
 
     metric: str
-    noise: float
+    most: float
     passes: float
     unit: str
     does: float | None = None

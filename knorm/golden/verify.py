@@ -108,7 +108,8 @@ def _threads_of(case: Case, device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _environment(case: Case, device: str, how: How | None) -> Environment:
+def environment_of(case: Case, device: str, how: How | None) -> Environment:
+    """Collect what a case's numbers may depend on here, the packages that its method comes from included."""
     if case.environment is not None:
         return case.environment
     here = environment(device, how)
@@ -135,7 +136,7 @@ def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> 
     if changed := differences(golden.configuration, configuration):
         more = f" ({len(changed)} differences)" if changed[1:] else ""
         return Outcome(case.id, mine, "moved", f"its configuration changed: {changed[0]}{more}: record it again")
-    here = _environment(case, device, how)
+    here = environment_of(case, device, how)
     try:
         measured = case.measure(device, how)
     except ValueError as error:
@@ -215,7 +216,7 @@ def _record(
     before: tuple[Golden, Tensors] | None,
     unmoved: bool,
 ) -> Recorded | None:
-    here, configuration = _environment(case, device, how), case.configuration()
+    here, configuration = environment_of(case, device, how), case.configuration()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     provenance = Provenance(
         knorm=__version__, commit=now.commit, clean=now.clean, code=now.code_of(case.sources), date=date, runs=runs,

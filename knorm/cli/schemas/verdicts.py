@@ -103,7 +103,7 @@ class PassesRow(Part):
     """Hold what a gate lets pass between environments."""
 
     metric: str = said("its name, and what of it")
-    noise: float = said("the most that was seen where nothing that matters differed")
+    most: float = said("the most that noise did")
     passes: float = said("what the gate lets pass")
     unit: str
     does: float | None = said("what the method itself does, beside the full cache")
@@ -112,10 +112,10 @@ class PassesRow(Part):
 class NoiseSeen(Part):
     """Hold the noise of a declared case, and the gates that were made of it."""
 
-    runs: int
-    what: list[str] = said("what differed")
+    repetitions: Count = said("runs in which nothing that matters differed")
+    varied: list[str] = said("what differed")
     matters: dict[str, float | None] = said("what mattered after all: nats a token, null where it did not run")
-    gates: list[PassesRow]
+    bounds: list[PassesRow] = said("what gates let pass")
 
 
 class Recorded(Result):
