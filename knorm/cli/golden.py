@@ -175,9 +175,7 @@ def golden_record(
     workspace = _workspace(golden_dir, json)
     import torch
 
-    from knorm.cli.tables import show_noise
     from knorm.golden.environment import device_class
-    from knorm.golden.noise import passes
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
@@ -202,14 +200,11 @@ def golden_record(
             more = "; the earlier candidate is removed" if dropped else ""
             console.print(f"{case.id} ({mine}): nothing moved, no candidate{more}", soft_wrap=True, markup=False)
             continue
-        made, measured, seen = recorded.golden, recorded.measured, recorded.seen
-        file = store.write_candidate(made, measured.tensors)
+        file = store.write_candidate(recorded.golden, recorded.measured.tensors)
         written[case.id] = str(file)
-        _show_changes(console, old, made, measured.tensors)
-        if seen is not None:
-            gates = passes(measured, seen)
-            show_noise(console, seen, gates)
-            noise[case.id] = seen.as_fields() | {"bounds": [asdict(gate) for gate in gates]}
+        _show_changes(console, old, recorded.golden, recorded.measured.tensors)
+        if recorded.seen is not None:
+            noise[case.id] = _show_noise(console, recorded)
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
         if case.beside is not None:
             console.print(case.beside(device), soft_wrap=True, markup=False)
@@ -217,6 +212,16 @@ def golden_record(
         said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)
     write_json(json, {"device": device, "written": [*written.values()], "noise": noise})
+
+
+def _show_noise(console: Any, recorded: Any) -> dict[str, Any]:
+    """Print the noise of what was recorded, and what its gates let pass; the same as JSON has it."""
+    from knorm.cli.tables import show_noise
+    from knorm.golden.noise import passes
+
+    bounds = passes(recorded.measured, recorded.seen)
+    show_noise(console, recorded.seen, bounds)
+    return {**recorded.seen.as_fields(), "bounds": [asdict(bound) for bound in bounds]}
 
 
 def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> list[Any]:
