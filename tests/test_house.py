@@ -14,8 +14,8 @@ from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
-    "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify "
+    "": "policy strict paths files sources git limits statistics tensors kernels core schedule masked_attention "
+    "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify "
     "scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
@@ -25,13 +25,13 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "declared verify values workspace history",
     "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
-    "readings known adapters loading snippets search "
+    "readings known adapters loading shown scripts snippets search "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
-    "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify asked "
-    "check ppl explain bench golden_log golden init",
+    "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
+    "asked check ppl explain bench golden_log golden_shown golden init",
     "cli.schemas": "parts quality timing verdicts",
 }
 TESTS = Path(__file__).parent
@@ -89,13 +89,14 @@ def too_early(name, imports):
     return late
 
 
-LIGHT = ("policy", "paths", "files", "sources")
+LIGHT = ("limits", "policy", "paths", "files", "sources")
 METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
     "__init__",
     *(
         "outputs",
+        "numbers",
         "options",
         "setting",
         "compared",
@@ -106,7 +107,7 @@ COMMANDS = (
         "explain",
         "bench",
         "golden",
-        "golden_log",
+        "golden_log", "golden_shown",
         "init",
     ),
 )

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from knorm.cli.numbers import Above
 from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, WRONG_USAGE, check_device, make_console, with_options
-from knorm.cli.outputs import write_json
+from knorm.cli.outputs import write_json, write_programs
 from knorm.files import read_text
 from knorm.laws.names import refuse_unknown, suite_revision
 from knorm.laws.results import Result
@@ -31,24 +32,34 @@ _MOST_BYTES = 2**26  # of a --baseline
     "--as",
     "kind",
     metavar="KIND",
-    help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}.  [follows from its parameters]",
+    show_default="follows from its parameters",
+    help=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}.",
 )
 @click.option("--like", metavar="knorm", help="The target promises all that knorm's own core does.")
 @click.option(
-    "--trait", "traits", multiple=True, metavar="NAME=VALUE", help="A promise of the target, e.g. rounding=ceil."
+    "--trait",
+    "traits",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A promise of the target, e.g. rounding=ceil. May be repeated.",
 )
-@click.option("--select", metavar="NAME[,NAME]", help="Run only these checks or families of checks.  [all]")
+@click.option(
+    "--select",
+    metavar="NAME[,NAME]",
+    show_default="all",
+    help="Run only these checks or families of checks.",
+)
 @click.option(
     "--expect-failure",
     multiple=True,
     metavar="CHECK=REASON",
-    help="A check that may fail; if it holds, that is reported.",
+    help="A check that may fail; if it holds, that is reported. May be repeated.",
 )
 @click.option(
     "--expect-untested",
     multiple=True,
     metavar="CHECK=REASON",
-    help="A check that may stay untested; it may not be refuted.",
+    help="A check that may stay untested; it may not be refuted. May be repeated.",
 )
 @click.option(
     "--baseline",
@@ -59,7 +70,19 @@ _MOST_BYTES = 2**26  # of a --baseline
 @click.option("--profile", default="quick", show_default=True, help="How hard to try: quick or thorough.")
 @click.option("--seed", default=0, show_default=True, help="The same seed draws the same cases.")
 @click.option("--device", default="cpu", show_default=True, help="Where the drawn tensors lie: cpu, cuda, cuda:1 ...")
-@click.option("--limit", default=20.0, show_default=True, help="Seconds that the target may take for an answer.")
+@click.option(
+    "--snippets",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Write a program for each refutation, which shows it without knorm.",
+)
+@click.option(
+    "--limit",
+    type=Above("seconds"),
+    default=20.0,
+    show_default=True,
+    help="Seconds that the target may take for an answer.",
+)
 @with_options(*COMMON)
 @click.pass_obj
 def check(
@@ -72,13 +95,15 @@ def check(
     expect_failure: tuple[str, ...],
     expect_untested: tuple[str, ...],
     baseline: Path | None,
+    snippets: Path | None,
     limit: float,
     **given: Any,
 ) -> None:
-    """Try to refute the laws that each TARGET's promises ask of it, in a process of its own.
+    """Try to refute the laws that each TARGET's promises ask of it.
 
-    TARGET: path/to/file.py:name, package.module:name, kvpress:PressName; kvpress:* or transformers:* for all that these
-    ship; or the NAME of a [check.NAME] in knorm.toml, of which all are tried where no TARGET is given.
+    That is done in a process of its own. TARGET: path/to/file.py:name, package.module:name, kvpress:PressName;
+    kvpress:* or transformers:* for all that these ship; or the NAME of a [check.NAME] in knorm.toml, of which all are
+    tried where no TARGET is given.
     """
     from knorm.cli.asked import asked_of
     from knorm.cli.verdicts import Report, Summary
@@ -87,8 +112,6 @@ def check(
     names = None if select is None else tuple(name.strip() for name in select.split(",") if name.strip())
     if names == ():
         raise ValueError("--select is empty, but should be names of checks or families, e.g. order,retained_count")
-    if not limit > 0:
-        raise ValueError(f"--limit {limit:g}, but should be seconds above 0")
     expected = tuple(_expected("--expect-failure", text) for text in expect_failure)
     untested = dict(_expected("--expect-untested", text) for text in expect_untested)
     refuse_unknown(untested)
@@ -98,6 +121,8 @@ def check(
         "--expect-failure": expected, "--expect-untested": untested,
     }  # fmt: skip
     asked = asked_of(targets, request, untested, alone)
+    if snippets and not snippets.absolute().parent.is_dir():
+        raise ValueError(f"--snippets {snippets}, but there is no folder {snippets.parent}")
     before = _before(baseline, [each.request.target for each in asked]) if baseline else {}
     check_device(given["device"])
     console = make_console(quiet)
@@ -107,6 +132,9 @@ def check(
         report = Report(console, each.again, verbose, each.name if summary.several else "")
         one = _try(each, limit, report, before.get(each.request.target, {}), summary.several)
         summary.add(each.name, report.results, one.not_run, wrong=one.code == WRONG_USAGE)
+        if snippets:
+            programs = {x.check: x.snippet for x in one.results if x.snippet and x.verdict != "holds"}
+            write_programs(snippets, each.name, programs)
         tried.append(one)
     summary.close()
     if not any(one.results for one in tried) and all(one.code == HOLDS for one in tried):

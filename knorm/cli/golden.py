@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ from typing import Any
 import click
 
 from knorm.cli.golden_log import golden_log
-from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
+from knorm.cli.golden_shown import accepted, show_changes, show_seen
+from knorm.cli.numbers import AtLeast
+from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, counting, make_console, progress_bar, with_options
 from knorm.cli.outputs import write_json
+from knorm.limits import RUNS
+
+_AGREE = "one run cannot show that runs agree"
 
 
 @click.group()
@@ -28,7 +34,8 @@ _golden_dir = click.option(
     "--golden-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the goldens.  [the project's; without one those of this checkout, or installed with knorm]",
+    show_default="the project's; without one, those of this checkout, or installed with knorm",
+    help="Folder of the goldens.",
 )
 
 
@@ -55,8 +62,12 @@ _golden_device = click.option(
 @_golden_dir
 @with_options(*COMMON)
 def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None:
-    """Which cases there are, and which goldens, candidates and leftovers."""
-    from knorm.cli.tables import goldens_table
+    """List the cases, with their goldens, candidates and leftovers.
+
+    Below each case its device classes, each with the day and the commit at which its golden was recorded.
+    `knorm golden log CASE` shows why each was accepted.
+    """
+    from knorm.cli.tables import show_goldens
     from knorm.golden.files import Damaged
 
     console, workspace = make_console(quiet), _workspace(golden_dir, json)
@@ -77,7 +88,7 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
             rows.append((case, "-", "-", "-", f"no golden yet: knorm golden record {case}{store.option}", what))
     orphans = store.orphans(workspace.names)
     rows += [(name, "-", "ORPHAN", "-", "belongs to no case", "-") for name in orphans]
-    console.print(goldens_table(rows))
+    show_goldens(console, rows)
     for file in store.candidates():
         console.print(f"candidate: {file}", soft_wrap=True, markup=False)
     for file in store.leftovers():
@@ -101,7 +112,10 @@ def golden_verify(
     require_goldens: bool,
     golden_dir: Path | None,
 ) -> None:
-    """Measure each CASE, by default all, and compare it with its golden of exactly this device class."""
+    """Measure each CASE, and compare it with its golden.
+
+    By default all. Goldens are those of exactly this device class.
+    """
     workspace = _workspace(golden_dir, json)
     from knorm.cli.tables import show_outcome
     from knorm.golden.environment import device_class
@@ -109,13 +123,19 @@ def golden_verify(
     from knorm.models import hush
 
     console, store, outcomes = make_console(quiet), workspace.store, []
+    check_device(device)
     known = workspace.load(cases or None)
     if not cases:
-        workspace.check(device_class(check_device(device)))
+        workspace.check(device_class(device))
     hush()
-    for outcome in verify_goldens(store, list(cases) or None, check_device(device), catalogue=known):
-        outcomes.append(outcome)
-        show_outcome(console, outcome)
+    with progress_bar(quiet) as bar:
+        task = bar.add_task("cases", total=len(cases) or len(_timeless(known, device)))
+        options: dict[str, Any] = {"catalogue": known, "on_step": lambda made: bar.update(task, completed=made)}
+        for outcome in verify_goldens(store, list(cases) or None, device, **options):
+            outcomes.append(outcome)
+            bar.stop()  # it would write over the line
+            show_outcome(console, outcome)
+            bar.start()
     failed = sum(outcome.failed for outcome in outcomes)
     idle = sum(not outcome.compared for outcome in outcomes)
     said = [f"{len(outcomes) - failed - idle} hold, {failed} failed"]
@@ -149,7 +169,9 @@ def golden_verify(
     help="Run the tests, and record what they give to golden.check; CASEs are pytest's arguments: -- tests -k name.",
 )
 @_golden_device
-@click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
+@click.option(
+    "--runs", type=AtLeast(RUNS, _AGREE), default=RUNS, show_default=True, help="How many runs have to agree."
+)
 @click.option("--unmoved", is_flag=True, help="Write candidates also where nothing moved, as for another environment.")
 @_golden_dir
 @with_options(*COMMON)
@@ -164,26 +186,25 @@ def golden_record(
     unmoved: bool,
     golden_dir: Path | None,
 ) -> None:
-    """Measure each CASE and say what moved; where anything did, measure it again and write a candidate.
+    """Measure each CASE, and write a candidate where anything moved.
 
-    The candidate lies beside its golden, which stays as it is.
+    Where nothing moved, one run suffices. A candidate lies beside its golden, which stays as it is.
     """
     if from_tests and everything:
         raise ValueError("--all and --from-tests are two selections: give one of them")
     if not from_tests and bool(cases) == everything:  # before anything heavy is loaded
         raise ValueError("name the cases to record, or give --all")
     workspace = _workspace(golden_dir, json)
-    import torch
-
     from knorm.golden.environment import device_class
+    from knorm.golden.noise import MOST_RUNS
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
 
-    kind = torch.device(check_device(device)).type
+    check_device(device)
     chosen = _cases_of_tests(workspace, cases, runs) if from_tests else [*workspace.load(cases or None).values()]
     if everything:
-        chosen = [case for case in chosen if kind in case.devices and not (case.optional or case.timed)]
+        chosen = _timeless({case.id: case for case in chosen}, device)
     hush()
     console, store = make_console(quiet), workspace.store
     store.prepare()
@@ -193,8 +214,9 @@ def golden_record(
     if not now.clean:
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
     for case in chosen:
-        old = _accepted(console, store, case.id, mine)
-        recorded = record(case, device, now, runs, before=old, unmoved=unmoved)
+        old = accepted(console, store, case.id, mine)
+        with counting(quiet, f"{case.id}, runs", runs + MOST_RUNS * case.own_noise) as on_step:
+            recorded = record(case, device, now, runs, before=old, unmoved=unmoved, on_step=on_step)
         if recorded is None:
             dropped = store.drop_candidate(case.id, mine)
             more = "; the earlier candidate is removed" if dropped else ""
@@ -202,9 +224,9 @@ def golden_record(
             continue
         file = store.write_candidate(recorded.golden, recorded.measured.tensors)
         written[case.id] = str(file)
-        _show_changes(console, old, recorded.golden, recorded.measured.tensors)
+        show_changes(console, old, recorded.golden, recorded.measured.tensors)
         if recorded.seen is not None:
-            noise[case.id] = _show_noise(console, recorded)
+            noise[case.id] = show_seen(console, recorded)
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
         if case.beside is not None:
             console.print(case.beside(device), soft_wrap=True, markup=False)
@@ -214,14 +236,10 @@ def golden_record(
     write_json(json, {"device": device, "written": [*written.values()], "noise": noise})
 
 
-def _show_noise(console: Any, recorded: Any) -> dict[str, Any]:
-    """Print the noise of what was recorded, and what its gates let pass; the same as JSON has it."""
-    from knorm.cli.tables import show_noise
-    from knorm.golden.noise import passes
-
-    bounds = passes(recorded.measured, recorded.seen)
-    show_noise(console, recorded.seen, bounds)
-    return {**recorded.seen.as_fields(), "bounds": [asdict(bound) for bound in bounds]}
+def _timeless(cases: Mapping[str, Any], device: str) -> list[Any]:
+    """Those cases that a device measures, without the optional ones and those that a clock measures."""
+    kind = device.partition(":")[0]
+    return [case for case in cases.values() if kind in case.devices and not (case.optional or case.timed)]
 
 
 def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> list[Any]:
@@ -232,43 +250,6 @@ def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> li
     if taken := sorted({case.id for case in chosen} & {*workspace.names}):
         raise ValueError(f"golden.check({taken[0]!r}): a case is named so: give the values another name")
     return chosen
-
-
-def _accepted(console: Any, store: Any, case: str, device_class: str) -> Any:
-    """Read a golden with its tensors; None where there is none, or none that can be trusted, which is said."""
-    from knorm.golden.files import Damaged
-
-    try:
-        return store.read(case, device_class)
-    except FileNotFoundError:
-        return None
-    except Damaged as damaged:
-        console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
-        return None
-
-
-def _show_changes(console: Any, old: Any, made: Any, tensors: Any) -> list[Any]:
-    """Print what a candidate would change in a golden, if there is one; the changes."""
-    from knorm.cli.tables import changes_table
-    from knorm.golden.format import differences
-    from knorm.golden.gates import gate_changes
-    from knorm.golden.verify import changes
-
-    findings = changes(old, (made, tensors))
-    title = f"{made.case} ({made.device_class})"
-    if old and any(change.verdict != "holds" or change.golden != change.measured for change in findings):
-        console.print(changes_table(findings, title))
-    else:
-        said = (
-            f"{title}: nothing differs in {len(findings)} metrics" if old else f"{title}, new: {len(findings)} metrics"
-        )
-        console.print(said, markup=False)
-    if old:
-        for change in differences(old[0].configuration, made.configuration):
-            console.print(f"configuration: {change}", soft_wrap=True, markup=False)
-        for metric, change in gate_changes(old[0], made).items():
-            console.print(f"GATE  {metric} is {change}", soft_wrap=True, markup=False)
-    return findings
 
 
 def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tuple[Path, Any, Any]], Any]:
@@ -309,9 +290,10 @@ def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tup
 @_golden_dir
 @with_options(*COMMON)
 def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], golden_dir: Path | None) -> None:
-    """Show what each candidate would change: old, new, difference with its interval.
+    """Show what each candidate would change.
 
-    The verdicts are those of `knorm golden verify`. Exit code 1 where a metric moved.
+    Each metric that differs: old, new, difference with its interval. The verdicts are those of `knorm golden verify`.
+    Exit code 1 where a metric moved.
     """
     console, workspace = make_console(quiet), _workspace(golden_dir, json)
     store = workspace.store
@@ -320,8 +302,8 @@ def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], gol
         raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
     changed = {}
     for _, made, tensors in _chosen_candidates(workspace, names)[0]:
-        old = _accepted(console, store, made.case, made.device_class)
-        changed[f"{made.case}/{made.device_class}"] = _show_changes(console, old, made, tensors)
+        old = accepted(console, store, made.case, made.device_class)
+        changed[f"{made.case}/{made.device_class}"] = show_changes(console, old, made, tensors)
     write_json(json, {"changes": {name: [asdict(change) for change in findings] for name, findings in changed.items()}})
     sys.exit(
         REFUTED if any(change.verdict == "moved" for findings in changed.values() for change in findings) else HOLDS
@@ -356,9 +338,10 @@ def golden_accept(
     allow_gate: tuple[str, ...],
     golden_dir: Path | None,
 ) -> None:
-    """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded.
+    """Put candidates in place of their goldens.
 
-    All of them are accepted, or none. A refusal names every problem, and the command that permits what it may.
+    The candidates of a CASE, or a FILE that a CUDA runner recorded. All of them are accepted, or none. A refusal names
+    every problem, and the command that permits what it may.
     """
     if not candidates:  # before anything heavy is loaded
         raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")

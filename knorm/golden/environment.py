@@ -31,6 +31,7 @@ class How:
     policy    changes each policy
     model     changes the model
     way       of a declared case that is known: it is not looked for again
+    on_step   is told how much of the measurement is made, from 0 to 1, where that takes long
     """
 
     batch: int = 8
@@ -40,6 +41,7 @@ class How:
     policy: Callable[[Policy], Policy] = field(default=lambda policy: policy)
     model: Callable[[Any], Any] = field(default=lambda model: model)
     way: str | None = None
+    on_step: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
 
 def device_class(device: str) -> str:

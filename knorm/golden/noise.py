@@ -24,6 +24,7 @@ from knorm.golden.rules import ANY_WINDOW, RULES
 from knorm.golden.shift import Shift, shift_of
 
 ROUNDINGS = 4  # of the weights: as many other CPUs, for all that a method can tell
+MOST_RUNS = ROUNDINGS + 3
 SAFETY = 2  # gates let pass this many times the most that was seen: docs/golden-power.md
 _MATTERS = 10  # times the most that another rounding does: then it is no rounding
 
@@ -126,7 +127,13 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure_noise(measure: Callable[[str, How], Measured], device: str, how: How, first: Measured) -> Seen:
+def measure_noise(
+    measure: Callable[[str, How], Measured],
+    device: str,
+    how: How,
+    first: Measured,
+    on_run: Callable[[], None] = lambda: None,
+) -> Seen:
     """Measure a case where nothing that matters differs.
 
     Args:
@@ -134,6 +141,7 @@ def measure_noise(measure: Callable[[str, How], Measured], device: str, how: How
         device: to measure on.
         how: its own way.
         first: what it gave in that.
+        on_run: called before each run.
 
     Returns:
         What was seen. What moves tokens by far more than other roundings do, matters, and is not counted: the batch
@@ -141,11 +149,15 @@ def measure_noise(measure: Callable[[str, How], Measured], device: str, how: How
     """
     way = next((str(metric.value) for metric in first.metrics if metric.name == "way"), None)
     how = replace(how, way=way)  # its check, which takes longest, has been made
-    again = [measure(device, each.how) for each in _roundings(how)]
+    again = []
+    for each in _roundings(how):
+        on_run()
+        again.append(measure(device, each.how))
     gates = {metric.name: metric.gate.noise.typical for metric in first.metrics if metric.gate.noise}
     most = {name: max(_typical(name, run, first) for run in again) for name in gates}
     what, matters = [f"{ROUNDINGS} other roundings of the weights"], {}
     for each in _variations(how, torch.device(device)):
+        on_run()
         try:
             with _threads(each.threads):
                 run = measure(device, each.how)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 
 import torch
 
@@ -19,8 +20,8 @@ from knorm.golden.format import Environment, Golden, Measured, Provenance, Tenso
 from knorm.golden.gates import Finding, Results, gate_changes, judge
 from knorm.golden.noise import Seen, measure_noise, with_gates, with_gates_of
 from knorm.golden.store import Checkout, Store
+from knorm.limits import RUNS
 
-RUNS = 3  # that agree, at least, before anything is recorded
 _QUIETER = 10.0  # times: a gate that is so much wider than its method's noise asks for is made anew
 
 
@@ -59,6 +60,7 @@ def verify_goldens(
     how: How | None = None,
     *,
     catalogue: Mapping[str, Case] | None = None,
+    on_step: Callable[[float], None] = lambda made: None,
 ) -> Iterator[Outcome]:
     """Measure each case and compare it with its golden of exactly this device class; by default all of the device's.
 
@@ -70,6 +72,7 @@ def verify_goldens(
         device: to measure on.
         how: another way to run each than its own.
         catalogue: the cases that there are; by default knorm's own.
+        on_step: is told how many cases are measured, a part of one included.
 
     Yields:
         The outcome of each case.
@@ -77,11 +80,13 @@ def verify_goldens(
     known = CASES if catalogue is None else catalogue
     chosen = [find_case(name, known) for name in cases] if cases is not None else list(known.values())
     kind, mine = torch.device(device).type, device_class(device)
+    measured = 0
     for case in chosen:
         if cases is None and (case.timed or (case.optional and (case.id, mine) not in store.files)):
             continue
         if kind in case.devices:
-            yield verify_case(case, store, device, mine, how or case.how)
+            yield verify_case(case, store, device, mine, _told(how or case.how, on_step, measured))
+            measured += 1
         elif cases is not None:
             yield Outcome(case.id, mine, "not compared", f"is measured on {' and '.join(case.devices)} only")
     if cases is None:
@@ -89,6 +94,11 @@ def verify_goldens(
             yield Outcome(
                 name, "", "orphan", f"{store.folder.name}/{name} belongs to no case: remove it, or bring the case back"
             )
+
+
+def _told(how: How, on_step: Callable[[float], None], made: int) -> How:
+    """Run as `how` says, after so many measurements, and tell how many are made with the part of this one."""
+    return replace(how, on_step=lambda share: on_step(made + share))
 
 
 def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
@@ -179,6 +189,7 @@ def record(
     *,
     before: tuple[Golden, Tensors] | None = None,
     unmoved: bool = False,
+    on_step: Callable[[float], None] = lambda done: None,
 ) -> Recorded | None:
     """Measure a case `runs` times, which have to agree, and make a candidate of it. Writes nothing.
 
@@ -192,6 +203,7 @@ def record(
         how: another way to run it than its own.
         before: the golden and its tensors, whose gates are kept where they fit the noise.
         unmoved: make a candidate although one run shows that nothing moved from the golden.
+        on_step: is told how many runs are made, a part of one included; those of the noise come on top.
 
     Returns:
         The candidate and what was measured; None where nothing moved.
@@ -204,7 +216,7 @@ def record(
     if torch.device(device).type not in case.devices:
         raise ValueError(f"{case.id} is measured on {' and '.join(case.devices)} only, not on {device}")
     with _threads_of(case, device):
-        return _record(case, device, now, runs, how or case.how, before, unmoved)
+        return _record(case, device, now, runs, how or case.how, before, unmoved, on_step)
 
 
 def _record(
@@ -215,6 +227,7 @@ def _record(
     how: How,
     before: tuple[Golden, Tensors] | None,
     unmoved: bool,
+    on_step: Callable[[float], None],
 ) -> Recorded | None:
     here, configuration = environment_of(case, device, how), case.configuration()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -223,15 +236,16 @@ def _record(
         reason="",
     )  # fmt: skip
     made = partial(make, case.id, device_class(device), configuration, environment=here, provenance=provenance)
-    plain = first = case.measure(device, how)
+    plain = first = case.measure(device, _told(how, on_step, 0))
     same = before[0] if before and before[0].configuration == configuration and case.own_noise else None
     if same:
         first = with_gates_of(same, plain)
     golden = made(measured=first)
     if before and not unmoved and not _differs(before, (golden, first.tensors)):
         return None
-    for _ in range(runs - 1):
-        again = case.measure(device, how)
+    for number in range(1, runs):
+        on_step(number)
+        again = case.measure(device, _told(how, on_step, number))
         findings = judge(Results.of(golden, first.tensors), Results(again.metrics, again.tensors, here))
         if moved := [finding for finding in findings if finding.verdict == "moved"]:
             raise ValueError(f"{case.id}: runs disagree, nothing was recorded: {moved[0].metric} {moved[0].evidence}")
@@ -240,7 +254,8 @@ def _record(
             raise ValueError(f"{case.id}: too noisy to record, nothing was: {said}. Leave the machine to it")
     if not case.own_noise:
         return Recorded(golden, first)
-    seen = measure_noise(case.measure, device, how, plain)
+    done = count(runs)
+    seen = measure_noise(case.measure, device, how, plain, lambda: on_step(next(done)))
     noisy = with_gates(plain, seen, case.fixed)
     noisy = with_gates_of(same, noisy, _QUIETER) if same else noisy
     return Recorded(made(measured=noisy), noisy, seen)
