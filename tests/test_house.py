@@ -107,7 +107,8 @@ COMMANDS = (
         "explain",
         "bench",
         "golden",
-        "golden_log", "golden_shown",
+        "golden_log",
+        "golden_shown",
         "init",
     ),
 )

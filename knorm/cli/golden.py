@@ -142,6 +142,8 @@ def golden_verify(
     for verdict in ("not compared", "inconclusive"):
         if number := sum(outcome.verdict == verdict for outcome in outcomes):
             said.append(f"{number} {verdict.upper()}")
+    if timed := [name for name, case in known.items() if case.timed and not cases and workspace.project]:
+        said.append(f"left out, since a clock measures them: {' '.join(timed)}")
     style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
     console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
     if moved := " ".join(outcome.case for outcome in outcomes if outcome.verdict in ("moved", "missing", "damaged")):
