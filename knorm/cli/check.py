@@ -13,7 +13,7 @@ import click
 
 from knorm.cli.numbers import Above
 from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, WRONG_USAGE, check_device, make_console, with_options
-from knorm.cli.outputs import write_json
+from knorm.cli.outputs import write_json, write_programs
 from knorm.files import read_text
 from knorm.laws.names import refuse_unknown, suite_revision
 from knorm.laws.results import Result
@@ -71,6 +71,12 @@ _MOST_BYTES = 2**26  # of a --baseline
 @click.option("--seed", default=0, show_default=True, help="The same seed draws the same cases.")
 @click.option("--device", default="cpu", show_default=True, help="Where the drawn tensors lie: cpu, cuda, cuda:1 ...")
 @click.option(
+    "--snippets",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Write a program for each refutation, which shows it without knorm.",
+)
+@click.option(
     "--limit",
     type=Above("seconds"),
     default=20.0,
@@ -89,6 +95,7 @@ def check(
     expect_failure: tuple[str, ...],
     expect_untested: tuple[str, ...],
     baseline: Path | None,
+    snippets: Path | None,
     limit: float,
     **given: Any,
 ) -> None:
@@ -114,6 +121,8 @@ def check(
         "--expect-failure": expected, "--expect-untested": untested,
     }  # fmt: skip
     asked = asked_of(targets, request, untested, alone)
+    if snippets and not snippets.absolute().parent.is_dir():
+        raise ValueError(f"--snippets {snippets}, but there is no folder {snippets.parent}")
     before = _before(baseline, [each.request.target for each in asked]) if baseline else {}
     check_device(given["device"])
     console = make_console(quiet)
@@ -123,6 +132,9 @@ def check(
         report = Report(console, each.again, verbose, each.name if summary.several else "")
         one = _try(each, limit, report, before.get(each.request.target, {}), summary.several)
         summary.add(each.name, report.results, one.not_run, wrong=one.code == WRONG_USAGE)
+        if snippets:
+            programs = {x.check: x.snippet for x in one.results if x.snippet and x.verdict != "holds"}
+            write_programs(snippets, each.name, programs)
         tried.append(one)
     summary.close()
     if not any(one.results for one in tried) and all(one.code == HOLDS for one in tried):

@@ -27,6 +27,7 @@ _HEADS = {
     "not run": ("not run  ", "dim"),
     "not loaded": ("NOT LOADED  ", "bold red"),
 }
+_MOST_LINES = 40  # of a snippet that is shown
 _WIDTH = 80  # of a log; a terminal has its own
 _AS_IT_IS: dict[str, Any] = {
     "expand_tabs": False,
@@ -107,7 +108,10 @@ class Report:
         for text in (said, f"given: {result.given}" if result.given else ""):
             for line in text.splitlines():
                 self._write("    ", (line, ""))
-        if result.snippet:
+        if result.snippet and len(lines := result.snippet.splitlines()) > _MOST_LINES:
+            said = f"A program of {len(lines)} lines shows it without knorm: add --snippets FOLDER."
+            self._write("    ", (said, "dim"))
+        elif result.snippet:
             code = Text(f"\n{indent(result.snippet, ' ' * 8)}\n")
             print_text(self.console, code, soft_wrap=True)  # it is to be copied: no line may be broken
 

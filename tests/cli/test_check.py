@@ -498,6 +498,55 @@ def test_what_is_declared_wrongly_is_one_line(run_knorm, inline, declared, chang
     assert words in err
 
 
+def test_snippets_are_written_and_long_ones_are_not_shown(run_knorm, inline):
+    targets = target(IN_NORM_ORDER, "sorted.py"), "transformers:StaticCache"
+    options = "--select", "time_order,rows_move,dtype", "--snippets", "shown"
+    ended, out, _ = run_knorm("check", *targets, *options)
+    assert ended == 1
+    short, long = Path("shown/sorted.py-compress-time_order.py"), Path("shown/transformers-StaticCache-rows_move.py")
+    assert sorted(Path("shown").iterdir()) == sorted([short, long])
+    assert textwrap.indent("\n".join(short.read_text().splitlines()[1:]), " " * 8) in out
+    count = len(long.read_text().splitlines()) - 1
+    assert f"    A program of {count} lines shows it without knorm: add --snippets FOLDER.\n" in out
+    assert "AttributeError: 'StaticLayer' object has no attribute" in in_a_new_process(long.read_text()).stderr
+    assert run_knorm("check", *targets, *options)[0] == 1, "knorm wrote them: they are written again"
+    short.write_text("mine")
+    ended, _, err = run_knorm("check", *targets, *options)
+    assert (ended, short.read_text()) == (2, "mine")
+    assert f"cannot write {short}: knorm did not write what is there" in err
+    ended, _, err = run_knorm("check", *targets, *options[:-1], "no/where")
+    assert ended == 2
+    assert "--snippets no/where, but there is no folder no" in err
+
+
+@pytest.mark.parametrize(
+    ("called", "code"),
+    [
+        ("target.py:newest(sinks=1)", "= partial(newest, sinks=1)"),
+        ("target.py:Window(size=3)", "= partial(Window, size=3)"),
+    ],
+)
+def test_the_snippet_of_a_target_that_is_called_with_more_runs(run_knorm, inline, called, code):
+    target(
+        """
+        def newest(keys, values, keep_ratio, sinks=0):
+            return keys[:, :, -1:].bfloat16(), values[:, :, -1:]
+
+        class Window:
+            def __init__(self, keep_ratio, size, ratio=1):
+                self.size = size
+
+            def __call__(self, keys, values):
+                return newest(keys, values, 1)
+        """
+    )
+    run_knorm("check", called, "--select", "dtype", "--json", "out.json")
+    (result,) = strict_json("out.json")["targets"][0]["results"]
+    assert code in result["snippet"]
+    done = in_a_new_process(result["snippet"])
+    assert "torch.bfloat16" in done.stdout, done.stderr
+
+
 def test_an_expected_failure_of_several_targets_has_no_place(run_knorm, inline):
     targets = target(GOOD), target(IN_NORM_ORDER, "sorted.py")
     ended, _, err = run_knorm("check", *targets, "--expect-failure", "time_order=sorts")
