@@ -69,7 +69,17 @@ class Cache:
 
 
 def tagged_values(batch: int, heads: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Values [batch, heads, length, 4] that name their own place, exactly in every floating dtype."""
+    """Make values that name their own place, exactly in every floating dtype.
+
+    Args:
+        batch: rows.
+        heads: key/value heads.
+        length: tokens.
+        dtype: a floating one.
+
+    Returns:
+        [batch, heads, length, 4]: row, head, and the token's place in base 256.
+    """
     grid = torch.meshgrid(torch.arange(batch), torch.arange(heads), torch.arange(length), indexing="ij")
     return torch.stack([grid[0], grid[1], grid[2] // 256, grid[2] % 256], dim=-1).to(dtype)
 
@@ -245,6 +255,13 @@ def texts(draw: Any, traits: Traits | None = None) -> Text:
 
 
 def distinct(ids: Tensor) -> Tensor:
-    """Draw tokens of which none stands twice in a row of up to 96: of two alike, either may be evicted."""
+    """Draw tokens of which none stands twice in a row of up to 96: of two alike, either may be evicted.
+
+    Args:
+        ids: int64 [batch, T], looked at for its shape and device.
+
+    Returns:
+        int64 [batch, T].
+    """
     places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return places * 7 % (VOCABULARY - 1) + 1
