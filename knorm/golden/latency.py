@@ -74,7 +74,15 @@ def measure_latency(model: Any, tokenizer: Any, on_step: Callable[[float], None]
 
 
 def measure_counters(model: Any, tokenizer: Any) -> Measured:
-    """Count tokens, bytes, operators and, on CUDA, kernel launches of the uncompressed cache and each policy."""
+    """Count what the uncompressed cache and each policy do from one prompt.
+
+    Args:
+        model: a causal language model of transformers, on the device to count on.
+        tokenizer: of the model.
+
+    Returns:
+        Tokens, bytes, operators and, on CUDA, kernel launches.
+    """
     (prompt,) = make_prompts(tokenizer, TEXTS[:1], CHARACTERS[:1], (COUNTED_TOKENS,), device=str(model.device)).values()
     metrics: list[Metric] = []
     with attending(model), torch.no_grad():
