@@ -114,25 +114,7 @@ def compare_methods(
     quiet: bool,
     verbose: bool,
 ) -> tuple[bool, dict[str, Any]]:
-    """Measure each method beside the full cache, show the table, and draw.
-
-    Args:
-        asked: what the command line says about methods.
-        policy_options: of knorm's own method.
-        text_options: the text and its windows.
-        model_options: the model.
-        given: the parameters that the command line gives.
-        plot: the figure's file, if one is asked for.
-        quiet: True to print nothing.
-        verbose: True to show the tails of each distribution.
-
-    Returns:
-        True where every method ran; and the results as JSON has them.
-
-    Raises:
-        ValueError: options that cannot work.
-        MethodError: what the only method raised.
-    """
+    """Measure, show and draw; True where every method ran, and the results as JSON has them."""
     from knorm.methods.method import MethodError
 
     prompt = text_options.window // 2 if policy_options.prompt_length is None else policy_options.prompt_length
