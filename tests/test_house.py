@@ -289,6 +289,7 @@ print(json.dumps({"new": new, "same": names() == once}))
 """
 
 
+@pytest.mark.processes
 def test_transformers_gets_one_name_in_each_registry_however_often_knorm_loads():
     assert run(REGISTRIES) == {"new": [["knorm"], ["knorm"]], "same": True}
 

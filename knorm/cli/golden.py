@@ -135,6 +135,7 @@ def golden_verify(
             outcomes.append(outcome)
             bar.stop()  # it would write over the line
             show_outcome(console, outcome)
+            bar.update(task, completed=len(outcomes))
             bar.start()
     failed = sum(outcome.failed for outcome in outcomes)
     idle = sum(not outcome.compared for outcome in outcomes)

@@ -52,7 +52,15 @@ def device_class(device: str) -> str:
 
 
 def environment(device: str, how: How | None = None) -> Environment:
-    """Collect what this process' numbers may depend on besides the code."""
+    """Collect what this process' numbers may depend on besides the code.
+
+    Args:
+        device: cpu, cuda, cuda:1 ...
+        how: the way that a case is run.
+
+    Returns:
+        The device, what limits it, and versions.
+    """
     cuda = torch.device(device).type == "cuda"
     return Environment(
         device=torch.cuda.get_device_name(device) if cuda else _processor(),

@@ -116,7 +116,15 @@ def _ratios(names: Sequence[str], times: Bench, margin: float) -> Measured:
 
 
 def measure_counters(model: Any, tokenizer: Any) -> Measured:
-    """Count tokens, bytes, operators and, on CUDA, kernel launches of the uncompressed cache and each policy."""
+    """Count what the uncompressed cache and each policy do from one prompt.
+
+    Args:
+        model: a causal language model of transformers, on the device to count on.
+        tokenizer: of the model.
+
+    Returns:
+        Tokens, bytes, operators and, on CUDA, kernel launches.
+    """
     (prompt,) = make_prompts(tokenizer, TEXTS[:1], CHARACTERS[:1], (COUNTED_TOKENS,), device=str(model.device)).values()
     metrics: list[Metric] = []
     with attending(model), torch.no_grad():

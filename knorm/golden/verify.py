@@ -102,7 +102,18 @@ def _told(how: How, on_step: Callable[[float], None], made: int) -> How:
 
 
 def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
-    """Measure one case and compare it."""
+    """Measure one case and compare it with its golden.
+
+    Args:
+        case: to measure.
+        store: its goldens.
+        device: to measure on.
+        mine: the device's class.
+        how: the way to run it.
+
+    Returns:
+        The outcome; nothing is written.
+    """
     with _threads_of(case, device):
         return _verify_case(case, store, device, mine, how)
 
@@ -269,6 +280,14 @@ def _differs(old: tuple[Golden, Tensors], new: tuple[Golden, Tensors]) -> bool:
 
 
 def changes(old: tuple[Golden, Tensors] | None, new: tuple[Golden, Tensors]) -> list[Finding]:
-    """Judge what a candidate would change, metric by metric, as `verify` would; of a new golden everything is new."""
+    """Judge what a candidate would change, metric by metric, as `verify` would.
+
+    Args:
+        old: what was accepted, with its tensors; None of a new golden, in which everything is new.
+        new: the candidate, with its tensors.
+
+    Returns:
+        A finding for each metric.
+    """
     before = Results.of(*old) if old else Results((), {}, new[0].environment)
     return judge(before, Results.of(*new))

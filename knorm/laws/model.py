@@ -42,9 +42,21 @@ def small_model(device: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: Iterable[int], **options: Any) -> Tensor:
-    """Logits of the tokens, fed `sizes` at a time, positions left to the model: [batch, length, vocabulary].
+    """Feed tokens to a model and a cache, positions left to the model.
 
-    Raises Refuted where the cache breaks the model, Refusal where it says why it cannot.
+    Args:
+        model: a causal language model of transformers.
+        ids: int64 [batch, length].
+        cache: what is filled.
+        sizes: tokens of each call; those beyond the text are left out.
+        options: given to each call, cut to its tokens.
+
+    Returns:
+        Logits of all tokens, [batch, length, vocabulary].
+
+    Raises:
+        Refuted: the cache breaks the model.
+        Refusal: the cache says why it cannot.
     """
     parts, start = [], 0
     for size in sizes:
@@ -80,5 +92,5 @@ def keeps_all(cache: TransformersCache, length: int) -> bool:
 
 
 def gap(first: Tensor, second: Tensor) -> float:
-    """Compute the largest absolute difference; infinite where a number is none."""
+    """Compute the largest absolute difference of two tensors of the same shape; infinite where a number is none."""
     return float((first - second).abs().nan_to_num(torch.inf).amax())

@@ -79,7 +79,18 @@ class Cache:
 
 
 def tagged_values(batch: int, heads: int, length: int, dtype: torch.dtype, width: int = WIDTH) -> Tensor:
-    """Values [batch, heads, length, width] that name their own place, exactly in every floating dtype."""
+    """Make values that name their own place, exactly in every floating dtype.
+
+    Args:
+        batch: rows.
+        heads: key/value heads.
+        length: tokens.
+        dtype: a floating one.
+        width: of a head.
+
+    Returns:
+        [batch, heads, length, width]: row, head, and the token's place in base 256, then zeros.
+    """
     grid = torch.meshgrid(torch.arange(batch), torch.arange(heads), torch.arange(length), indexing="ij")
     tags = torch.stack([grid[0], grid[1], grid[2] // 256, grid[2] % 256], dim=-1)
     return torch.nn.functional.pad(tags, (0, width - 4)).to(dtype)
@@ -263,6 +274,13 @@ def texts(draw: Any, traits: Traits | None = None) -> Text:
 
 
 def distinct(ids: Tensor) -> Tensor:
-    """Draw tokens of which none stands twice in a row of up to 96: of two alike, either may be evicted."""
+    """Draw tokens of which none stands twice in a row of up to 96: of two alike, either may be evicted.
+
+    Args:
+        ids: int64 [batch, T], looked at for its shape and device.
+
+    Returns:
+        int64 [batch, T].
+    """
     places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return places * 7 % (VOCABULARY - 1) + 1

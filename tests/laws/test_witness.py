@@ -140,7 +140,8 @@ def test_what_evicts_nothing_is_not_said_to_hold():
     assert "nothing was evicted" in result.reason
 
 
-@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("cache", [pytest.param(DynamicCache, marks=pytest.mark.processes), StaticCache])
 def test_no_law_on_what_attention_sees_is_refuted_by_a_cache_that_keeps_everything(cache):
     results = check_compressor(cache, select=["seen", "positions", "chunks", "left_padding", "crop"])
     assert {result.verdict for result in results} == {"holds", "does not apply"}
