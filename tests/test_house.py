@@ -22,16 +22,16 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
     "facts published",
     "evaluation.published": "schema measure judge",
-    "golden": "format shift rules gates project files environment store approval metrics latency pythia cases declared "
-    "verify values workspace history",
-    "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
-    "readings known adapters loading shown scripts snippets search "
+    "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
+    "declared verify values workspace history",
+    "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
+    "replay readings known adapters loading shown scripts snippets search "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
-    "asked check ppl explain bench golden_log golden init",
+    "asked check ppl explain bench golden_log golden_shown golden init",
     "cli.schemas": "parts quality timing verdicts",
 }
 TESTS = Path(__file__).parent
@@ -108,6 +108,7 @@ COMMANDS = (
         "bench",
         "golden",
         "golden_log",
+        "golden_shown",
         "init",
     ),
 )

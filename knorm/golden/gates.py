@@ -163,5 +163,5 @@ def gate_changes(before: Golden, now: Golden) -> dict[str, str]:
 def _bounds(metric: Metric) -> dict[str, Any]:
     """Everything that decides what is accepted later without permission."""
     gate = metric.gate
-    noise = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha"}) if gate.noise else {}
+    noise = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha", "worst"}) if gate.noise else {}
     return {"rule": gate.rule, "threshold": gate.threshold, "direction": metric.direction, "unit": metric.unit} | noise

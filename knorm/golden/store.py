@@ -118,14 +118,15 @@ class Store:
             )
 
     def prepare(self) -> None:
-        """Make the folder, which git is told to ignore candidates in, if it is not there."""
-        if self.folder.is_dir():
+        """Make the folder, which git is told to ignore candidates in, if it is not there or holds no golden yet."""
+        ignored = self.folder / ".gitignore"
+        if self.folder.is_dir() and (ignored.exists() or self.files):
             return
         try:
-            self.folder.mkdir(parents=True)
-            (self.folder / ".gitignore").write_text(_IGNORED, encoding="utf-8")
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make {self.folder}: {error.strerror}") from None
+        _write(ignored, _IGNORED.encode())
 
     @cached_property
     def files(self) -> dict[tuple[str, str], Path]:

@@ -83,6 +83,14 @@ def steps(prompt: int, length: int, chunk: int) -> list[int]:
     return [prompt, *[chunk] * -(-(length - prompt) // chunk)]
 
 
+def keeps_all(cache: TransformersCache, length: int) -> bool:
+    """Tell whether a cache holds as many slots as it was fed tokens, in every layer; True where it does not say."""
+    return not any(
+        isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.ndim == 4 and keys.shape[2] < length
+        for layer in cache.layers
+    )
+
+
 def gap(first: Tensor, second: Tensor) -> float:
     """Compute the largest absolute difference of two tensors of the same shape; infinite where a number is none."""
     return float((first - second).abs().nan_to_num(torch.inf).amax())

@@ -12,8 +12,9 @@ from knorm.laws.adapters import adapt
 from knorm.laws.blame import is_ours, is_refusal
 from knorm.laws.known import KVPRESS, TRANSFORMERS
 from knorm.laws.probe import FAMILIES, probe, read_tags, tagged
+from knorm.laws.reading import Reading
 from knorm.laws.replay import replayed
-from knorm.laws.witness import EMPTY, Reading, Unanswered, witness, witnessed
+from knorm.laws.witness import EMPTY, Unanswered, witness, witnessed
 
 READING = Reading(prompt=9, calls=(1, 2, 7), rows=2, seed=3)
 WINDOW = Subject("window", Traits(), make_cache=WindowCache)
