@@ -183,6 +183,29 @@ class ReportsWhatWasAsked(Method):
         return Reporting(model, self.keep_ratio)
 
 
+class OverflowingLayer(WindowLayer):
+    def choose(self, keys):
+        squares = (keys * keys).sum(-1)
+        scores = squares - squares.mean(-1, keepdim=True)
+        return scores.topk(min(2, keys.shape[2])).indices.sort(-1).values
+
+
+class OverflowingCache(WindowCache):
+    layer = OverflowingLayer
+
+
+@mutant("sees_by_numbers", "that are no numbers", "scores of presses in float16", surface="method", lossy=0.001)
+class RanksWhatOverflowed(Method):
+    """Squares of large keys overflow half precision, and infinity less infinity is ranked."""
+
+    def __init__(self, keep_ratio):
+        super().__init__("overflowing", None, OverflowingCache)
+        self.keep_ratio = keep_ratio
+
+    def start(self, model, length, batch, tokenizer):
+        return Session(model, OverflowingCache(self.keep_ratio))
+
+
 class ViewLayer(WindowLayer):
     def update(self, key_states, value_states, *_, **__):
         keys, values = super().update(key_states, value_states)
