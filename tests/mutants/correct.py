@@ -64,7 +64,7 @@ def slow(keys, values, keep_ratio):
     return keep(keys, values, index.to(keys.device))
 
 
-CORRECT.append(Correct(Subject("slow", KNORM, compress=slow), seeds=200))
+CORRECT.append(Correct(Subject("slow", KNORM, compress=slow)))
 
 
 @correct(rounding="ceil", scores="keys", nonfinite="raise")
