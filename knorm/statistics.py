@@ -189,3 +189,23 @@ def interval(numbers: Any, level: float = 0.95) -> tuple[float | None, float | N
         return None, None
     reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return float(values.mean()) - reach, float(values.mean()) + reach
+
+
+def smallest_difference(deviation: float, count: int, level: float = 0.95, power: float = POWER) -> float:
+    """Compute the smallest mean difference that an interval of numbers, one for each window, is likely to tell from 0.
+
+    Args:
+        deviation: standard deviation of the windows' differences.
+        count: of windows, at least 2.
+        level: of the interval.
+        power: the probability that it excludes 0, where the mean difference is the one returned.
+
+    Returns:
+        The difference, in the unit of the deviation.
+
+    Example:
+        >>> round(smallest_difference(1.0, 100), 3)
+        0.364
+    """
+    reach, more = (float(stats.t.ppf(share, count - 1)) for share in ((1 + level) / 2, power))
+    return (reach + more) * deviation / math.sqrt(count)

@@ -15,8 +15,8 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify "
-    "scaffold cli plugin __main__",
+    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep "
+    "verify scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
@@ -30,9 +30,10 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
+    "sweep": "plan inputs cells folder drive measure local cluster table estimate",
     "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify check "
-    "ppl explain bench golden_log golden init",
-    "cli.schemas": "parts quality timing verdicts",
+    "ppl explain bench golden_log golden swept sweep init",
+    "cli.schemas": "parts quality timing verdicts swept",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
@@ -107,6 +108,7 @@ COMMANDS = (
         "bench",
         "golden",
         "golden_log",
+        "sweep",
         "init",
     ),
 )
