@@ -99,23 +99,28 @@ class AtOnce:
         pass
 
 
-def run(place, cells, work=made_up, *, expire=60.0, **options):
+def run(place, cells, work=made_up, *, expire=60.0, rows=(), **options):
     """Do the cells in a folder."""
     folder = Folder(Path(place), expire)
-    folder.begin({str(cell.row) for cell in cells.values()}, {}, {"models": ["m"]})
+    folder.begin(rows or {str(cell.row) for cell in cells.values()}, {}, {"models": ["m"]})
     return drive(folder, cells, AtOnce(work), **options)
 
 
 CALLS = ("open", "write", "close", "fsync", "replace", "rename", "unlink", "utime", "link")
 
 
-def die_at(number):
-    """End this process at one of its calls that change files: at even numbers before the call, else after it."""
+def die_at(number, below=""):
+    """End this process at one of its calls that change files: at even numbers before the call, else after it.
+
+    below: only calls count that name a file of this folder.
+    """
     count = 0
 
     def wrapped(call):
         def counted(*arguments, **options):
             nonlocal count
+            if below and not str(arguments[0]).startswith(str(below)):
+                return call(*arguments, **options)
             mine = count = count + 1
             if mine == number and number % 2 == 0:
                 os.kill(os.getpid(), signal.SIGKILL)

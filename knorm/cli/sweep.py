@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from knorm.cli.swept import Ready
     from knorm.sweep.drive import Engine
+    from knorm.sweep.plan import Plan
 
 ENGINES = ("local", "ray")
 
@@ -95,18 +96,19 @@ def _ready(file: Path, out: Path, expire: float, engine: str, workers: int | Non
     file_size(file)  # refuses what is no file, in the words that it was given
     with contextlib.chdir(where):
         plan = read_plan(file.resolve(), file)
-        study = study_of(plan, _device(plan.device, engine), targets)
+        study = study_of(plan, _device(plan, where, engine), targets)
         cells = {cell.name(): cell for cell in study.cells()}
     folder.refuse_other(study.rows())
     return Ready(file, where, study, cells, folder, targets, engine, workers)
 
 
-def _device(asked: str, engine: str) -> str:
+def _device(plan: Plan, where: Path, engine: str) -> str:
     """Return the kind of device that cells run on: with "auto", a GPU where there is one."""
+    asked = plan.device
     if engine == "ray":
         from knorm.sweep.cluster import connect, has_gpus
 
-        connect()
+        connect(plan, where)
         there = has_gpus()
     elif asked == "cpu":
         return "cpu"

@@ -102,12 +102,11 @@ def _state(progress: Progress) -> str:
 def show_plan(console: Console, ready: Ready) -> dict[str, Any]:
     """Show the cells of a plan, what they will take and can tell; return what --json holds."""
     from knorm.sweep.estimate import estimate
-    from knorm.sweep.local import places
     from knorm.sweep.table import join
 
     table, states = join(ready.folder, ready.cells), ready.folder.states()
     left = {name: cell for name, cell in ready.cells.items() if name not in states}
-    workers = ready.workers or places(ready.study.device, ready.study.plan.threads)
+    workers = ready.workers or _places(ready)
     found = estimate(ready.study.plan, left.values(), table)
     rows: dict[tuple[Any, ...], list[str]] = {}
     for name, cell in ready.cells.items():
@@ -139,6 +138,16 @@ def show_plan(console: Console, ready: Ready) -> dict[str, Any]:
             {"name": name, "state": states.get(name, "to do"), **_named(cell)} for name, cell in ready.cells.items()
         ],
     }  # fmt: skip
+
+
+def _places(ready: Ready) -> int:
+    if ready.engine == "ray":
+        from knorm.sweep import cluster
+
+        return cluster.places(ready.study)
+    from knorm.sweep import local
+
+    return local.places(ready.study.device, ready.study.plan.threads)
 
 
 def _expected(found: Estimate, left: int, workers: int, windows: int) -> Iterator[str]:

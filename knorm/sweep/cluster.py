@@ -15,7 +15,8 @@ from knorm import __version__
 from knorm.sweep.cells import Study, outcome
 from knorm.sweep.drive import Unfit
 from knorm.sweep.inputs import sources_of
-from knorm.sweep.local import LOST
+from knorm.sweep.local import LOST, Work
+from knorm.sweep.plan import Plan
 
 _AHEAD = 2  # tasks for each place: the next one is there when one ends, and a cluster that grows sees what waits
 
@@ -28,8 +29,12 @@ def _ray() -> Any:
     return ray
 
 
-def connect() -> None:
+def connect(plan: Plan, where: Path) -> None:
     """Join the Ray cluster that is there (RAY_ADDRESS, or one of this machine), or start one on this machine.
+
+    Args:
+        plan: whose targets and texts are sent to the nodes, as far as they lie in its folder.
+        where: that folder, which is the current one.
 
     Raises:
         ValueError: ray is not installed, or the cluster has another version of Python or Ray.
@@ -37,17 +42,20 @@ def connect() -> None:
     ray = _ray()
     if ray.is_initialized():
         return
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
-    try:
+    named = os.environ.get("RAY_ADDRESS")
+    with tempfile.TemporaryDirectory(prefix="knorm-") as stage:
+        _collect(plan, where, Path(stage))
+        options = {"runtime_env": {"working_dir": stage}, "logging_level": "ERROR", "log_to_driver": False}
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
-        except ConnectionError:
-            if os.environ.get("RAY_ADDRESS"):
-                raise
-            ray.init(address="local", include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"the Ray cluster cannot be used: {said}") from None
+            try:
+                ray.init(address=named or "auto", **options)
+            except ConnectionError:
+                if named:
+                    raise
+                ray.init(address="local", include_dashboard=False, **options)
+        except (ConnectionError, RuntimeError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"the Ray cluster {named or 'of this machine'} cannot be used: {said}") from None
 
 
 def has_gpus() -> bool:
@@ -60,27 +68,22 @@ class Cluster:
 
     Args:
         study: for its threads and its device.
-        where: the folder that paths in the plan are seen from; nodes that have none are sent what the plan names.
+        where: the folder that paths in the plan are seen from.
         alone: each cell gets all cores of a node, or a GPU, for itself.
         workers: cells that run at a time, at most; by default as many as the cluster has room for.
+        run: what a worker does with a cell; by default measure.measure_cell.
     """
 
-    def __init__(self, study: Study, where: Path, *, alone: bool = False, workers: int | None = None) -> None:
+    def __init__(
+        self, study: Study, where: Path, *, alone: bool = False, workers: int | None = None, run: Work | None = None
+    ) -> None:
         self._ray = _ray()
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        cpus, gpus = study.plan.threads, int(study.device == "cuda")
-        if alone and not gpus:
-            cpus = int(max(node.get("CPU", 0) for node in nodes))
-        rooms = [min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else 2**20) for node in nodes]
-        if not (most := int(sum(rooms))):
-            raise ValueError(f"no node of the Ray cluster has {cpus} cores{' and a GPU' if gpus else ''} for a cell")
+        cpus, gpus, most = _room(study, alone)
         self._places = range(min(workers or 2**20, most * (1 if alone else _AHEAD)))
-        self._stage = tempfile.TemporaryDirectory(prefix="knorm-")
-        _collect(study, where, Path(self._stage.name))
         threads = str(study.plan.threads)
-        env = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}, "working_dir": self._stage.name}
+        env = {"env_vars": {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}}
         remote = self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=LOST - 1, runtime_env=env)
-        self._task, self._where = remote(work), str(where)
+        self._task, self._where = remote(work), (str(where), run)
         self._running: dict[Any, tuple[int, str, dict[str, Any]]] = {}
 
     def free(self) -> Iterator[int]:
@@ -90,7 +93,7 @@ class Cluster:
 
     def submit(self, place: int, name: str, fields: dict[str, Any], hint: Mapping[str, Any] | None) -> None:
         """Make a cell a task."""
-        self._running[self._task.remote(fields, hint, self._where)] = place, name, fields
+        self._running[self._task.remote(fields, hint, *self._where)] = place, name, fields
 
     def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
         """Return what came back.
@@ -114,7 +117,8 @@ class Cluster:
         except (errors.RayError, RuntimeError) as error:
             if "No module named 'knorm'" in str(error):
                 raise Unfit(f"a node of the Ray cluster has no knorm: install knorm {__version__} on all") from None
-            raise Unfit(f"the Ray cluster cannot do it: {_first(error)}") from None
+            said = str(getattr(error, "cause", None) or _first(error))
+            raise Unfit(f"the Ray cluster cannot do it: {said}") from None
         if isinstance(answer, str):
             raise Unfit(answer)
         return dict(answer)
@@ -125,7 +129,6 @@ class Cluster:
             with contextlib.suppress(Exception):  # the cluster may be gone
                 self._ray.cancel(task, force=True)
         self._running.clear()
-        self._stage.cleanup()
 
 
 def _first(error: Exception) -> str:
@@ -133,11 +136,28 @@ def _first(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _collect(study: Study, where: Path, stage: Path) -> None:
+def _room(study: Study, alone: bool) -> tuple[int, int, int]:
+    """Return the cores and GPUs that a cell needs, and how many cells the cluster can run at a time."""
+    nodes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+    cpus, gpus = study.plan.threads, int(study.device == "cuda")
+    if alone and not gpus:
+        cpus = int(max(node.get("CPU", 0) for node in nodes))
+    most = int(sum(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpus else 2**20) for node in nodes))
+    if not most:
+        raise ValueError(f"no node of the Ray cluster has {cpus} cores{' and a GPU' if gpus else ''} for a cell")
+    return cpus, gpus, most
+
+
+def places(study: Study) -> int:
+    """Count the cells that the cluster can run at a time."""
+    return _room(study, False)[2]
+
+
+def _collect(plan: Plan, where: Path, stage: Path) -> None:
     """Copy what nodes without the plan's folder need: the sources of targets and the texts that lie in it."""
-    files = [Path(text).absolute() for text in study.plan.texts]
-    for chosen in study.methods:
-        files += sources_of(chosen.target)
+    files = [Path(text).absolute() for text in plan.texts]
+    for entry in plan.methods:
+        files += () if entry.target.endswith(":*") else sources_of(entry.target)
     for file in files:
         if file.is_file() and file.is_relative_to(where):
             target = stage / file.relative_to(where)
@@ -145,16 +165,18 @@ def _collect(study: Study, where: Path, stage: Path) -> None:
             shutil.copyfile(file, target)
 
 
-def work(fields: Mapping[str, Any], hint: Mapping[str, Any] | None, where: str) -> dict[str, Any] | str:
+def work(
+    fields: Mapping[str, Any], hint: Mapping[str, Any] | None, where: str, run: Work | None = None
+) -> dict[str, Any] | str:
     """Measure a cell on a node, in the plan's folder if the node has it, else in a copy of what it names."""
-    from knorm.sweep.measure import Unusable, measure_cell
+    from knorm.sweep.measure import measure_cell
 
     if os.path.isdir(where):
         os.chdir(where)
     try:
         with _limited(fields["limit"]):
-            return measure_cell(fields, hint)
-    except Unusable as error:
+            return (run or measure_cell)(fields, hint)
+    except ValueError as error:  # measure.Unusable
         return str(error)
     except _Late:
         return outcome(fields, failed=f"no result within {fields['limit']:g} s, the plan's limit")
