@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -187,8 +188,32 @@ def interval(numbers: Any, level: float = 0.95) -> tuple[float | None, float | N
     values = np.asarray(numbers, dtype=np.float64)
     if len(values) < 2:
         return None, None
-    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    reach = float(half_width(values, level))
     return float(values.mean()) - reach, float(values.mean()) + reach
+
+
+def half_width(numbers: Any, level: float = 0.95) -> Any:
+    """Compute half of the width of Student's interval of means.
+
+    Args:
+        numbers: [..., windows], at least two windows.
+        level: of the interval.
+
+    Returns:
+        The half width of each row, [...].
+
+    Example:
+        >>> half_width([[1.0, 2.0], [1.0, 1.0]]).round(2).tolist()
+        [6.35, 0.0]
+    """
+    values = np.asarray(numbers, dtype=np.float64)
+    count = values.shape[-1]
+    return _student(level, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
+
+
+@lru_cache(maxsize=256)
+def _student(level: float, freedom: int) -> float:
+    return float(stats.t.ppf((1 + level) / 2, freedom))
 
 
 def smallest_difference(deviation: float, count: int, level: float = 0.95, power: float = POWER) -> float:

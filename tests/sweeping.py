@@ -109,10 +109,10 @@ def run(place, cells, work=made_up, *, expire=60.0, rows=(), **options):
 CALLS = ("open", "write", "close", "fsync", "replace", "rename", "unlink", "utime", "link")
 
 
-def die_at(number, below=""):
-    """End this process at one of its calls that change files: at even numbers before the call, else after it.
+def die_at(point, below=""):
+    """End this process at one of its calls that change files: even points lie before a call, odd ones after it.
 
-    below: only calls count that name a file of this folder.
+    below: only calls count that name a file of this folder. Returns how many points there are.
     """
     count = 0
 
@@ -121,13 +121,14 @@ def die_at(number, below=""):
             nonlocal count
             if below and not str(arguments[0]).startswith(str(below)):
                 return call(*arguments, **options)
-            mine = count = count + 1
-            if mine == number and number % 2 == 0:
+            before = count
+            count += 2
+            if before == point:
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 return call(*arguments, **options)
             finally:
-                if mine == number:
+                if before + 1 == point:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         return counted
@@ -137,17 +138,17 @@ def die_at(number, below=""):
     return lambda: count
 
 
-def killed(place, number):
-    """Do CELLS in a copy of this process that ends at one of its calls; returns how it ended, and its calls."""
+def killed(place, point):
+    """Do CELLS in a copy of this process that ends at a point; returns how it ended, and how many points there are."""
     ours, theirs = os.pipe()
     child = os.fork()  # a new Python takes a second, and this dies fifty times
     if child == 0:
         try:
             folder = Folder(Path(place), 60.0)
             folder.begin({str(cell.row) for cell in CELLS.values()}, {}, {"models": ["m"]})
-            write, calls = os.write, die_at(number)
+            write, points = os.write, die_at(point)
             drive(folder, CELLS, AtOnce())
-            write(theirs, str(calls()).encode())
+            write(theirs, str(points()).encode())
         finally:
             os._exit(0)
     os.close(theirs)

@@ -182,14 +182,15 @@ def _show(console: Console, ready: Ready, out: Path, json: Path | None, parquet:
 
     table = join(ready.folder, ready.cells)
     show_table(console, ready, table)
-    fields = table_fields(ready, table)
-    write_json(json, fields)
-    if parquet:
-        write_parquet(parquet, fields["rows"])
+    if json or parquet:
+        fields = table_fields(ready, table)
+        write_json(json, fields)
+        if parquet:
+            write_parquet(parquet, fields["rows"])
     if table.faults:
         cell, trace = table.faults[0]
         click.echo(
             f"knorm: a fault of knorm's own, in {cell.measure} of {cell.method.label}:\n{trace.rstrip()}", err=True
         )
         return BROKEN
-    return REFUTED if table.failures else HOLDS
+    return REFUTED if table.failures or table.refuted else HOLDS

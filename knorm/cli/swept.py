@@ -16,7 +16,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from knorm.cli.outputs import MADE_BY, replace_file
-from knorm.cli.tables import damage_line, damage_table, print_text, print_wrapped
+from knorm.cli.tables import LETTERS, UNCHANGED, damage_line, damage_table, print_text, print_wrapped
 
 if TYPE_CHECKING:
     from knorm.sweep.cells import Cell, Study
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _LOG_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 _MOST_LINES = 40  # of a plan
+_MOST_ROWS = 400  # of a table
 
 
 @dataclass(frozen=True)
@@ -195,15 +196,20 @@ def show_table(console: Console, ready: Ready, table: Table) -> None:
     """Show the rows of each model and text, what failed, and how much of the plan it is."""
     from knorm.sweep.table import apart, groups
 
-    lettered = False
+    if console.quiet:
+        return
+    lettered, shown = False, 0
     for rows in groups(table.damage).values():
+        shown += len(rows)
+        if shown > _MOST_ROWS:
+            break
         letters = apart(rows)
         _show_group(console, rows, letters)
         lettered |= any(letters)
     if lettered:
-        print_text(
-            console, Text("Methods that share a letter cannot be told apart by KL (95%, paired by window).", "dim")
-        )
+        print_text(console, Text(LETTERS, "dim"))
+    if shown > _MOST_ROWS:
+        print_text(console, Text(f"{len(table.damage):,} rows are too many to show: --json FILE has all"))
     _show_laws(console, table)
     _show_generations(console, table)
     _show_failures(console, table)
@@ -232,9 +238,7 @@ def _show_group(console: Console, rows: Sequence[DamageRow], letters: Sequence[s
     console.print(damage_table(lines))
     for row in rows[1:]:
         if not row.changed:
-            print_wrapped(
-                console, f"{row.label}: no token's prediction changed: was the cache ever read?", "bold yellow"
-            )
+            print_wrapped(console, f"{row.label}: {UNCHANGED}", "bold yellow")
     print_text(console, Text(""))
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from knorm.evaluation.damage import Damage
 
 
+MOST_LETTERED = 100  # rows: letters of more would be words that nobody reads
+
+
 class _Form(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -139,6 +142,11 @@ class Table:
     counters: list[tuple[Cell, dict[str, Any]]] = field(default_factory=list)
     latency: list[tuple[Cell, dict[str, Any]]] = field(default_factory=list)
 
+    @property
+    def refuted(self) -> bool:
+        """Tell whether a law was refuted."""
+        return any(result["verdict"] == "refuted" for _, values in self.laws for result in values["results"])
+
 
 def read_result(folder: Folder, name: str) -> Result | None:
     """Read the result of a cell; None where there is none.
@@ -244,12 +252,14 @@ def groups(rows: Sequence[DamageRow]) -> dict[tuple[Any, ...], list[DamageRow]]:
 
 
 def apart(rows: Sequence[DamageRow]) -> list[str]:
-    """Give letters to the rows of a group that have all windows, as `knorm ppl` does; others get none."""
+    """Give letters to rows of a group that have all windows, as `knorm ppl` does; others, and too many, get none."""
     import torch
 
     from knorm.evaluation.distinct import NOISE, letters
 
     whole = [row for row in rows if row.whole]
+    if len(whole) > MOST_LETTERED:
+        return [""] * len(rows)
     noise = max([NOISE, *(2 * row.damage.kl for row in whole if row.cell.method.target == CONTROL)])
     given = iter(letters([torch.tensor(row.kl, dtype=torch.float64)[:, None] for row in whole], noise))
     return [next(given) if row.whole else "" for row in rows]

@@ -151,6 +151,53 @@ def test_laws_and_counters_stand_beside_damage(sweep):
     schemas.FORMS["knorm-sweep"].model_validate(found, strict=False)
 
 
+@pytest.mark.processes
+def test_laws_are_cells_too_and_a_refuted_one_is_shown(sweep):
+    plan = 'methods = ["mine.py:newest", "mine.py:breaks"]\nmeasure = ["laws"]\ndevice = "cpu"\n'
+    code, said, _ = sweep(plan, "--json", "swept.json")
+    assert code == 1, said
+    found = strict_json("swept.json")
+    assert [row["method"] for row in found["laws"]] == ["mine.py:newest", "mine.py:breaks"]
+    refuted = [[r["check"] for r in row["results"] if r["verdict"] == "refuted"] for row in found["laws"]]
+    assert len(refuted[0]) < len(refuted[1])
+    assert found["failures"] == []
+    assert "Laws of mine.py:newest: " in said
+    assert "  REFUTED  " in said
+
+
+def test_a_fault_of_knorms_own_in_a_law_is_no_refutation(sweep, monkeypatch):
+    from knorm.laws.process.supervisor import Supervisor
+    from knorm.laws.results import Result
+
+    broken = Result("time_order", "x", "order", "untested", counterexample="it broke off", fault=True)
+    monkeypatch.setattr(Supervisor, "results", lambda self: (one for one in [broken]))
+    code, said, errors = sweep('methods = ["mine.py:newest"]\nmeasure = ["laws"]\ndevice = "cpu"\n')
+    assert code == 3
+    assert "time_order: it broke off" in errors
+    assert "REFUTED" not in said
+
+
+def test_latency_is_measured_alone_after_all_others(sweep, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # its times are not looked at
+    plan = 'methods = ["knorm"]\nwindow = 64\nwindows = 2\nwindows_per_cell = 2\nnew_tokens = 3\nblocks = 8\n'
+    phases = []
+    engine = __import__("knorm.cli.sweep", fromlist=["_engine"])._engine
+
+    @contextmanager
+    def noted(ready, *, alone):
+        phases.append(alone)
+        with engine(ready, alone=alone) as made:
+            yield made
+
+    monkeypatch.setattr("knorm.cli.sweep._engine", noted)
+    code, said, _ = sweep(plan + 'device = "cpu"\nmeasure = ["latency", "damage"]\n', "--json", "swept.json")
+    assert code == 0, said
+    assert phases == [False, True]
+    (timed,) = strict_json("swept.json")["timed"]
+    assert [row["method"] for row in timed["rows"]] == ["uncompressed", "knorm 0.5"]
+    assert " of the uncompressed cache's: " in said
+
+
 @pytest.mark.parametrize(
     ("plan", "said"),
     [

@@ -173,14 +173,14 @@ def node(ray, monkeypatch):
 
 def test_a_driver_that_is_killed_at_fifty_points_loses_nothing(node, tmp_path):
     """The driver writes what Ray brings back: killed in claim, write and rename, another goes on where it was."""
-    whole = driver(tmp_path / "whole", 0, node.address)
+    whole = driver(tmp_path / "whole", -1, node.address)
     assert whole.returncode == 0, whole.stderr
-    calls = int(whole.stdout.split()[-1])
+    points = int(whole.stdout.split()[-1])
     undisturbed = join(Folder(tmp_path / "whole"), sweeping.CELLS).damage
-    assert calls >= 50
+    assert points >= 50
     for point in range(50):
         place = tmp_path / str(point)
-        assert driver(place, 1 + point * calls // 50, node.address).returncode == -9
+        assert driver(place, point * points // 50, node.address).returncode == -9
         before = {file: file.stat().st_mtime_ns for file in (place / "results").glob("[!.]*")}
         assert sweeping.run(place, sweeping.CELLS, expire=0.1, rows=["row"]).finished == len(sweeping.CELLS)
         assert {file: file.stat().st_mtime_ns for file in before} == before
@@ -188,8 +188,8 @@ def test_a_driver_that_is_killed_at_fifty_points_loses_nothing(node, tmp_path):
         assert {file.name for file in (place / "results").glob("[!.]*")} == {f"{x}.json" for x in sweeping.CELLS}
 
 
-def driver(place, number, address):
-    """Do the cells on the cluster in a process that ends at one of its calls; prints how many there are."""
+def driver(place, point, address):
+    """Do the cells on the cluster in a process that ends at a point; prints how many there are."""
     code = f"""
         import os
         from pathlib import Path
@@ -204,9 +204,9 @@ def driver(place, number, address):
         folder = Folder(Path({str(place)!r}))
         folder.begin(["row"], {{}}, {{}})
         engine = cluster.Cluster(Study(Plan(methods=["knorm"]), "cpu", [], []), Path.cwd(), run=sweeping.made_up)
-        calls = sweeping.die_at({number}, {str(place)!r})
+        points = sweeping.die_at({point}, {str(place)!r})
         drive(folder, sweeping.CELLS, engine)
-        print(calls())
+        print(points())
     """
     return in_a_new_process(code, env=new_environment(TESTS))
 

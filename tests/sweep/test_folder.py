@@ -38,19 +38,19 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory):
-    """How many calls change files while the cells are done."""
-    code, count = sweeping.killed(tmp_path_factory.mktemp("whole"), 0)
+def points(tmp_path_factory):
+    """How many points there are to die at while the cells are done."""
+    code, count = sweeping.killed(tmp_path_factory.mktemp("whole"), -1)
     assert code == 0
     return count
 
 
 @pytest.mark.parametrize("tenth", range(10))
-def test_killed_at_fifty_points_spread_over_claim_write_and_rename(tenth, calls, undisturbed, tmp_path):
-    assert calls >= 50
+def test_killed_at_fifty_points_spread_over_claim_write_and_rename(tenth, points, undisturbed, tmp_path):
+    assert points >= 50
     for point in range(tenth * 5, tenth * 5 + 5):
         place = tmp_path / str(point)
-        assert sweeping.killed(place, 1 + point * calls // 50)[0] == -9
+        assert sweeping.killed(place, point * points // 50)[0] == -9
         before = {file: file.stat().st_mtime_ns for file in (place / "results").glob("[!.]*")}
         assert sweeping.run(place, CELLS, expire=0.1).finished == len(CELLS)
         assert {file: file.stat().st_mtime_ns for file in before} == before, "what was done is not done again"
