@@ -8,7 +8,7 @@ PINS = "constraints.txt"
 NO_CUDA = {"CUDA_VISIBLE_DEVICES": ""}  # many workers on one GPU would get in each other's way
 
 
-@nox.session(python=["3.11", "3.12", "3.13", "3.14"])
+@nox.session(python=["3.11", "3.12"])
 def tests(session: nox.Session) -> None:
     session.install("-c", PINS, ".[test]")
     session.run("pytest", "-n", "auto", *session.posargs, env=NO_CUDA)

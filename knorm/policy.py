@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Ratio = float | int | str | Decimal | Fraction
 Score = Literal["low_norm", "high_norm", "random"]
 Protocol = Literal["prefill", "streaming"]
+LEAST_STREAMED = 2  # tokens of a cache that a streaming policy compresses
 
 # Score of each token, the lowest to be kept: from the squared norms of the keys and the positions of the tokens in the
 # sequence, both [batch, kv_heads, length], and from `draw`, which makes one uniform number for each seed and position.
@@ -177,10 +178,10 @@ class Policy:
         for name, value in normal.items():
             object.__setattr__(self, name, value)
         if self.protocol == "streaming":
-            if self.prune_after < 2:
+            if self.prune_after < LEAST_STREAMED:
                 raise ValueError(
-                    f"prune_after={self.prune_after} with protocol='streaming', but should be at least 2: "
-                    "a cache of one token has nothing to evict"
+                    f"prune_after={self.prune_after} with protocol='streaming', but should be at least "
+                    f"{LEAST_STREAMED}: a cache of one token has nothing to evict"
                 )
             self._afford(self.prune_after)
 

@@ -15,9 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
+from knorm.limits import BLOCKS
+
 ALPHA = 0.01  # one-sided: how often a verdict that nothing changed may be FAIL
 POWER = 0.95  # with which the smallest detectable slowdown is stated
-LEAST = 8  # blocks: fewer cannot tell noise from change
+LEAST = BLOCKS
 MARGIN = {"cpu": 0.05, "cuda": 0.025}  # half of the slowdown that is to be caught: tools/bench_latency_power.py
 _RESAMPLES = 9999
 

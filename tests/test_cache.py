@@ -179,18 +179,17 @@ def test_a_copy_a_reset_and_a_choice_of_rows_keep_positions_and_contents_togethe
     assert torch.equal(cache.positions(2), twin.positions(2)[rows])
 
 
-def test_rows_of_a_padded_batch_may_be_chosen():
+@pytest.mark.parametrize("rows", [[1, 1, 2], [2, 0, 1]])
+def test_rows_of_a_padded_batch_may_be_chosen(rows):
     model, ids = tiny("llama", torch.float64), tokens(3, 40)
     batch, mask = padded(ids, (0, 7, 3))
     whole, part = KnormCache(STREAMING), KnormCache(STREAMING)
     with knorm.attention(model):
         feed(model, batch[:, :20], whole, 20, mask=mask)
-        feed(model, batch[[1, 1, 2], :20], part, 20, mask=mask[[1, 1, 2]])
-        whole.batch_select_indices(torch.tensor([1, 1, 2]))
-        more = {"attention_mask": mask[[1, 1, 2]], "position_ids": (mask.cumsum(1) - 1)[[1, 1, 2], 20:]}
-        one, other = (
-            model(ids[[1, 1, 2], 20:], **{cache_keyword(model): cache}, **more).logits for cache in (whole, part)
-        )
+        feed(model, batch[rows, :20], part, 20, mask=mask[rows])
+        whole.batch_select_indices(torch.tensor(rows))
+        more = {"attention_mask": mask[rows], "position_ids": (mask.cumsum(1) - 1)[rows, 20:]}
+        one, other = (model(ids[rows, 20:], **{cache_keyword(model): cache}, **more).logits for cache in (whole, part))
     assert torch.allclose(one, other, atol=1e-9)
 
 
@@ -223,6 +222,14 @@ def test_assisted_decoding_is_refused_since_it_rewinds():
     model, ids = tiny("llama"), tokens(1, 20)
     with pytest.raises(ValueError, match=r"crop|rewind|roll"):
         generate(model, ids, KnormCache(STREAMING), 8, assistant_model=tiny("llama", seed=1))
+
+
+def test_a_prompt_is_stored_without_what_its_tensors_are_views_of():
+    larger = torch.randn(1, 2, 60, 4)
+    cache = KnormCache(Policy(0.5, prune_after=10))
+    cache.update(larger[:, :, :6], larger[:, :, :6], 0)
+    for stored in (cache.layers[0].keys, cache.layers[0].values):
+        assert stored.untyped_storage().nbytes() == stored.nbytes == larger.nbytes // 10
 
 
 def test_memory_counts_what_is_stored():

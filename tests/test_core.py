@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from knorm import Policy, compress
+from knorm import Policy, compress, core
 from knorm.core import select, squared_norms
 from knorm.laws.strategies import Cache, caches, larger_ratio, tagged_values
 from knorm.laws.traits import exact_share
@@ -85,6 +85,40 @@ def test_rotating_keys_changes_nothing_where_the_gap_at_the_cut_is_wide(dtype, s
     assume((ranked[..., 6] / ranked[..., 5] > 1 + 20 * torch.finfo(dtype).eps).all())
     before, after = (compress(x.to(dtype), x.to(dtype), 0.5).positions for x in (keys, turned))
     assert torch.equal(before, after)
+
+
+def test_high_norm_keeps_the_highest():
+    keys = torch.tensor([3.0, 1, 2, 0]).view(1, 1, 4, 1)
+    assert compress(keys, keys, Policy(0.5, score="high_norm")).positions.tolist() == [[[0, 2]]]
+
+
+def drawn(seed, layer, head, position):
+    """Splitmix64 of them, in plain Python; its lowest 53 bits."""
+    word = 2**64 - 1
+    state = ((seed * 1_000_003 + layer) * 6364136223846793005 + head * 0x61C8864680B583EB + position) & word
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ state >> shift) * factor & word
+    return (state ^ state >> 31) & 2**53 - 1
+
+
+@pytest.mark.parametrize(("seed", "layer"), [(0, 0), (0, 3), (7, 0), (7, 3)])
+def test_the_random_draw_is_that_of_seed_layer_head_and_position(seed, layer):
+    keys = torch.randn(2, 3, 24, 2)
+    kept = compress(keys, keys, Policy(0.25, score="random", seed=seed), layer=layer).positions
+    rows = [sorted(sorted(range(24), key=lambda s: drawn(seed, layer, head, s))[:6]) for head in range(3)]
+    assert kept.tolist() == [rows, rows]
+
+
+def test_keys_beyond_a_few_rows_at_a_time_are_ranked_alike(monkeypatch):
+    monkeypatch.setattr(core, "_CACHED", 8)  # four keys of two numbers
+    keys = torch.tensor([5.0, 4, 3, 6, 9, 8, 7, 2, 3.5, 0]).view(1, 1, 10, 1).expand(1, 1, 10, 2)
+    assert compress(keys, keys, 0.5).positions.tolist() == [[[1, 2, 7, 8, 9]]]
+
+
+def test_every_skipped_layer_is_skipped():
+    keys = torch.randn(1, 1, 8, 2)
+    policy = Policy(0.5, skip_layers=(1, 2))
+    assert [compress(keys, keys, policy, layer=layer).keys.shape[2] for layer in range(4)] == [4, 8, 8, 4]
 
 
 def test_equal_norms_keep_the_earlier_position():

@@ -14,9 +14,9 @@ from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
-    "": "policy strict paths files sources git statistics tensors kernels core schedule masked_attention rounding "
-    "model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep "
-    "verify scaffold cli plugin __main__",
+    "": "policy strict paths files sources git limits statistics tensors kernels core schedule masked_attention "
+    "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep verify "
+    "scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
@@ -25,14 +25,14 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases declared "
     "verify values workspace history",
     "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
-    "readings known adapters loading snippets search "
+    "readings known adapters loading shown scripts snippets search "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "sweep": "plan inputs cells folder drive measure local cluster table estimate",
-    "cli": "schemas outputs figures options prompts tables timings setting compared explained verdicts verify check "
-    "ppl explain bench golden_log golden swept sweep init",
+    "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
+    "asked check ppl explain bench golden_log golden swept sweep init",
     "cli.schemas": "parts quality timing verdicts swept",
 }
 TESTS = Path(__file__).parent
@@ -90,13 +90,14 @@ def too_early(name, imports):
     return late
 
 
-LIGHT = ("policy", "paths", "files", "sources")
+LIGHT = ("limits", "policy", "paths", "files", "sources")
 METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
     "__init__",
     *(
         "outputs",
+        "numbers",
         "options",
         "setting",
         "compared",

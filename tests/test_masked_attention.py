@@ -23,12 +23,12 @@ def drawn(length, heads=2, kv_heads=2):
     return query, key, value
 
 
-def by_definition(query, key, value, lost):
+def by_definition(query, key, value, lost, scale=None):
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     place = torch.arange(length)
     seen = (place <= place[:, None]) & (place[:, None] < lost[..., None, :])
     key, value, seen = (x.repeat_interleave(groups, 1) for x in (key, value, seen))
-    scores = (query @ key.mT / query.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
+    scores = (query @ key.mT * (scale or query.shape[-1] ** -0.5)).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1) @ value
 
 
@@ -42,6 +42,15 @@ def test_blocks_of_queries_are_attention_by_its_definition(name, size, monkeypat
     assert torch.allclose(
         attend_seen(query, key, value, lost, None), by_definition(query, key, value, lost), atol=1e-12
     )
+
+
+@pytest.mark.parametrize("evicts", [True, False])
+def test_the_products_are_scaled_as_the_model_says(evicts):
+    query, key, value = drawn(60, heads=4)
+    never = torch.full(key.shape[:3], 60)
+    lost = evicted_at(key.square().sum(-1), Policy("0.5"), 40) if evicts else None
+    should = by_definition(query, key, value, lost if evicts else never, scale=0.7)
+    assert torch.allclose(attend_seen(query, key, value, lost, 0.7), should, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

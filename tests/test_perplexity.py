@@ -11,7 +11,7 @@ from knorm import Policy, exact_nll, masked_attention, perplexity, stream_nll
 from knorm.core import squared_norms
 from knorm.evaluation.windows import cut_windows
 from knorm.models import load_text
-from knorm.perplexity import agreement, exact_run, stream_run
+from knorm.perplexity import agreement, exact_run, parting_gap, stream_run
 from knorm.schedule import evicted_at
 
 POLICIES = {
@@ -194,6 +194,34 @@ def test_what_pads_hold_spoils_nothing():
         ids[0, :6] = pad
         for nll in (exact_nll, stream_nll):
             assert torch.allclose(nll(model, ids, SHORT_STREAM, **PADDED), clean, atol=2e-5, equal_nan=True)
+
+
+def test_what_is_likeliest_counts_as_right():
+    model, ids = tiny("llama"), tokens(2, 30)
+    with torch.no_grad():
+        likeliest = model(ids).logits.argmax(-1)[:, :-1]
+    ids[:, 1::2] = likeliest[:, ::2]  # a few that are right, as far as what stands before them stays
+    with torch.no_grad():
+        right = model(ids).logits.argmax(-1)[:, :-1] == ids[:, 1:]
+    assert right.any()
+    assert torch.equal(exact_run(model, ids, Policy()).correct, right)
+
+
+def test_a_model_in_half_precision_is_scored_in_float32():
+    nll = exact_nll(tiny("llama", torch.bfloat16), tokens(2, 30), Policy())
+    assert nll.dtype == torch.float32
+    assert not torch.equal(nll, nll.bfloat16().float()), "finer than the model's own numbers"
+
+
+def test_the_gap_is_the_widest_where_rows_first_part():
+    never, parted = torch.full((2, 1, 4), 4), torch.full((2, 1, 4), 4)
+    ours, theirs = parted.clone(), parted.clone()
+    ours[0, 0, 0] = theirs[0, 0, 1] = 2  # row 0: norms 4 and 3; row 1: 10 and 9
+    ours[1, 0, 0] = theirs[1, 0, 1] = 3
+    norms = torch.tensor([[[4.0, 3, 1, 1]], [[10.0, 9, 1, 1]]])
+    for order in ((0, 1), (1, 0)):
+        layers = [(ours, theirs, norms), (never, never, norms)]
+        assert parting_gap(*zip(*(layers[i] for i in order), strict=True)) == 0.25
 
 
 def test_a_models_own_return_dict_does_not_matter():

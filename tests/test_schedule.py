@@ -68,6 +68,12 @@ def test_the_schedule_is_the_run_replayed(scores, policy, data):
         assert evicted_at(torch.tensor([scores], dtype=dtype), policy, prompt).tolist() == [should]
 
 
+def test_a_prefill_protects_the_newest_tokens_of_its_prompt():
+    scores = torch.arange(8.0)  # the newest would go first
+    policy = Policy(0.5, protect_first=1, protect_recent=2)
+    assert evicted_at(scores, policy, prompt_length=6).tolist() == [8, 6, 6, 6, 8, 8, 8, 8]
+
+
 @given(st.integers(0, 2**32 - 1), policies(), st.integers(1, 30))
 def test_the_schedule_is_the_compressor_on_the_growing_cache(seed, policy, prompt):
     keys = torch.randint(-3, 4, (2, 2, 30, 3), generator=torch.Generator().manual_seed(seed)).float()

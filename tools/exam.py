@@ -7,16 +7,20 @@ comments promise are declared in a TOML file, by the file's name. Writes a secti
 
 What a person makes of each refutation of a method stands in the same file, under [verdicts].
 
-Exits 1 where a `good` is not held to be correct or a `bug` is, or where a refutation was read by nobody; 3 where knorm
-itself broke off.
+Every snippet is run in a fresh interpreter that has no knorm.
+
+Exits 1 where a `good` is not held to be correct or a `bug` is, where a refutation was read by nobody, or where its
+snippet does not show it; 3 where knorm itself broke off.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.metadata
 import logging
 import re
+import subprocess
 import sys
 import time
 import tomllib
@@ -68,6 +72,32 @@ def examine(target: str, traits: dict[str, object]) -> tuple[list[Result], str]:
     return [result for result in iter_results(subject) if result.verdict != "does not apply"], ""
 
 
+def shown(result: Result) -> bool:
+    """Tell whether the snippet of a refutation shows it: it runs in a fresh interpreter that has no knorm."""
+    if not result.snippet:
+        return False
+    alone = "import sys; sys.modules['knorm'] = None; exec(compile(sys.stdin.read(), 'snippet', 'exec'))"
+    done = subprocess.run(
+        [sys.executable, "-c", alone], check=False, input=result.snippet, capture_output=True, text=True, timeout=300
+    )
+    return confirms(done.stdout if done.returncode == 0 else done.stderr, result.counterexample or "")
+
+
+def confirms(printed: str, counterexample: str) -> bool:
+    """Tell whether what a snippet printed, or raised, is what the counterexample says."""
+    lines = printed.strip().splitlines()
+    last = lines[-1] if lines else ""
+    said = " ".join(counterexample.split())
+    if seen := re.findall(r"the query at \d+ sees (\[.*\])", printed):  # in the order of slots, of one run or two
+        tokens = [ast.literal_eval(listed) for listed in seen]
+        return len(tokens) == 1 or tokens[0] != tokens[1]
+    if number := re.search(r"(?:differ by|mask by|is off by) ([\d.e+-]+|nan|inf)$", last):
+        return f"{float(number[1]):.3g}" in said or "bytes" in said
+    if error := re.match(r"([\w.]*(?:Error|Exception|Interrupt))\b", last):
+        return error[1].rpartition(".")[2] in said
+    return bool(last)
+
+
 def row(target: str, variant: str | None, results: list[Result], why: str, seconds: float) -> str:
     """Write a line of the table."""
     name = target if variant is None else f"{Path(target.partition(':')[0]).stem} `{variant}`"
@@ -104,6 +134,9 @@ def section(heading: str, names: list[str], declared: dict[str, dict[str, object
         print(rows[-1], flush=True)
         judged: Any = verdicts.get(re.sub(r".*?:(\w+).*", r"\1", target), {})
         notes += sentences(target, results, judged)
+        unshown = [result.check for result in results if result.failed and not shown(result)]
+        notes += [f"- {target}: the snippets of {', '.join(unshown)} do not show it."] if unshown else []
+        wrong += len(unshown)
         ran += bool(results)
         evicting += any(result.evicted >= 20 for result in results)
         failed = any(result.verdict != "holds" for result in results) or bool(why)

@@ -183,7 +183,7 @@ ANY = [
 def line(command: str, *groups: list[Any], targets: int = 0, most: int = 3) -> st.SearchStrategy[tuple[str, ...]]:
     """Command lines that mostly work: a few options that the command takes, now and then one that it does not."""
     given = st.lists(st.one_of(*(one for group in groups for one in group)), max_size=most)
-    strange = mostly(st.just([]), st.lists(st.one_of(*ANY), min_size=1, max_size=1))
+    strange = st.integers(0, 9).flatmap(lambda drawn: st.just(()) if drawn else st.tuples(st.one_of(*ANY)))
     named = st.lists(mostly(st.sampled_from(TARGETS), nasty), max_size=targets, min_size=min(1, targets))
     base = ("--model", "model", "--text", "text.txt", "--prune-after", "4", *WINDOW)
 

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from knorm.cli.compared import Asked, explicit, fitting_model, methods_of
+from knorm.cli.numbers import Numbers
 from knorm.cli.options import (
     COMMON,
     HOLDS,
     REFUTED,
     TIMED,
     ModelOptions,
-    Numbers,
     PolicyOptions,
     check_outputs,
+    kind_option,
     make_console,
     model_options,
     policy_options,
@@ -67,9 +68,11 @@ class Targets:
 
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
-@policy_options(TIMED, "Ratios, a policy for each; of a TARGET 0.5, unless it has its own.")
-@click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
-@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
+@policy_options(TIMED, "Ratios in (0, 1], a policy for each; of a TARGET 0.5, unless it has its own.")
+@click.option(
+    "--keep-tokens", type=Numbers(1), help="Budgets in tokens, each at least 1, for a TARGET that takes them."
+)
+@kind_option
 @prompt_options
 @model_options
 @timing_options
@@ -90,10 +93,13 @@ def bench(
     json: Path | None,
     quiet: bool,
 ) -> None:
-    """Time to first token, time per token, throughput and memory of each policy, in turns with the uncompressed cache.
+    """How fast is generation, and how much memory does it take?
+
+    Time to first token, time per token, throughput and memory of each policy, in turns with the uncompressed cache.
 
     PASS: the slowdown is shown to be below the margin. FAIL: it is slower, and the margin is not excluded; exit code 1.
     INCONCLUSIVE: the noise is too large to say; exit code 0, or 1 with --strict. Nothing is run again until it passes.
+
     With targets, written as for knorm ppl: each method opened for whole generations, in turns with the same.
     """
     given = explicit(context)
@@ -122,22 +128,16 @@ def bench(
 
 def _check_timing(timing: TimingOptions, device: str) -> float:
     """Return the margin as a share. Raises ValueError for options that could tell nothing."""
-    from knorm.statistics import LEAST, MARGIN, check_share
+    from knorm.limits import BLOCKS
+    from knorm.statistics import MARGIN, check_share
 
     margin = MARGIN["cpu" if device == "cpu" else "cuda"]
     if timing.margin is not None:
         margin = check_share("--margin", timing.margin / 100)
-    if not timing.against and timing.blocks is not None and timing.blocks < LEAST:
+    if not timing.against and timing.blocks is not None and timing.blocks < BLOCKS:
         raise ValueError(
-            f"--blocks {timing.blocks}, but should be at least {LEAST}: fewer cannot tell noise from change"
+            f"--blocks {timing.blocks}, but should be at least {BLOCKS}: fewer cannot tell noise from change"
         )
-    if timing.against and (timing.rounds < LEAST or (timing.blocks or 1) < 1):
-        raise ValueError(
-            f"--rounds {timing.rounds}, but should be at least {LEAST}, of at least 1 block: fewer cannot tell noise "
-            "from change"
-        )
-    if not timing.seconds > 0:
-        raise ValueError(f"--seconds {timing.seconds:g}, but should be above 0")
     return margin
 
 
@@ -147,8 +147,6 @@ def _load(asked: _Asked) -> tuple[PreTrainedModel, Any, dict[str, Prompt], list[
     policies = asked.policies.policies()
     if len({*policies}) < len(policies):
         raise ValueError(f"--keep-ratio {','.join(asked.policies.keep_ratio)}: one stands there twice")
-    if asked.timing.threads < 1:
-        raise ValueError(f"--threads {asked.timing.threads}, but should be at least 1")
     with waiting():
         import torch
 

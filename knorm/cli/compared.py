@@ -139,8 +139,6 @@ def prepared(text_options: TextOptions, model_options: ModelOptions, prompt: int
     Raises:
         ValueError: for options that cannot work.
     """
-    if batch < 1:
-        raise ValueError(f"--batch {batch}, but should be at least 1")
     with waiting():
         from knorm.evaluation.ways import Ways
         from knorm.evaluation.windows import cut_windows

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from knorm.cli.compared import Asked, budget_fields, explicit, fitting_model, methods_of, prepared
+from knorm.cli.numbers import AtLeast
 from knorm.cli.options import (
     COMMON,
     CURVE,
@@ -19,6 +20,7 @@ from knorm.cli.options import (
     PolicyOptions,
     check_device,
     check_outputs,
+    kind_option,
     make_console,
     model_options,
     policy_options,
@@ -35,12 +37,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target", required=False)
 @text_options
-@policy_options(EXPLAINED, "The ratio to explain; of a TARGET 0.5, unless it has its own.", several=False)
-@click.option("--keep-tokens", type=int, help="Budget in tokens, for a TARGET that takes one.")
-@click.option("--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [told by its parameters]")
+@policy_options(EXPLAINED, "The ratio to explain, in (0, 1]; of a TARGET 0.5, unless it has its own.", several=False)
+@click.option("--keep-tokens", type=AtLeast(1), help="Budget in tokens, for a TARGET that takes one.")
+@kind_option
 @model_options
 @click.option(
-    "--newest", default=16, show_default=True, help="How many of the newest tokens one intervention protects."
+    "--newest",
+    type=AtLeast(1),
+    default=16,
+    show_default=True,
+    help="How many of the newest tokens one intervention protects.",
 )
 @click.option(
     "--positions",
@@ -49,7 +55,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Take positions from the tokens seen, or, as an unaware loop does, from those stored.",
 )
-@click.option("--worst", default=8, show_default=True, help="How many of the tokens that got worse to show.")
+@click.option(
+    "--worst",
+    type=AtLeast(1),
+    default=8,
+    show_default=True,
+    help="How many of the tokens that got worse to show.",
+)
 @file_option("--plot", "Draw the ranked changes, and the curve that they explain (.png, .svg, .pdf).")
 @with_options(*COMMON)
 @click.pass_context
@@ -69,15 +81,14 @@ def explain(
     json: Path | None,
     quiet: bool,
 ) -> None:
-    """Why did perplexity move? One thing about the run is changed at a time, and the run evaluated again.
+    """Why did perplexity move?
 
-    Without a TARGET: of a policy of knorm's own. With one: what each query could see is recovered, from the keys that
+    One thing about the run is changed at a time, and the run evaluated again. Without a TARGET, the run is one of
+    knorm's own policies. With one: what each query could see is recovered, from the keys that
     attention was given; then the newest tokens or the first are protected, the choice made at random, a layer spared. A
     method that keeps every token, as a quantised cache, gets exact keys, values or layers back. Targets are written as
     for knorm ppl.
     """
-    if newest < 1 or worst < 1:
-        raise ValueError(f"--newest {newest} and --worst {worst}, but should be at least 1")
     given = explicit(context)
     if target not in (None, "knorm"):
         if plot or positions == "stored":

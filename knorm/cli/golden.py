@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 import click
 
 from knorm.cli.golden_log import golden_log
-from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, make_console, with_options
+from knorm.cli.numbers import AtLeast
+from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, counting, make_console, progress_bar, with_options
 from knorm.cli.outputs import write_json
+from knorm.limits import RUNS
+
+_AGREE = "one run cannot show that runs agree"
 
 
 @click.group()
@@ -28,7 +33,8 @@ _golden_dir = click.option(
     "--golden-dir",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Folder of the goldens.  [the project's; without one those of this checkout, or installed with knorm]",
+    show_default="the project's; without one, those of this checkout, or installed with knorm",
+    help="Folder of the goldens.",
 )
 
 
@@ -55,8 +61,12 @@ _golden_device = click.option(
 @_golden_dir
 @with_options(*COMMON)
 def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None:
-    """Which cases there are, and which goldens, candidates and leftovers."""
-    from knorm.cli.tables import goldens_table
+    """List the cases, with their goldens, candidates and leftovers.
+
+    Below each case its device classes, each with the day and the commit at which its golden was recorded.
+    `knorm golden log CASE` shows why each was accepted.
+    """
+    from knorm.cli.tables import show_goldens
     from knorm.golden.files import Damaged
 
     console, workspace = make_console(quiet), _workspace(golden_dir, json)
@@ -77,7 +87,7 @@ def golden_list(json: Path | None, quiet: bool, golden_dir: Path | None) -> None
             rows.append((case, "-", "-", "-", f"no golden yet: knorm golden record {case}{store.option}", what))
     orphans = store.orphans(workspace.names)
     rows += [(name, "-", "ORPHAN", "-", "belongs to no case", "-") for name in orphans]
-    console.print(goldens_table(rows))
+    show_goldens(console, rows)
     for file in store.candidates():
         console.print(f"candidate: {file}", soft_wrap=True, markup=False)
     for file in store.leftovers():
@@ -101,7 +111,10 @@ def golden_verify(
     require_goldens: bool,
     golden_dir: Path | None,
 ) -> None:
-    """Measure each CASE, by default all, and compare it with its golden of exactly this device class."""
+    """Measure each CASE, and compare it with its golden.
+
+    By default all. Goldens are those of exactly this device class.
+    """
     workspace = _workspace(golden_dir, json)
     from knorm.cli.tables import show_outcome
     from knorm.golden.environment import device_class
@@ -109,13 +122,19 @@ def golden_verify(
     from knorm.models import hush
 
     console, store, outcomes = make_console(quiet), workspace.store, []
+    check_device(device)
     known = workspace.load(cases or None)
     if not cases:
-        workspace.check(device_class(check_device(device)))
+        workspace.check(device_class(device))
     hush()
-    for outcome in verify_goldens(store, list(cases) or None, check_device(device), catalogue=known):
-        outcomes.append(outcome)
-        show_outcome(console, outcome)
+    with progress_bar(quiet) as bar:
+        task = bar.add_task("cases", total=len(cases) or len(_timeless(known, device)))
+        options: dict[str, Any] = {"catalogue": known, "on_step": lambda made: bar.update(task, completed=made)}
+        for outcome in verify_goldens(store, list(cases) or None, device, **options):
+            outcomes.append(outcome)
+            bar.stop()  # it would write over the line
+            show_outcome(console, outcome)
+            bar.start()
     failed = sum(outcome.failed for outcome in outcomes)
     idle = sum(not outcome.compared for outcome in outcomes)
     said = [f"{len(outcomes) - failed - idle} hold, {failed} failed"]
@@ -149,7 +168,9 @@ def golden_verify(
     help="Run the tests, and record what they give to golden.check; CASEs are pytest's arguments: -- tests -k name.",
 )
 @_golden_device
-@click.option("--runs", default=3, show_default=True, help="How many runs have to agree.")
+@click.option(
+    "--runs", type=AtLeast(RUNS, _AGREE), default=RUNS, show_default=True, help="How many runs have to agree."
+)
 @click.option("--unmoved", is_flag=True, help="Write candidates also where nothing moved, as for another environment.")
 @_golden_dir
 @with_options(*COMMON)
@@ -164,26 +185,24 @@ def golden_record(
     unmoved: bool,
     golden_dir: Path | None,
 ) -> None:
-    """Measure each CASE and say what moved; where anything did, measure it again and write a candidate.
+    """Measure each CASE, and write a candidate where anything moved.
 
-    The candidate lies beside its golden, which stays as it is.
+    Where nothing moved, one run suffices. A candidate lies beside its golden, which stays as it is.
     """
     if from_tests and everything:
         raise ValueError("--all and --from-tests are two selections: give one of them")
     if not from_tests and bool(cases) == everything:  # before anything heavy is loaded
         raise ValueError("name the cases to record, or give --all")
     workspace = _workspace(golden_dir, json)
-    import torch
-
     from knorm.golden.environment import device_class
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
 
-    kind = torch.device(check_device(device)).type
+    check_device(device)
     chosen = _cases_of_tests(workspace, cases, runs) if from_tests else [*workspace.load(cases or None).values()]
     if everything:
-        chosen = [case for case in chosen if kind in case.devices and not (case.optional or case.timed)]
+        chosen = _timeless({case.id: case for case in chosen}, device)
     hush()
     console, store = make_console(quiet), workspace.store
     store.prepare()
@@ -193,7 +212,8 @@ def golden_record(
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
     for case in chosen:
         old = _accepted(console, store, case.id, mine)
-        recorded = record(case, device, now, runs, unless=None if unmoved else old)
+        with counting(quiet, f"{case.id}, runs", runs) as on_step:
+            recorded = record(case, device, now, runs, unless=None if unmoved else old, on_step=on_step)
         if recorded is None:
             dropped = store.drop_candidate(case.id, mine)
             more = "; the earlier candidate is removed" if dropped else ""
@@ -209,6 +229,12 @@ def golden_record(
         said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)
     write_json(json, {"device": device, "written": [*written.values()]})
+
+
+def _timeless(cases: Mapping[str, Any], device: str) -> list[Any]:
+    """Those cases that a device measures, without the optional ones and those that a clock measures."""
+    kind = device.partition(":")[0]
+    return [case for case in cases.values() if kind in case.devices and not (case.optional or case.timed)]
 
 
 def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> list[Any]:
@@ -296,9 +322,10 @@ def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tup
 @_golden_dir
 @with_options(*COMMON)
 def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], golden_dir: Path | None) -> None:
-    """Show what each candidate would change: old, new, difference with its interval.
+    """Show what each candidate would change.
 
-    The verdicts are those of `knorm golden verify`. Exit code 1 where a metric moved.
+    Each metric that differs: old, new, difference with its interval. The verdicts are those of `knorm golden verify`.
+    Exit code 1 where a metric moved.
     """
     console, workspace = make_console(quiet), _workspace(golden_dir, json)
     store = workspace.store
@@ -343,9 +370,10 @@ def golden_accept(
     allow_gate: tuple[str, ...],
     golden_dir: Path | None,
 ) -> None:
-    """Put candidates in place of their goldens: those of a CASE, or a FILE that a CUDA runner recorded.
+    """Put candidates in place of their goldens.
 
-    All of them are accepted, or none. A refusal names every problem, and the command that permits what it may.
+    The candidates of a CASE, or a FILE that a CUDA runner recorded. All of them are accepted, or none. A refusal names
+    every problem, and the command that permits what it may.
     """
     if not candidates:  # before anything heavy is loaded
         raise ValueError("name the cases, or the candidate files, to accept: knorm golden list shows them")

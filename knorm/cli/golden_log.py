@@ -14,11 +14,20 @@ from knorm.cli.outputs import file_option, write_json
 @click.command("log")
 @click.argument("case")
 @click.option(
-    "--metric", "metrics", multiple=True, metavar="NAME", help="Metrics to show, e.g. 'nll/*'.  [what changed]"
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME",
+    show_default="what changed",
+    help="Metrics to show, e.g. 'nll/*'. May be repeated.",
 )
-@click.option("--device-class", metavar="NAME", help="E.g. cpu-x86_64.  [the only one of the case]")
+@click.option("--device-class", metavar="NAME", show_default="the only one of the case", help="E.g. cpu-x86_64.")
 @click.option(
-    "--golden-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the goldens.  [the project's]"
+    "--golden-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    show_default="the project's",
+    help="Folder of the goldens.",
 )
 @file_option("--plot", "Draw each metric relative to what was accepted first (.png, .svg, .pdf).")
 @with_options(*COMMON)
@@ -31,7 +40,10 @@ def golden_log(
     golden_dir: Path | None,
     plot: Path | None,
 ) -> None:
-    """Show what was accepted for CASE over time, with reasons and the anchor, from git."""
+    """Show what was accepted for CASE over time, and why.
+
+    It is read from git. Each value stands with its difference from what was accepted first.
+    """
     from knorm.golden.project import find_project
 
     check_outputs(json, plot)

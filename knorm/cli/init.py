@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 @click.option(
     "--ci",
     type=click.Choice(["github", "gitlab", "none"]),
-    help="Whose job to write.  [gitlab where its file or remote is there, else github]",
+    show_default="gitlab where its file or remote is there, else github",
+    help="Whose job to write.",
 )
 @with_options(*COMMON)
 def init(json: Path | None, quiet: bool, target: str | None, ci: str | None) -> None:
-    """Write knorm.toml, two tests and a CI job into the current folder; nothing is overwritten.
+    """Write knorm.toml, two tests and a CI job into the current folder.
 
-    TARGET: the method, as every command takes it. Without one, presses, caches and functions are looked for in the
-    folder's Python files; without any, knorm's own stands in until you name yours.
+    Nothing is overwritten. TARGET: the method, as every command takes it. Without one, presses, caches and functions
+    are looked for in the folder's Python files; without any, knorm's own stands in until you name yours.
     """
     from knorm.scaffold import files_of, plan, refuse_started
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from knorm.cli.numbers import AtLeast, Numbers
 from knorm.cli.outputs import file_option, force_option
-from knorm.policy import Policy, Protocol, Score
+from knorm.policy import LEAST_STREAMED, Policy, Protocol, Score
 from knorm.sources import find_model
 
 if TYPE_CHECKING:
@@ -133,21 +134,21 @@ def progress_bar(quiet: bool) -> Progress:
     return Progress(*columns, console=errors, transient=True, disable=quiet or not errors.is_terminal)
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """Numbers separated by commas, kept as they are written."""
+@contextmanager
+def counting(quiet: bool, what: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Show a bar on a terminal's stderr; yields what is told how many are done, a part of one included."""
+    with progress_bar(quiet) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
 
-    name = "N[,N...]"
 
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(self.kind(part.strip()) for part in value.split(",") if part.strip())
-        except ValueError:
-            self.fail(f"{value!r} should be numbers separated by commas, e.g. 0,1", param, ctx)
+kind_option = click.option(
+    "--as",
+    "kind",
+    metavar="KIND",
+    show_default="follows from its parameters",
+    help="Kind of a TARGET: see docs/targets.md.",
+)
 
 
 def check_outputs(json: Path | None, plot: Path | None) -> None:
@@ -197,6 +198,7 @@ model_options = bundled(
         "--dtype",
         type=click.Choice(["float32", "float64", "bfloat16", "float16"]),
         default="float32",
+        show_default=True,
         help="Precision of the weights.",
     ),
     click.option("--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1 ..."),
@@ -276,12 +278,14 @@ class PolicyOptions:
 _SELECTION = (  # which tokens stay
     click.option(
         "--protect-first",
+        type=AtLeast(0),
         default=_DEFAULT.protect_first,
         show_default=True,
         help="Tokens at the start that are never evicted.",
     ),
     click.option(
         "--protect-recent",
+        type=AtLeast(0),
         default=_DEFAULT.protect_recent,
         show_default=True,
         help="Newest tokens that are never evicted.",
@@ -307,34 +311,39 @@ def policy_options(defaults: PolicyDefaults, ratios: str, *, several: bool = Tru
     """
     prompted = "prefill with --prompt-length, else streaming"
     prompt = click.option(
-        "--prompt-length", type=int, help="Tokens of the first call; only those after it are scored.  [1]"
+        "--prompt-length",
+        type=AtLeast(1),
+        show_default="1",
+        help="Tokens of the first call; only those after it are scored.",
     )
     return bundled(
         PolicyOptions,
         "policy_options",
         click.option(
             "--keep-ratio",
-            type=Numbers(str) if several else str,
+            type=Numbers() if several else str,
             default=defaults.keep_ratio,
             show_default=True,
             help=ratios,
         ),
         click.option(
             "--prune-after",
-            type=int,
-            help=f"Tokens that a cache must hold to be compressed.  [{defaults.prune_after} if streaming, else 0]",
+            type=AtLeast(0),
+            show_default=f"{defaults.prune_after} if streaming, else 0",
+            help=f"Tokens that a cache must hold to be compressed; at least {LEAST_STREAMED} if streaming.",
         ),
         click.option(
             "--skip-layers",
-            type=Numbers(int),
+            type=Numbers(0),
             default=defaults.skip_layers,
-            show_default=bool(defaults.skip_layers),
-            help="Layers that are never compressed, e.g. 0,1.",
+            show_default=defaults.skip_layers or "none",
+            help="Layers that are never compressed, counted from 0, e.g. 0,1.",
         ),
         click.option(
             "--protocol",
             type=click.Choice(get_args(Protocol)),
-            help=f"Compress once, after the prompt, or after every token.  [{defaults.protocol or prompted}]",
+            show_default=defaults.protocol or prompted,
+            help="Compress once, after the prompt, or after every token.",
         ),
         *([] if defaults.protocol else [prompt]),
         *_SELECTION,

@@ -8,6 +8,7 @@ import platform
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,34 @@ def environment() -> dict[str, str]:
     }
 
 
+def write_programs(folder: Path, target: str, programs: Mapping[str, str]) -> None:
+    """Write the programs that show refutations, each to FOLDER/TARGET-CHECK.py.
+
+    Args:
+        folder: where they go; it is made where it is not there.
+        target: the target's name, of which letters, digits and points go into the names of the files.
+        programs: check -> the program.
+
+    Raises:
+        ValueError: a file that knorm did not write has such a name, or nothing can be written there.
+    """
+    name = re.sub(r"[^\w.]+", "-", target).strip("-.")[:80]
+    try:
+        folder.mkdir(exist_ok=True)
+        for check, text in programs.items():
+            file = folder / f"{name}-{check}.py"
+            if problem := _problem(file, force=False):
+                raise ValueError(f"cannot write {file}: {problem}")
+            header = f"# {target} is refuted by {check}: {MADE_BY} {__version__}\n"
+            replace_file(file, partial(_write_text, header + text + "\n"))
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def _write_text(text: str, file: Path) -> None:
+    file.write_text(text, encoding="utf-8")
+
+
 def write_json(file: Path | None, result: Mapping[str, Any], form: str = "") -> None:
     """Write what the command under way found as strict JSON, where a file is named.
 
@@ -148,12 +177,7 @@ def write_json(file: Path | None, result: Mapping[str, Any], form: str = "") -> 
         name = f"{_schema()}-{form}" if form else _schema()
         fields = {"schema": name, "schema_version": VERSION, "environment": environment(), **result}
         checked = FORMS[name].model_validate(fields).model_dump(mode="json", by_alias=True)
-        text = json.dumps(checked, indent=1, allow_nan=False) + "\n"
-
-        def write(beside: Path) -> None:
-            beside.write_text(text, encoding="utf-8")
-
-        replace_file(file, write)
+        replace_file(file, partial(_write_text, json.dumps(checked, indent=1, allow_nan=False) + "\n"))
 
 
 def _schema() -> str:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from knorm.cli.compared import Asked, compare_methods, explicit
+from knorm.cli.numbers import Numbers
 from knorm.cli.options import (
     COMMON,
     CURVE,
     HOLDS,
     REFUTED,
     ModelOptions,
-    Numbers,
     PolicyOptions,
     check_device,
     check_outputs,
+    kind_option,
     make_console,
     model_options,
     policy_options,
@@ -41,8 +42,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("targets", nargs=-1, metavar="[TARGET]...")
 @text_options
-@policy_options(CURVE, "Ratios, a row for each; for a TARGET: 0.5, unless it has a budget of its own.")
-@click.option("--keep-tokens", type=Numbers(int), help="Budgets in tokens, for a TARGET that takes them.")
+@policy_options(CURVE, "Ratios in (0, 1], a row for each; for a TARGET: 0.5, unless it has a budget of its own.")
+@click.option(
+    "--keep-tokens", type=Numbers(1), help="Budgets in tokens, each at least 1, for a TARGET that takes them."
+)
 @click.option(
     "--how",
     type=click.Choice(["auto", "schedule", "two calls", "loop"]),
@@ -50,9 +53,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The way a TARGET is run; auto takes the cheapest, and checks it.",
 )
-@click.option(
-    "--as", "kind", metavar="KIND", help="Kind of a TARGET: see docs/targets.md.  [follows from its parameters]"
-)
+@kind_option
 @click.option(
     "--facts",
     is_flag=True,

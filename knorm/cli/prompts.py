@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 import click
 
-from knorm.cli.options import Numbers, bundled
+from knorm.cli.numbers import Above, AtLeast, Numbers
+from knorm.cli.options import bundled
+from knorm.limits import BLOCKS
+
+_NOISE = "fewer cannot tell noise from change"
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,20 @@ prompt_options = bundled(
     ),
     click.option(
         "--prompt-characters",
-        type=Numbers(int),
+        type=Numbers(1),
         default="512,1024",
         show_default=True,
-        help="Lengths of the prompts in characters.",
+        help="Lengths of the prompts in characters, each at least 1.",
     ),
-    click.option("--prompt-tokens", type=Numbers(int), help="Lengths in tokens instead of characters."),
+    click.option("--prompt-tokens", type=Numbers(1), help="Lengths in tokens instead, each at least 1."),
     click.option(
-        "--new-tokens", type=Numbers(int), default="50,100", show_default=True, help="New tokens after each prompt."
+        "--new-tokens",
+        type=Numbers(2),
+        default="50,100",
+        show_default=True,
+        help="New tokens after each prompt, at least 2: the time per token is that of those after the first.",
     ),
-    click.option("--batch", default=1, show_default=True, help="Sequences generated at a time."),
+    click.option("--batch", type=AtLeast(1), default=1, show_default=True, help="Sequences generated at a time."),
 )
 
 
@@ -61,22 +69,39 @@ timing_options = bundled(
     "timing_options",
     click.option(
         "--threads",
+        type=AtLeast(1),
         default=1,
         show_default=True,
         help="Threads of PyTorch on a CPU; more than one wait for each other.",
     ),
     click.option(
-        "--seconds", default=25.0, show_default=True, help="Time to measure; 8 blocks have to fit in twice that time."
+        "--seconds",
+        type=Above("seconds"),
+        default=25.0,
+        show_default=True,
+        help=f"Time to measure; {BLOCKS} blocks have to fit in twice that time.",
     ),
     click.option(
         "--blocks",
-        type=int,
-        help="Number of blocks, in place of --seconds; with --against, in each round.  [at least 8; 2]",
+        type=AtLeast(1),
+        show_default="with --against 2",
+        help=f"Number of blocks, in place of --seconds, at least {BLOCKS}; with --against, in each round, at least 1.",
     ),
-    click.option("--margin", type=float, help="Slowdown in per cent that is acceptable.  [5 on a CPU, 2.5 on CUDA]"),
+    click.option(
+        "--margin",
+        type=Above("a slowdown in per cent"),
+        show_default="5 on a CPU, 2.5 on CUDA",
+        help="Slowdown in per cent that is acceptable, below 1000.",
+    ),
     click.option("--strict", is_flag=True, help="Exit with code 1 for INCONCLUSIVE too."),
     click.option("--against", metavar="REF", help="Compare with another commit of this project, in fresh processes."),
-    click.option("--rounds", default=8, show_default=True, help="With --against: number of fresh pairs of processes."),
+    click.option(
+        "--rounds",
+        type=AtLeast(BLOCKS, _NOISE),
+        default=8,
+        show_default=True,
+        help="With --against: number of fresh pairs of processes.",
+    ),
     click.option("--allow-counters", is_flag=True, help="With --against: show the counters without judging them."),
     click.option("--reported", is_flag=True, help="Show published TTFT, TPOT and tokens/s too, and judge each claim."),
 )

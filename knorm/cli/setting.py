@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from knorm.cli.numbers import AtLeast
 from knorm.cli.options import ModelOptions, PolicyOptions, bundled, check_outputs, waiting
 from knorm.policy import Policy
 from knorm.sources import find_text
@@ -39,9 +40,11 @@ text_options = bundled(
         help="narrative, encyclopedia, wikitext2, pg19, a .txt, .parquet or .jsonl, or hub:name@commit:files.parquet.",
     ),
     click.option("--column", default="text", show_default=True, help="The column of a .parquet or .jsonl."),
-    click.option("--window", default=512, show_default=True, help="Tokens per window."),
-    click.option("--windows", default=8, show_default=True, help="How many windows of the text, from its start."),
-    click.option("--batch", default=8, show_default=True, help="Windows that run at a time."),
+    click.option("--window", type=AtLeast(2), default=512, show_default=True, help="Tokens per window."),
+    click.option(
+        "--windows", type=AtLeast(1), default=8, show_default=True, help="How many windows of the text, from its start."
+    ),
+    click.option("--batch", type=AtLeast(1), default=8, show_default=True, help="Windows that run at a time."),
 )
 
 
@@ -74,8 +77,6 @@ def load_setting(
 ) -> Setting:
     """Load the model and the text. Raises ValueError for options that cannot work, the cheapest to find first."""
     policies = policy_options.policies()
-    if text_options.batch < 1:
-        raise ValueError(f"--batch {text_options.batch}, but should be at least 1")
     check_outputs(json, plot)
     find_text(text_options.text)
     model_options.check()

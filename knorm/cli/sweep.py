@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from knorm.cli.numbers import Above, AtLeast
 from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, make_console, waiting, with_options
 from knorm.cli.outputs import WRITTEN, file_option, write_json
 from knorm.files import file_size
@@ -36,14 +37,14 @@ ENGINES = ("local", "ray")
     show_default=True,
     help="Where cells run: in processes of this machine, or as tasks of a Ray cluster (extra ray).",
 )
-@click.option("--workers", type=click.IntRange(1), help="Cells that run at a time.  [one a GPU, or a core]")
+@click.option("--workers", type=AtLeast(1), help="Cells that run at a time.  [one a GPU, or a core]")
 @click.option(
     "--dry-run", is_flag=True, help="Show the cells, what they will take and what they can tell; run nothing."
 )
 @click.option("--retry", is_flag=True, help="Do the cells again that failed.")
 @click.option(
     "--expire",
-    type=click.FloatRange(0.1),
+    type=Above("seconds"),
     default=60.0,
     show_default=True,
     help="Seconds without a sign of life after which a process' cells are anybody's.",

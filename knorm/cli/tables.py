@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
@@ -236,14 +237,24 @@ def changes_table(changes: Sequence[Finding], title: str) -> Table:
     return table
 
 
-def goldens_table(rows: Sequence[tuple[str, ...]]) -> Table:
-    """Make a table of the goldens: case, device class, since when, commit, why, and what it pins."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("case", "device class", "accepted", "commit", "reason", "pins"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table
+def show_goldens(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
+    """Show each case with what it pins; below it a line for each golden: device class, when and at which commit.
+
+    Args:
+        console: to print to.
+        rows: case, device class, day, commit, reason and what the case pins; those of a case follow each other. Without
+            a commit, the day is a word and the reason says what is wrong.
+    """
+    wide = max((len(device) for _, device, *_ in rows), default=0)
+    for case, lines in groupby(rows, key=lambda row: row[0]):
+        for number, (_, device, day, commit, reason, what) in enumerate(lines):
+            if not number:
+                print_wrapped(console, case if what == "-" else f"{case}: {what}", "bold")
+            if commit == "-":
+                words = " ".join(word for word in (device, day, reason) if word != "-")
+                print_wrapped(console, f"    {words}", "yellow" if day == "-" else "bold red")
+            else:
+                print_text(console, Text(f"    {device:{wide}}  {day}  {commit}"))
 
 
 _METRICS_SHOWN = 5

@@ -15,7 +15,10 @@ from knorm.cli.outputs import write_json
 @click.command()
 @with_options(*COMMON)
 def verify(json: Path | None, quiet: bool) -> None:
-    """Check knorm itself on the embedded model: laws, one pass against the loop, perplexity curves, goldens."""
+    """Check knorm itself on the embedded model.
+
+    Its laws, one pass against the loop, perplexity curves and goldens.
+    """
     from rich.text import Text
 
     with waiting("Loading PyTorch and transformers"):

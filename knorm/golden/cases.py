@@ -364,7 +364,7 @@ CASES["latency"] = Case(
     "latency",
     "TTFT and TPOT over those of the uncompressed cache in the same run",
     lambda: _latency_configuration(TIMED_SHAPE),
-    lambda device, _: measure_latency(*_embedded(device)),
+    lambda device, how: measure_latency(*_embedded(device), on_step=how.on_step),
     optional=True,
     timed=True,
 )

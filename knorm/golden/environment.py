@@ -30,6 +30,7 @@ class How:
     numerics  of batch, order and attend in words: part of the environment
     policy    changes each policy
     model     changes the model
+    on_step   is told how much of the measurement is made, from 0 to 1, where that takes long
     """
 
     batch: int = 8
@@ -38,6 +39,7 @@ class How:
     numerics: str = "8 windows at a time, in order; attention in blocks"
     policy: Callable[[Policy], Policy] = field(default=lambda policy: policy)
     model: Callable[[Any], Any] = field(default=lambda model: model)
+    on_step: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
 
 def device_class(device: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import count as numbers
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,19 @@ TIMED_SHAPE = {"characters": [*CHARACTERS], "new_tokens": NEW_TOKENS, "blocks": 
 COUNTED_SHAPE = {"characters": CHARACTERS[0], "new_tokens": COUNTED_TOKENS}
 
 
-def measure_latency(model: Any, tokenizer: Any) -> Measured:
-    """Ratios of TTFT and TPOT to those of the uncompressed cache, with each block's log-ratio [blocks, 1].
+def measure_latency(model: Any, tokenizer: Any, on_step: Callable[[float], None] = lambda share: None) -> Measured:
+    """Measure the ratios of TTFT and TPOT to those of the uncompressed cache in the same run.
 
-    Raises ValueError where the device is not this process' alone.
+    Args:
+        model: a causal language model of transformers, on the device to measure.
+        tokenizer: of the model.
+        on_step: is told after each block what share of the measurement is made, from 0 to 1.
+
+    Returns:
+        The ratios, which are gated; each with its blocks' log-ratios, float64 [blocks, 1].
+
+    Raises:
+        ValueError: the device is not this process' alone.
     """
     device = model.device.type
     check_alone(model.device)
@@ -44,7 +54,11 @@ def measure_latency(model: Any, tokenizer: Any) -> Measured:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other, and for whatever else runs
     try:
-        times = bench(model, prompts, POLICIES.values(), margin=MARGIN[device], blocks=BLOCKS[device])
+        blocks, done = BLOCKS[device], numbers(1)
+        times = bench(
+            model, prompts, POLICIES.values(), margin=MARGIN[device], blocks=blocks,
+            on_block=lambda: on_step(next(done) / blocks),
+        )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
     metrics: list[Metric] = []

@@ -1,4 +1,4 @@
-"""The project that one stands in: the cases that its knorm.toml, or [tool.knorm] in pyproject.toml, declares.
+"""The project that one stands in: what its knorm.toml, or [tool.knorm] in pyproject.toml, declares.
 
 Everything that can be seen without importing PyTorch is refused here, one line a problem.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ CONFIG, PYPROJECT = "knorm.toml", "pyproject.toml"
 METRICS = ("nll", "kl", "same_top", "counts", "bytes")
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MOST_BYTES = 2**20
-_TWICE = re.compile(r"Cannot declare \('?(?:.*'case', )'([^']*)'\) twice(?: \(at (line \d+))?")
+_TWICE = re.compile(r"Cannot declare \('?(?:.*'(case|check)', )'([^']*)'\) twice(?: \(at (line \d+))?")
 
 MetricName = Literal["nll", "kl", "same_top", "counts", "bytes"]
 Device = Literal["cpu", "cuda"]
@@ -118,11 +118,54 @@ class Declared(BaseModel):
         return self
 
 
+class DeclaredCheck(BaseModel):
+    """Hold one target that `knorm check` is to try, as it is declared.
+
+    Attributes:
+        target: as on every command line.
+        kind: its kind, where that does not follow from its parameters (docs/targets.md).
+        like: "knorm" for a target that promises all that knorm's own core does.
+        traits: what it promises, by name.
+        select: names of checks or families; by default all that apply.
+        expected_failures: check -> why it may fail; one that holds is reported.
+        expected_untested: check -> why it may stay untested.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    target: str = Field(min_length=1)
+    kind: str | None = None
+    like: Literal["knorm"] | None = None
+    traits: dict[str, Any] = Field(default_factory=dict)
+    select: list[str] | None = Field(default=None, min_length=1)
+    expected_failures: dict[str, str] = Field(default_factory=dict)
+    expected_untested: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("traits")
+    @classmethod
+    def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name, value in given.items():
+            if not isinstance(value, bool | int | float | str) and not _whole_numbers(value):
+                raise ValueError(f"has {name} = {value!r}, but should have true, false, a number, a text or [0, 1]")
+        return given
+
+    @field_validator("expected_failures", "expected_untested")
+    @classmethod
+    def _with_reasons(cls, given: dict[str, str]) -> dict[str, str]:
+        if without := next((name for name, reason in given.items() if not reason.strip()), None):
+            raise ValueError(f"has {without} without a reason")
+        return given
+
+
+_NAMED: Mapping[str, type[BaseModel]] = {"case": Declared, "check": DeclaredCheck}
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     golden_dir: str = "golden"
     case: dict[str, Declared] = Field(default_factory=dict)
+    check: dict[str, DeclaredCheck] = Field(default_factory=dict)
 
     @field_validator("golden_dir")
     @classmethod
@@ -141,11 +184,13 @@ class Project:
         file: the configuration that declares it.
         golden_dir: the folder of its goldens, which may not exist yet.
         cases: its cases by name.
+        checks: the targets that the laws are asked of, by name.
     """
 
     file: Path
     golden_dir: Path
     cases: Mapping[str, Declared]
+    checks: Mapping[str, DeclaredCheck] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -209,33 +254,36 @@ def _parsed(file: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(file, _MOST_BYTES))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         if twice := _TWICE.search(str(error)):
-            raise Misdeclared(file.name, [f"two cases are named {twice[1]!r} ({twice[2] or 'at the end'})"]) from None
+            raise Misdeclared(
+                file.name, [f"two {twice[1] or 'case'}s are named {twice[2]!r} ({twice[3] or 'at the end'})"]
+            ) from None
         raise Misdeclared(file.name, [f"is not TOML: {error}"]) from None
 
 
 def _project(file: Path, table: Mapping[str, Any], where: str) -> Project:
     problems = []
-    names = table.get("case")
-    for name in names if isinstance(names, dict) else ():
-        if not NAME.fullmatch(name) or name == REPORTED:
-            said = "is reserved" if name == REPORTED else "should be at most 64 of a-z, 0-9, - and _"
-            problems.append(f"case {name!r}: the name {said}")
+    for kind in _NAMED:
+        names = table.get(kind)
+        for name in names if isinstance(names, dict) else ():
+            if not NAME.fullmatch(name) or name == REPORTED:
+                said = "is reserved" if name == REPORTED else "should be at most 64 of a-z, 0-9, - and _"
+                problems.append(f"{kind} {name!r}: the name {said}")
     try:
         declared = _File.model_validate(table)
     except ValidationError as error:
         problems += _problems(error)
     if problems:
         raise Misdeclared(where, problems)
-    return Project(file, file.parent / declared.golden_dir, declared.case)
+    return Project(file, file.parent / declared.golden_dir, declared.case, declared.check)
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
     """Write each error in a line: the case, the key, what it is, and what it should be."""
     for one in error.errors():
         place = [str(part) for part in one["loc"]]
-        case = f"case {place[1]}: " if place[:1] == ["case"] and place[1:] else ""
+        case = f"{place[0]} {place[1]}: " if place[0] in _NAMED and place[1:] else ""
         key = ".".join(place[2:] if case else place)
-        known = Declared.model_fields if case else _File.model_fields
+        known = _NAMED[place[0]].model_fields if case else _File.model_fields
         if one["type"] == "extra_forbidden":
             near = get_close_matches(key, known, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
@@ -253,6 +301,10 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{case}{place[2] if case else key} has {given!r}, but should have {expected}{hint}"
         else:
             yield f"{case}{key} is {one['input']!r}: {one['msg'][0].lower()}{one['msg'][1:]}"
+
+
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
 
 
 def _several(given: Any) -> list[Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import torch
@@ -17,8 +17,7 @@ from knorm.golden.files import make
 from knorm.golden.format import Environment, Golden, Measured, Provenance, Tensors, differences, environment_changes
 from knorm.golden.gates import Finding, Results, gate_changes, judge
 from knorm.golden.store import Checkout, Store
-
-RUNS = 3  # that agree, at least, before anything is recorded
+from knorm.limits import RUNS
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ def verify_goldens(
     how: How | None = None,
     *,
     catalogue: Mapping[str, Case] | None = None,
+    on_step: Callable[[float], None] = lambda made: None,
 ) -> Iterator[Outcome]:
     """Measure each case and compare it with its golden of exactly this device class; by default all of the device's.
 
@@ -67,6 +67,7 @@ def verify_goldens(
         device: to measure on.
         how: another way to run each than its own.
         catalogue: the cases that there are; by default knorm's own.
+        on_step: is told how many cases are measured, a part of one included.
 
     Yields:
         The outcome of each case.
@@ -74,11 +75,13 @@ def verify_goldens(
     known = CASES if catalogue is None else catalogue
     chosen = [find_case(name, known) for name in cases] if cases is not None else list(known.values())
     kind, mine = torch.device(device).type, device_class(device)
+    measured = 0
     for case in chosen:
         if cases is None and (case.timed or (case.optional and (case.id, mine) not in store.files)):
             continue
         if kind in case.devices:
-            yield verify_case(case, store, device, mine, how or case.how)
+            yield verify_case(case, store, device, mine, _told(how or case.how, on_step, measured))
+            measured += 1
         elif cases is not None:
             yield Outcome(case.id, mine, "not compared", f"is measured on {' and '.join(case.devices)} only")
     if cases is None:
@@ -86,6 +89,11 @@ def verify_goldens(
             yield Outcome(
                 name, "", "orphan", f"{store.folder.name}/{name} belongs to no case: remove it, or bring the case back"
             )
+
+
+def _told(how: How, on_step: Callable[[float], None], made: int) -> How:
+    """Run as `how` says, after so many measurements, and tell how many are made with the part of this one."""
+    return replace(how, on_step=lambda share: on_step(made + share))
 
 
 def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
@@ -165,6 +173,7 @@ def record(
     how: How | None = None,
     *,
     unless: tuple[Golden, Tensors] | None = None,
+    on_step: Callable[[float], None] = lambda made: None,
 ) -> tuple[Golden, Measured] | None:
     """Measure a case `runs` times, which have to agree, and make a candidate of it. Writes nothing.
 
@@ -175,6 +184,7 @@ def record(
         runs: at least three.
         how: another way to run it than its own.
         unless: the golden and its tensors; where one run shows that nothing moved from it, no other run is made.
+        on_step: is told how many runs are made, a part of one included.
 
     Returns:
         The candidate and what was measured; None where nothing moved.
@@ -187,11 +197,17 @@ def record(
     if torch.device(device).type not in case.devices:
         raise ValueError(f"{case.id} is measured on {' and '.join(case.devices)} only, not on {device}")
     with _threads_of(case, device):
-        return _record(case, device, now, runs, how or case.how, unless)
+        return _record(case, device, now, runs, how or case.how, unless, on_step)
 
 
 def _record(
-    case: Case, device: str, now: Checkout, runs: int, how: How, unless: tuple[Golden, Tensors] | None
+    case: Case,
+    device: str,
+    now: Checkout,
+    runs: int,
+    how: How,
+    unless: tuple[Golden, Tensors] | None,
+    on_step: Callable[[float], None],
 ) -> tuple[Golden, Measured] | None:
     here, mine, configuration = _environment(case, device, how), device_class(device), case.configuration()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -199,12 +215,13 @@ def _record(
         knorm=__version__, commit=now.commit, clean=now.clean, code=now.code_of(case.sources), date=date, runs=runs,
         reason="",
     )  # fmt: skip
-    first = case.measure(device, how)
+    first = case.measure(device, _told(how, on_step, 0))
     golden = make(case.id, mine, configuration, first, here, provenance)
     if unless and not _differs(unless, (golden, first.tensors)):
         return None
-    for _ in range(runs - 1):
-        again = case.measure(device, how)
+    for made in range(1, runs):
+        on_step(made)
+        again = case.measure(device, _told(how, on_step, made))
         findings = judge(Results.of(golden, first.tensors), Results(again.metrics, again.tensors, here))
         if moved := [finding for finding in findings if finding.verdict == "moved"]:
             raise ValueError(f"{case.id}: runs disagree, nothing was recorded: {moved[0].metric} {moved[0].evidence}")

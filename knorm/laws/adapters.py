@@ -59,6 +59,7 @@ def compress(keys, values, keep_ratio, layer=0):
     return {given}(model, input_ids, {ratio}{options})""",
 }
 _DIRECT = "compress = {given}"
+_OPENED = "def opened(keep_ratio, length, rows):\n    return "
 _IMPORTS = {
     "Decimal(": "from decimal import Decimal",
     "DynamicCache(": "from transformers import DynamicCache",
@@ -137,7 +138,11 @@ def _subject(
     # not a closure written beside the text: what is shown would be another than what ran
     exec(_with_imports(body.format(given="given", **blanks)), made)
     code = _code(source, kind, kind != own_kind, body, blanks) if source else ""
-    return Subject(name, promised, made.get("compress"), made.get("make_cache"), made.get("evaluate"), code)
+    opens = _imported(source)
+    opens = _with_imports(f"{opens}\n{_OPENED}target({blanks['ratio']})") if opens and kind == "cache" else ""
+    return Subject(
+        name, promised, made.get("compress"), made.get("make_cache"), made.get("evaluate"), code, opens=opens
+    )
 
 
 def _classes(target: Any) -> list[str]:
@@ -168,7 +173,10 @@ def _bare_cache(target: Any, traits: Traits, name: str, source: _Source | None, 
     def open_cache(keep_ratio: float, model: Any, length: int, rows: int) -> Any:
         return method.start(model, length, rows, None).cache
 
-    return Subject(name, traits, open_cache=open_cache, code=_imported(source), budgeted=False)
+    code = _imported(source)
+    given = ", ".join(f"{parameter}={written}" for parameter, written in method.wanted.items())
+    opens = f"{code}\n{_OPENED}target({given})" if code else ""
+    return Subject(name, traits, open_cache=open_cache, code=code, budgeted=False, opens=opens)
 
 
 def _press(target: Any, traits: Traits, name: str, source: _Source | None, options: Mapping[str, Any]) -> Subject:
@@ -199,7 +207,17 @@ def _press(target: Any, traits: Traits, name: str, source: _Source | None, optio
     press: Any = example
     late = any(acts_while_decoding(inner) for inner in press.parts())
     code = _imported(source)
-    return Subject(name, traits, method=method, code=code, budgeted=budgeted, acts_late=late, eager=press.reads_weights)
+    opens = f"{code}\npress = target{'()' * isinstance(target, type)}" if code else ""
+    return Subject(
+        name,
+        traits,
+        method=method,
+        code=code,
+        budgeted=budgeted,
+        acts_late=late,
+        eager=press.reads_weights,
+        opens=opens,
+    )
 
 
 def _imported(source: _Source | None) -> str:
@@ -253,10 +271,11 @@ def _filled(target: Any, kind: str, traits: Traits, name: str) -> tuple[str, dic
     leading = [0] * _LEADING.get(kind, 0)
     if signature:
         _fit(name, signature, kind, *leading, *([] if word else [0]), **({word: 0} if word else {}), **options)
-    if kind == "class" and isinstance(target, type):
-        called = signature_of(target.__call__) if any("__call__" in vars(x) for x in target.__mro__) else None
+    made: Any = target.func if isinstance(target, functools.partial) else target
+    if kind == "class" and isinstance(made, type):
+        called = signature_of(made.__call__) if any("__call__" in vars(x) for x in made.__mro__) else None
         _fit(f"{name}.__call__", called or inspect.Signature(), kind, 0, 0, 0)
-    layered = takes_layer(target.__call__ if kind == "class" else target)
+    layered = takes_layer(made.__call__ if kind == "class" else target)
     written = "".join(f", {option}={value!r}" for option, value in options.items())
     if kind == "evaluator" and "prompt_length" in parameters:
         written = ", prompt_length=prompt_length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -29,13 +30,15 @@ def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str
     made = functools.partial(named, **keywords) if keywords and told not in ("cache", "press") else named
     options = keywords if made is named else {}
     try:
-        return _subject(made, traits, kind, target.path, _origin(target), options)
+        return _subject(
+            made, traits, kind or (told if made is not named else None), target.path, _origin(target, keywords), options
+        )
     except TypeError as error:
         raise ValueError(f"target {spec!r}: {error}") from error
 
 
-def _origin(target: Target) -> _Source:
-    """Say how a snippet imports the target, and makes it where it is called."""
+def _origin(target: Target, keywords: Mapping[str, Any]) -> _Source:
+    """Say how a snippet imports the target, and what it is given there: all but a press is called with more later."""
     folder, module, path = "", target.where, target.path
     if target.file is not None:
         folder = f"import sys; sys.path.insert(0, {str(target.file.parent)!r})\n"
@@ -46,4 +49,9 @@ def _origin(target: Target) -> _Source:
         return _Source(path, lambda root, alias: folder + _importable(module, path).lines(root, alias))
     names = ", ".join(sorted({name.partition(".")[0] for name in target.call.names()}))
     made = target.spec[len(target.where) + 1 :].strip()
+    if keywords:
+        call: Any = ast.parse(made, mode="eval").body
+        given = zip(keywords, [*call.args, *(keyword.value for keyword in call.keywords)], strict=True)
+        made = f"partial({path}, {', '.join(f'{name}={ast.unparse(value)}' for name, value in given)})"
+        folder += "from functools import partial\n"
     return _Source("made", lambda root, alias: f"{folder}from {module} import {names}\n{alias} = {made}")

@@ -21,6 +21,14 @@ LAYERS = 2
 HEADS = 4
 VOCABULARY = 128
 FOREIGN = 2**14  # positions from here on are those of calls that a method makes itself
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HEADS * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 2 * WIDTH,
+    "max_position_embeddings": 4096,
+}
 # What each architecture has besides the sizes that all share: heads are grouped wherever it knows groups.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "head_dim": WIDTH},
@@ -52,15 +60,7 @@ def probe(family: str = "llama", attention: str = "sdpa", *, rotary: bool = Fals
         >>> probe("qwen2").config.num_key_value_heads
         2
     """
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HEADS * WIDTH,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "intermediate_size": 2 * WIDTH,
-        "max_position_embeddings": 4096,
-    }
-    config = AutoConfig.for_model(family, **sizes, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -70,7 +70,7 @@ def run_check(
     if search.counted < LEAST:
         fields = {"verdict": "untested", "reason": search.reason}
     if worst is not None:
-        case, error, calls = worst
+        case, error, calls, subject.shows = worst
         said = str(error) if isinstance(error, Refuted) else f"{check.name}: {in_words(error)}"
         script = snippet(check, subject, case, calls)
         fields = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}

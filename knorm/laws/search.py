@@ -51,7 +51,7 @@ class Search:
     """Hunt for a case that refutes one check.
 
     Attributes:
-        worst: the smallest case found, what it raised, and the calls that led there.
+        worst: the smallest case found, what it raised, the calls that led there, and the lines that show it.
         tried: how many cases were drawn until the first one that refutes.
         answered: on how many of them the law had something to say.
         evicted: in how many of those something was evicted.
@@ -62,7 +62,7 @@ class Search:
         self.check, self.subject, self.device = check, subject, device
         self.tried = self.answered = self.evicted = 0
         self.reasons: Counter[str] = Counter()
-        self.worst: tuple[Case, Exception, list[Call]] | None = None
+        self.worst: tuple[Case, Exception, list[Call], str] | None = None
 
     @property
     def small(self) -> bool:
@@ -100,7 +100,7 @@ class Search:
         """Tell whether a case refutes the law; keeps the smallest that does."""
         self.tried += self.worst is None
         self.subject.calls.clear()
-        self.subject.evicted = False
+        self.subject.evicted, self.subject.shows = False, ""
         try:
             self.check.function(self.subject, case if isinstance(case, Reading) else case.on(self.device))
         except UnsatisfiedAssumption:
@@ -121,7 +121,7 @@ class Search:
             if not isinstance(error, Refuted) and (isinstance(case, Reading) or is_ours(error)):
                 raise  # the witness has told what the subject raised
             if self.worst is None or _size(case) <= _size(self.worst[0]):
-                self.worst = (case, error, self.subject.calls.copy())
+                self.worst = (case, error, self.subject.calls.copy(), self.subject.shows)
             return True
         evicted = self.subject.evicted
         if isinstance(case, Reading):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from knorm.laws.registry import Check, find
+from knorm.laws.scripts import program
 from knorm.laws.strategies import Cache, Text
 from knorm.laws.subjects import Call, Subject, takes_layer
 from knorm.laws.traits import METHOD, Traits
@@ -49,7 +50,9 @@ def _same(first: Call, second: Call) -> bool:
 
 
 def snippet(check: Check, subject: Subject, case: Cache | Text | Reading, calls: list[Call]) -> str:
-    """Write the calls that the check made on its smallest counterexample; for laws about models, the check itself."""
+    """Write the calls that the check made on its smallest counterexample; for laws about models, a whole program."""
+    if not isinstance(case, Cache) and (alone := program(subject, case)):
+        return alone
     if isinstance(case, Reading):
         return "\n".join(
             [

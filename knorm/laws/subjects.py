@@ -75,6 +75,9 @@ class Subject:
         eager: True where it reads attention weights, which only eager attention has.
         evaluate: (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator.
         code: lines of Python that import the target and define compress(keys, values, keep_ratio).
+        opens: lines that import the target and define opened(keep_ratio, length, rows), which makes a cache of it; of a
+            press, lines that make `press`.
+        shows: lines that show what the check that runs found, for the program that reproduces it (laws.scripts).
         calls: the calls of the check that runs, for the snippet that reproduces it.
         runs: what attention saw, by reading.
         evicted: True once a call of the check that runs evicted something.
@@ -97,6 +100,8 @@ class Subject:
     budgeted: bool = True
     acts_late: bool = False
     eager: bool = False
+    opens: str = ""
+    shows: str = ""
     calls: list[Call] = field(default_factory=list)
     runs: dict[Any, Any] = field(default_factory=dict)
     evicted: bool = False

@@ -13,7 +13,14 @@ from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget, budget_argu
 from knorm.methods.kinds import budget_parameter, signature_of
 from knorm.methods.method import Method, Session, Tokenizer
 
-_KNOWN = ("config", "max_cache_len", "max_batch_size", "batch_size", "device", "dtype")  # to each run
+_KNOWN = {  # to each run, and how a program writes it
+    "config": "model.config",
+    "max_cache_len": "length",
+    "max_batch_size": "rows",
+    "batch_size": "rows",
+    "device": "model.device",
+    "dtype": "model.dtype",
+}
 
 
 class CacheMethod(Method):
@@ -44,14 +51,19 @@ class CacheMethod(Method):
                 f"the target gives, as {name.partition('(')[0]}({lacking[0]}=...)"
             )
 
+    @property
+    def wanted(self) -> dict[str, str]:
+        """Name the parameters that a run fills in, and how a program writes what it has for each."""
+        return {
+            name: _KNOWN[name]
+            for name, parameter in self.parameters.items()
+            if name in _KNOWN and name not in self.given and (name == "config" or parameter.default is parameter.empty)
+        }
+
     def start(self, model: PreTrainedModel, length: int, batch: int, tokenizer: Tokenizer | None) -> Session:
         config = model.config.get_text_config(decoder=True)
         known = dict(zip(_KNOWN, (config, length, batch, batch, model.device, model.dtype), strict=True))
-        filled = {
-            name: known[name]
-            for name, parameter in self.parameters.items()
-            if name in known and name not in self.given and (name == "config" or parameter.default is parameter.empty)
-        }
+        filled = {name: known[name] for name in self.wanted}
         if self.budget is not None and self.word is not None:
             filled[self.word] = budget_argument(self.word, self.budget, length)
         cache = self.make(**filled, **self.given)

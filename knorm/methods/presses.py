@@ -37,6 +37,21 @@ def acts_while_decoding(press: Any) -> bool:
     return bool(_bases(press) & _DECODING) or bool(getattr(press, "decoding", False))
 
 
+def lends_tokenizer(press: Any) -> bool:
+    """Tell whether a press looks for a tokenizer in the folder that the model's configuration names."""
+    return "KVzipPress" in _bases(press)
+
+
+def reads_delimiter(press: Any) -> bool:
+    """Tell whether a press wants a delimiter between the context and the question."""
+    return "FinchPress" in _bases(press)
+
+
+def renumbers(press: Any) -> bool:
+    """Tell whether a press turns keys to their places in the cache, so that the next position is its length."""
+    return bool(_bases(press) & _RENUMBERS) or (reads_delimiter(press) and bool(press.rerotate_keys))
+
+
 class PressMethod(Method):
     """Run a press, its class or an instance; a copy is opened for each run, with its budget set."""
 
@@ -116,17 +131,28 @@ def _made(press: type, budget: Budget | None, options: dict[str, Any]) -> Any:
     return press(**options)
 
 
-def _give(name: str, press: Any, budget: Budget, length: int) -> None:
-    """Set a press' budget for a prompt of `length` tokens. Raises ValueError for a press that takes none."""
+def setting(name: str, press: Any, budget: Budget, length: int) -> tuple[str, float]:
+    """Return the attribute that holds a press' budget, and its value for a prompt of `length` tokens.
+
+    Raises:
+        TakesNoBudget: one of the other kind, or any at all.
+    """
     if "CompressionRatioDecodingPress" in _bases(press):
         if budget.keep_ratio is None:
             raise TakesNoBudget(f"{name} keeps a share of the tokens seen: give keep_ratio, not keep_tokens")
-        press.target_compression_ratio = budget.removed(length)
-        return
+        return "target_compression_ratio", budget.removed(length)
     if "DecodingPress" in _bases(press):
         if budget.keep_tokens is None:
             raise TakesNoBudget(f"{name} keeps a number of tokens: give keep_tokens, not keep_ratio")
-        press.target_size = budget.keep_tokens
+        return "target_size", budget.keep_tokens
+    return "compression_ratio", budget.removed(length)
+
+
+def _give(name: str, press: Any, budget: Budget, length: int) -> None:
+    """Set a press' budget for a prompt of `length` tokens. Raises ValueError for a press that takes none."""
+    attribute, value = setting(name, press, budget, length)
+    if attribute != "compression_ratio":
+        setattr(press, attribute, value)
         return
     kind = type(press)
     field = "compression_ratio" in {f for base in kind.__mro__ for f in vars(base).get("__annotations__", {})}
@@ -134,7 +160,7 @@ def _give(name: str, press: Any, budget: Budget, length: int) -> None:
     try:
         if not settable or "ComposedPress" in _bases(press):
             raise AttributeError
-        press.compression_ratio = budget.removed(length)
+        press.compression_ratio = value
     except AttributeError:
         raise TakesNoBudget(
             f"{name} takes no compression_ratio: drop keep_ratio and keep_tokens, and write its own budget into the "
@@ -146,8 +172,8 @@ class _PressSession(Session):
     def __init__(self, method: PressMethod, press: Any, model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
         super().__init__(model, DynamicCache())
         self.method, self.press, self.tokenizer = method, press, tokenizer
-        self._finch = "FinchPress" in _bases(press)
-        if "KVzipPress" in _bases(press):
+        self._finch = reads_delimiter(press)
+        if lends_tokenizer(press):
             self._lend_tokenizer()
         self._delimiter: int | None = None
         if self._finch:
@@ -200,9 +226,7 @@ class _PressSession(Session):
         super().begin_decoding()
 
     def next_position(self) -> int:
-        rotated = self._finch and self.press.rerotate_keys
-        renumbers = rotated or bool(_bases(self.press) & _RENUMBERS)
-        return int(self.cache.get_seq_length()) if renumbers else self.tokens
+        return int(self.cache.get_seq_length()) if renumbers(self.press) else self.tokens
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from knorm.files import read_text
+from knorm.limits import BLOCKS
 from knorm.policy import Policy, exact_ratio
 from knorm.sources import find_model, find_text
 
@@ -138,7 +139,7 @@ class Plan(_Budgets):
     limit: float = Field(default=3600, gt=0)
     profile: Literal["quick", "thorough"] = "quick"
     new_tokens: int = Field(default=33, ge=2)
-    blocks: int = Field(default=16, ge=8)
+    blocks: int = Field(default=16, ge=BLOCKS)
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -25,6 +25,7 @@ from knorm.laws.process.protocol import Board, Frames, encode
 from knorm.laws.process.worker import serve
 from knorm.laws.results import PROFILES
 from knorm.laws.search import EFFORT
+from knorm.methods.targets import expanded
 
 GOOD = """
 from knorm import compress as core
@@ -67,7 +68,7 @@ def target(code, name="target.py"):
 
 
 def verdicts(file):
-    return {result["check"]: result["verdict"] for result in strict_json(file)["results"]}
+    return {result["check"]: result["verdict"] for result in strict_json(file)["targets"][0]["results"]}
 
 
 # Through the command, in processes.
@@ -103,6 +104,7 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     select = ("--select", "count,order,nonfinite,sees_once,crop")
     code, out, err = run_knorm("check", target(RUDE), "--like", "knorm", *select, "--seed", "3", "--json", "out.json")
     written = strict_json("out.json")
+    (written,) = ({**written, **target} for target in written.pop("targets"))
     assert code == 0
     assert "hello from the target\n" in err
     assert "good bye" in err
@@ -151,7 +153,7 @@ def test_a_target_that_crashes_or_hangs_is_refuted_and_the_rest_goes_on(run_knor
     names = "retained_count,at_least_one,monotone_count,time_order,subnormal"
     options = ("--like", "knorm", "--trait", "nonfinite=none", "--select", names, "--limit", "2", "-q")
     code, out, err = run_knorm("check", target(CATASTROPHES), *options, "--json", "out.json")
-    results = {result["check"]: result for result in strict_json("out.json")["results"]}
+    results = {result["check"]: result for result in strict_json("out.json")["targets"][0]["results"]}
     said = {name: result["counterexample"] for name, result in results.items()}
     assert (code, out, err) == (1, "", "")
     assert Path("loads").read_text() == "xxx", "a worker for each loss, and none for laws that do not apply"
@@ -217,7 +219,7 @@ def test_a_printed_snippet_shows_the_wrong_positions_in_a_fresh_interpreter(run_
     code, out, _ = run_knorm(
         "-v", "check", target(IN_NORM_ORDER), "--select", "time_order,nesting", "--json", "out.json"
     )
-    (result, other) = strict_json("out.json")["results"]
+    (result, other) = strict_json("out.json")["targets"][0]["results"]
     lines = out.splitlines()
     assert (code, other["verdict"]) == (1, "does not apply")
     assert lines[0].startswith("REFUTED  time_order: Retained positions ascend. [example ")
@@ -358,7 +360,8 @@ def test_a_baseline_hides_what_was_refuted_or_untested_before_and_nothing_else(r
     assert "[as in old.json; example " in " ".join(out.split())
     old = strict_json("old.json")
     old["suite"] = "another"
-    old["results"] = [result for result in old["results"] if result["check"] == "dtype"]
+    (before,) = old["targets"]
+    before["results"] = [result for result in before["results"] if result["check"] == "dtype"]
     Path("old.json").write_text(json.dumps(old))
     ended, out, _ = run_knorm("check", target(NOTHING), *select[:2], "--baseline", "old.json")
     assert ended == 1, "shape is news"
@@ -374,9 +377,17 @@ def test_a_baseline_hides_what_was_refuted_or_untested_before_and_nothing_else(r
         ),
         ("[", "--baseline old.json cannot be read (JSONDecodeError: "),
         ("[]", "--baseline old.json cannot be read (TypeError: "),
-        ("{}", "--baseline old.json cannot be read (KeyError: 'results'), but should be a file that "),
-        ('{"target": "x.py:y", "suite": "", "results": []}', "--baseline old.json is of x.py:y, but should be of "),
-        ('{"target": "target.py:compress", "suite": "", "results": [{"check": "tim", "verdict": "refuted"}]}', "'tim'"),
+        ("{}", "--baseline old.json cannot be read (KeyError: 'targets'), but should be a file that "),
+        ('{"suite": "", "targets": []}', "--baseline old.json is of nothing, but should be of target.py:compress"),
+        (
+            '{"suite": "", "targets": [{"target": "x.py:y", "results": []}]}',
+            "--baseline old.json is of x.py:y, but should be of target.py:compress",
+        ),
+        (
+            '{"suite": "", "targets": [{"target": "target.py:compress", "results": '
+            '[{"check": "tim", "verdict": "refuted"}]}]}',
+            "'tim'",
+        ),
     ],
 )
 def test_a_baseline_that_is_none_is_wrong_usage(run_knorm, inline, text, words):
@@ -387,10 +398,172 @@ def test_a_baseline_that_is_none_is_wrong_usage(run_knorm, inline, text, words):
     assert words in err
 
 
+# Several targets
+
+CHECKS_TOML = """
+[check.good]
+target = "mine/target.py:compress"
+like = "knorm"
+traits = {rounding = "ceil", skip_layers = [0, 1]}
+select = ["time_order", "retained_count"]
+
+[check.sorted]
+target = "mine/sorted.py:compress"
+expected_failures = {time_order = "sorts by norm"}
+select = ["time_order", "dtype"]
+"""
+
+
+@pytest.fixture
+def declared():
+    Path("mine").mkdir()
+    target(GOOD, "mine/target.py")
+    target(IN_NORM_ORDER, "mine/sorted.py")
+    Path("knorm.toml").write_text(CHECKS_TOML)
+
+
+def test_several_targets_are_tried_one_after_the_other_and_summed_up(run_knorm, inline):
+    targets = target(GOOD), target(IN_NORM_ORDER, "sorted.py"), "missing_name.py:compress"
+    target("", "missing_name.py")
+    ended, out, _ = run_knorm("check", *targets, "--select", "time_order,dtype", "--json", "out.json")
+    assert ended == 2
+    lines = out.splitlines()
+    assert lines[0] == "target.py:compress"
+    assert lines[1].startswith("holds    time_order, dtype [each at least 60 tried")
+    assert "sorted.py:compress" in lines
+    assert "    knorm check sorted.py:compress --select time_order" in lines
+    assert "REFUTED  sorted.py:compress: time_order" in lines
+    assert "NOT LOADED missing_name.py:compress: missing_name.py has no 'compress'" in " ".join(out.split())
+    assert lines[-1] == "3 targets: 3 hold, 1 refuted, 0 untested, 0 do not apply"
+    found = strict_json("out.json")["targets"]
+    assert [(one["name"], len(one["results"]), bool(one["not_run"])) for one in found] == [
+        ("target.py:compress", 2, False), ("sorted.py:compress", 2, False), ("missing_name.py:compress", 0, True),
+    ]  # fmt: skip
+    assert run_knorm("check", *targets[:2], "knorm:exact_nll", "--select", "dtype,same_tokens")[0] == 0
+    ended, _, err = run_knorm("check", *targets[:2], "--select", "same_tokens")
+    assert ended == 2
+    assert "nothing was tried: target.py:compress: none of the checks chosen applies to it" in err
+    # what was refuted is no news; another target is
+    ended, out, _ = run_knorm("check", *targets[:2], "--select", "time_order", "--baseline", "out.json")
+    assert ended == 0
+    assert "[as in out.json; example " in " ".join(out.split())
+    target(IN_NORM_ORDER, "other.py")
+    code = run_knorm("check", targets[1], "other.py:compress", "--select", "time_order", "--baseline", "out.json")[0]
+    assert code == 1
+
+
+def test_what_a_project_declares_is_tried_where_no_target_is_given(run_knorm, inline, declared, monkeypatch):
+    ended, out, _ = run_knorm("check", "--json", "out.json")
+    assert ended == 0, out
+    assert out.splitlines()[-1] == "2 targets: 3 hold, 0 refuted, 1 failed as expected, 0 untested, 0 do not apply"
+    first, _ = strict_json("out.json")["targets"]
+    assert (first["name"], first["target"]) == ("good", "mine/target.py:compress")
+    assert first["traits"] == {**asdict(KNORM), "rounding": "ceil", "skip_layers": [0, 1]}
+    ended, out, _ = run_knorm("check", "sorted", "--select", "dtype")  # what is not tried cannot fail
+    assert ended == 0
+    assert out.splitlines()[-1].startswith("1 hold, 0 refuted, 0 untested, 0 do not apply, in ")
+
+
+@pytest.mark.processes
+def test_a_project_is_tried_from_any_of_its_folders(run_knorm, declared, monkeypatch):
+    monkeypatch.chdir("mine")
+    ended, out, err = run_knorm("check", "good", "--select", "time_order")
+    assert ended == 0, err
+    assert "holds    order: time_order [60 tried" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (
+            ("", ""),
+            ("--like", "knorm"),
+            "--like is for targets of the command line, but good is declared in knorm.toml",
+        ),
+        (("", ""), ("god",), "'god' is neither a target nor declared in knorm.toml: good, sorted"),
+        (("like =", "likes ="), (), "knorm.toml: check good: unknown key 'likes'; did you mean like?"),
+        (("rounding =", "round ="), (), "knorm.toml: check good: no trait is named 'round'; there are acts, "),
+        (('"ceil"', "{}"), (), "check good: traits has rounding = {}, but should have true, false, a number, a text"),
+        (("mine/sorted", "mine/gone"), (), "check sorted: target 'mine/gone.py:compress': there is no Python file "),
+        (('"sorts by norm"', '""'), (), "check sorted: expected_failures has time_order without a reason"),
+        (("time_order =", "tim_order ="), (), "check sorted: no check is named 'tim_order'"),
+        (("[check.sorted]", "[check.good]"), (), "knorm.toml: two checks are named 'good' (line "),
+        ((CHECKS_TOML, ""), (), "no TARGET was given, and no knorm.toml declares one as [check.NAME]; a target is "),
+    ],
+)
+def test_what_is_declared_wrongly_is_one_line(run_knorm, inline, declared, change, arguments, words):
+    Path("knorm.toml").write_text(CHECKS_TOML.replace(*change) if change[0] else CHECKS_TOML)
+    ended, _, err = run_knorm("check", *arguments)
+    assert (ended, err.count("\n")) == (2, 1)
+    assert words in err
+
+
+def test_snippets_are_written_and_long_ones_are_not_shown(run_knorm, inline):
+    targets = target(IN_NORM_ORDER, "sorted.py"), "transformers:StaticCache"
+    options = "--select", "time_order,rows_move,dtype", "--snippets", "shown"
+    ended, out, _ = run_knorm("check", *targets, *options)
+    assert ended == 1
+    short, long = Path("shown/sorted.py-compress-time_order.py"), Path("shown/transformers-StaticCache-rows_move.py")
+    assert sorted(Path("shown").iterdir()) == sorted([short, long])
+    assert textwrap.indent("\n".join(short.read_text().splitlines()[1:]), " " * 8) in out
+    count = len(long.read_text().splitlines()) - 1
+    assert f"    A program of {count} lines shows it without knorm: add --snippets FOLDER.\n" in out
+    assert "AttributeError: 'StaticLayer' object has no attribute" in in_a_new_process(long.read_text()).stderr
+    assert run_knorm("check", *targets, *options)[0] == 1, "knorm wrote them: they are written again"
+    short.write_text("mine")
+    ended, _, err = run_knorm("check", *targets, *options)
+    assert (ended, short.read_text()) == (2, "mine")
+    assert f"cannot write {short}: knorm did not write what is there" in err
+    ended, _, err = run_knorm("check", *targets, *options[:-1], "no/where")
+    assert ended == 2
+    assert "--snippets no/where, but there is no folder no" in err
+
+
+@pytest.mark.parametrize(
+    ("called", "code"),
+    [
+        ("target.py:newest(sinks=1)", "= partial(newest, sinks=1)"),
+        ("target.py:Window(size=3)", "= partial(Window, size=3)"),
+    ],
+)
+def test_the_snippet_of_a_target_that_is_called_with_more_runs(run_knorm, inline, called, code):
+    target(
+        """
+        def newest(keys, values, keep_ratio, sinks=0):
+            return keys[:, :, -1:].bfloat16(), values[:, :, -1:]
+
+        class Window:
+            def __init__(self, keep_ratio, size, ratio=1):
+                self.size = size
+
+            def __call__(self, keys, values):
+                return newest(keys, values, 1)
+        """
+    )
+    run_knorm("check", called, "--select", "dtype", "--json", "out.json")
+    (result,) = strict_json("out.json")["targets"][0]["results"]
+    assert code in result["snippet"]
+    done = in_a_new_process(result["snippet"])
+    assert "torch.bfloat16" in done.stdout, done.stderr
+
+
+def test_an_expected_failure_of_several_targets_has_no_place(run_knorm, inline):
+    targets = target(GOOD), target(IN_NORM_ORDER, "sorted.py")
+    ended, _, err = run_knorm("check", *targets, "--expect-failure", "time_order=sorts")
+    assert ended == 2
+    assert "--expect-failure does not say which of 2 targets it is for: declare each as [check.NAME]" in err
+
+
+def test_a_star_stands_for_all_that_transformers_ships(run_knorm, inline):
+    ended, out, _ = run_knorm("check", "transformers:*", "--select", "positions", "--json", "out.json")
+    assert ended == 0, out
+    assert [one["name"] for one in strict_json("out.json")["targets"]] == expanded("transformers:*")
+
+
 def test_traits_profile_and_seed_reach_the_checks(run_knorm, inline):
     options = ("--select", "retained_count,subnormal", "--like", "knorm", "--trait", "rounding=floor")
     assert run_knorm("check", target(GOOD), *options, "--profile", "thorough", "--json", "out.json")[0] == 1
-    count, subnormal = strict_json("out.json")["results"]
+    count, subnormal = strict_json("out.json")["targets"][0]["results"]
     assert "tokens retained, but should be " in count["counterexample"]
     assert subnormal["examples"] == 600
     seeds = [
@@ -400,7 +573,7 @@ def test_traits_profile_and_seed_reach_the_checks(run_knorm, inline):
         )
         for seed in ("1", "1", "5")
     ]
-    tried = [[result["examples"] for result in written["results"]] for _, written in seeds]
+    tried = [[result["examples"] for result in written["targets"][0]["results"]] for _, written in seeds]
     assert tried[0] == tried[1] != tried[2]
 
 
@@ -528,11 +701,9 @@ def test_bad_input_is_one_line_and_exit_code_2(run_knorm, inline, monkeypatch, a
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("check", "Missing argument 'TARGET'"),
         ("check good.py:compress --json nowhere/out.json", "there is no folder nowhere"),
         ("check good.py:compress --json .", "cannot write .: it is a folder"),
         ("check good.py:compress --seed many", "'many' is not a valid integer"),
-        ("check good.py:compress more", "unexpected extra argument"),
     ],
 )
 def test_wrong_usage_shows_the_usage_and_exits_with_2(run_knorm, arguments, words):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 from dataclasses import replace
 from functools import partial
@@ -255,7 +256,7 @@ def test_the_life_of_a_golden(run_golden, monkeypatch):
     assert run_golden("verify", "tiny")[0] == 0
     code, out, _ = run_golden("list")
     assert code == 0
-    assert "attention is sharper" in out
+    assert re.search(rf"^tiny: a small model\n    {CPU}  [0-9-]{{10}}  a{{12}}$", out, re.MULTILINE)
 
 
 def test_verify_in_another_environment_says_so(accepted):
@@ -583,6 +584,23 @@ def test_times_of_another_environment_are_shown(few, tmp_path, monkeypatch):
     assert "1 differ, which is not gated there: tpot/0.5" in outcome.evidence
 
 
+def test_a_long_measurement_tells_how_much_of_it_is_made(few, tmp_path):
+    def measure(device, how):
+        how.on_step(0.5)
+        return timed().measure(device, how)
+
+    few["timed"], told = replace(timed(), measure=measure), []
+    record(few["timed"], "cpu", HERE, on_step=told.append)
+    assert told == [0.5, 1, 1.5, 2, 2.5]
+    told.clear()
+    [*verify_goldens(Store(tmp_path), ["tiny", "timed"], on_step=told.append)]
+    assert not told, "neither has a golden: nothing is measured"
+    made, measured = record(few["timed"], "cpu", HERE)
+    accept(Store(tmp_path), made, measured.tensors)
+    [*verify_goldens(Store(tmp_path), ["tiny", "timed"], on_step=told.append)]
+    assert told == [1.5]
+
+
 def test_noise_that_hides_whether_runs_agree_is_not_recorded():
     with pytest.raises(
         ValueError, match=r"timed: too noisy to record, nothing was: tpot/0\.5 .* Leave the machine to it"
@@ -616,7 +634,9 @@ def test_the_latency_cases_measure_what_they_say(embedded, monkeypatch):
     monkeypatch.setattr(latency_cases, "NEW_TOKENS", {"cpu": (3, 4)})
     monkeypatch.setattr(latency_cases, "BLOCKS", {"cpu": 8})
     monkeypatch.setattr(latency_cases, "COUNTED_TOKENS", 3)
-    found = latency_cases.measure_latency(*on)
+    shares = []
+    found = latency_cases.measure_latency(*on, on_step=shares.append)
+    assert shares == [block / 8 for block in range(1, 9)]
     assert {metric.name for metric in found.metrics} == {*found.tensors}
     assert {tensor.shape for tensor in found.tensors.values()} == {(8, 1)}
     assert {m.gate.rule for m in found.metrics} == {"timing"}

@@ -121,7 +121,7 @@ def test_every_problem_is_a_line(project, unmeasured):
         "knorm.toml: case a: unknown key 'windos'; did you mean windows?",
         "knorm.toml: case b: target is '': string should have at least 1 character",
         "knorm.toml: case b: how has 'fast', but should have 'auto', 'schedule', 'two calls' or 'loop'",
-        "knorm.toml: unknown key 'other'; there are golden_dir, case",
+        "knorm.toml: unknown key 'other'; there are golden_dir, case, check",
     ]
 
 

@@ -26,16 +26,24 @@ class LawRow(Part):
     needs: list[str] = said("traits that keep it from applying")
 
 
-class Checked(Result):
-    """Hold what `knorm check TARGET` finds."""
+class CheckedTarget(Part):
+    """Hold what became of one target."""
 
+    name: str = said("the target, or the name under which a project declares it")
     target: str
+    traits: dict[str, Any] | None = said("what it promises, by the names of docs/targets.md; null where not loaded")
+    not_run: str | None = said("why it was not tried")
+    results: list[LawRow]
+
+
+class Checked(Result):
+    """Hold what `knorm check TARGET...` finds."""
+
     suite: str = said("revision of the laws and of what draws their cases")
-    traits: dict[str, Any] = said("what the target promises, by the names of docs/targets.md")
     profile: str
     seed: int
     device: str
-    results: list[LawRow]
+    targets: list[CheckedTarget]
 
 
 Value = int | float | str

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knorm.laws import shown
 from knorm.laws.blame import is_refusal
 from knorm.laws.model import feed, gap, small_model, steps
 from knorm.laws.registry import Refusal, Refuted, check
@@ -39,6 +40,7 @@ def _equal(got: Tensor, should: Tensor, what: str, most: float = 1e-8) -> None:
 @check("cache", needs={"positions": "kept"})
 def check_positions(subject: Subject, text: Text) -> None:
     """Positions continue from the tokens seen, not from the tokens stored."""
+    subject.shows = shown.LENGTH
     cache, logits = _run(subject, text)
     length = text.input_ids.shape[1]
     if cache.get_seq_length() != length:
@@ -47,6 +49,7 @@ def check_positions(subject: Subject, text: Text) -> None:
             "the next token's position is taken from it"
         )
     places = torch.arange(length, device=text.input_ids.device).expand(text.input_ids.shape)
+    subject.shows = shown.POSITIONS
     _equal(logits, _run(subject, text, position_ids=places)[1], "positions: given and left to the model")
 
 
@@ -54,6 +57,7 @@ def check_positions(subject: Subject, text: Text) -> None:
 def check_shift(subject: Subject, text: Text) -> None:
     """A suffix's logits do not change when prefix and suffix shift together."""
     ids = distinct(text.input_ids)
+    subject.shows = shown.shifted(ids.tolist())
     places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     logits, shifted = (_run(subject, text, ids, position_ids=places + by)[1] for by in (0, 9))
     # transformers rotates by angles in float32, whatever the model's dtype
@@ -64,6 +68,7 @@ def check_shift(subject: Subject, text: Text) -> None:
 def check_chunks(subject: Subject, text: Text) -> None:
     """At ratio 1, tokens fed 1, 2, 7 or all at a time get the plain model's logits."""
     model, ids = small_model(str(text.input_ids.device)), text.input_ids
+    subject.shows = shown.CHUNKS
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
     cache = subject.cache(1.0, model, rows=len(ids))
@@ -77,9 +82,11 @@ def check_left_padding(subject: Subject, text: Text) -> None:
     ids = text.input_ids
     mask = (torch.arange(ids.shape[1]) >= torch.tensor(text.pads)[:, None]).long().to(ids.device)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
+    subject.shows = shown.padded(text.pads)
     logits = _run(subject, text, attention_mask=mask, position_ids=places)[1]
     model = small_model(str(ids.device))
     for row, pads in enumerate(text.pads):
+        subject.shows = shown.padded(text.pads, row)
         cache, alone = subject.cache(text.keep_ratio, model), ids[row : row + 1, pads:]
         sizes = steps(text.prompt - pads, alone.shape[1], _chunk(subject, text))
         own = feed(model, alone, cache, sizes, position_ids=places[row : row + 1, pads:])[:, text.prompt - pads :]
@@ -106,25 +113,30 @@ def _prompted(subject: Subject, text: Text, ids: Tensor | None = None) -> tuple[
 def check_rows_move(subject: Subject, text: Text) -> None:
     """Beam reorder, choice and repetition of rows keep positions and contents together."""
     order = torch.arange(text.input_ids.shape[0], device=text.input_ids.device).flip(0)
+    subject.shows, listed = shown.RESUMED, order.tolist()
     should = _prompted(subject, text)
     expected = should[1](should[0])
     cache, resume = _prompted(subject, text)
+    subject.shows = shown.moved(listed, "reorder_cache(order)", "order")
     _does("reorder_cache", lambda: cache.reorder_cache(order))
     _equal(resume(cache, order), expected[order], f"rows move: after reorder_cache({order.tolist()})")
     cache, resume = _prompted(subject, text)
+    subject.shows = shown.moved(listed, "batch_select_indices(order)", "order[:1]")
     _does("batch_select_indices", lambda: cache.batch_select_indices(order[:1]))
     _equal(
         resume(cache, order[:1]), expected[order[:1]], f"rows move: after batch_select_indices({order[:1].tolist()})"
     )
     cache, resume = _prompted(subject, text)
-    _does("batch_repeat_interleave", lambda: cache.batch_repeat_interleave(2))
     twice = torch.arange(len(order), device=order.device).repeat_interleave(2)
+    subject.shows = shown.moved(listed, "batch_repeat_interleave(2)", f"torch.tensor({twice.tolist()})")
+    _does("batch_repeat_interleave", lambda: cache.batch_repeat_interleave(2))
     _equal(resume(cache, twice), expected[twice], "rows move: after batch_repeat_interleave(2)")
 
 
 @check("cache")
 def check_copy(subject: Subject, text: Text) -> None:
     """A deep copy goes on like its original, and apart from it."""
+    subject.shows = shown.COPIED
     cache, resume = _prompted(subject, text)
     twin = copy.deepcopy(cache)
     first = resume(cache)
@@ -135,12 +147,14 @@ def check_copy(subject: Subject, text: Text) -> None:
 def check_reset(subject: Subject, text: Text) -> None:
     """A sequence after another in the same object equals a fresh cache, with another batch size and length too."""
     model, before = small_model(str(text.input_ids.device)), text.input_ids.flip(1)
+    subject.shows = shown.RESET
     cache, _ = _run(subject, text, before)
     cache.reset()
     sizes = steps(text.prompt, text.input_ids.shape[1], _chunk(subject, text))
     again = feed(model, text.input_ids, cache, sizes)[:, text.prompt :]
     _equal(again, _run(subject, text)[1], "reset: a second sequence after reset(), and a fresh cache")
     other = replace(text, input_ids=torch.cat([before, before.flip(1)])[: len(before) + 1].repeat(1, 2)[:, 1:])
+    subject.shows = shown.reset_for(other.input_ids.tolist())
     cache.reset()
     try:
         again = feed(model, other.input_ids, cache, steps(text.prompt, other.input_ids.shape[1], _chunk(subject, text)))
@@ -174,23 +188,27 @@ def _cropped(cache: Any, tokens: int) -> bool:
 def check_crop(subject: Subject, text: Text) -> None:
     """crop is exact back to the last compression, and refused beyond it; it never is something else in silence."""
     model, ids = small_model(str(text.input_ids.device)), text.input_ids
+    subject.shows = shown.RESUMED
     cache, resume = _prompted(subject, text)
     expected = resume(cache)
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits[:, text.prompt :]
     cache, resume = _prompted(subject, text)
     if gap(expected, plain) > max(1e-8, subject.traits.lossy):  # something of the prompt is gone
+        subject.shows = shown.CROP_REFUSED
         if _cropped(cache, 1):
             raise Refuted(
                 f"crop: crop(-1) after a prompt of {text.prompt} was not refused, but the prompt was compressed: "
                 "what it was like a token earlier is gone"
             )
     elif text.prompt > 1 and _cropped(cache, 1):
+        subject.shows = shown.CROPPED_PROMPT
         again = ids[:, text.prompt - 1 : text.prompt]
         feed(model, again, cache, [1], position_ids=torch.full_like(again, text.prompt - 1))
         _equal(resume(cache), expected, "crop: the prompt's last token cropped and fed again", _near(subject))
     for tokens in (1, 2):
         cache, resume = _prompted(subject, text)
+        subject.shows = shown.cropped(tokens)
         wrong = ids[:, :1].expand(-1, tokens)
         places = torch.arange(text.prompt, text.prompt + tokens, device=ids.device).expand(wrong.shape)
         feed(model, wrong, cache, [1] * tokens, position_ids=places)

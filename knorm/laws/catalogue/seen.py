@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from knorm.laws import shown
 from knorm.laws.registry import Condition, Refuted, Vacuous, check
 from knorm.laws.replay import replayed
 from knorm.laws.subjects import Subject
@@ -42,9 +43,15 @@ def _query(look: Look, query: int) -> str:
     return f"the query at {int(look.positions[query])}"
 
 
+def _sees(look: Look, row: int, head: int, query: int, group: int = 0, run: str = "run") -> str:
+    """Write what prints the tokens that a query sees."""
+    return shown.sees((look.call, look.layer, row, head, query, group), int(look.positions[query]), run)
+
+
 @check("witness")
 def check_runs(subject: Subject, reading: Reading) -> None:
     """Every text is read, in calls of any size and any number of rows, or refused in a sentence that says why."""
+    subject.shows = shown.RUNS
     try:
         witnessed(subject, reading)
     except Unanswered as error:
@@ -56,20 +63,22 @@ def check_sees_tokens(subject: Subject, reading: Reading) -> None:
     """All that a query sees are tokens of its own row, head and layer, with the key and the value that were given."""
     most = max(ROUNDING, 1.1 * subject.traits.lossy)
     for look in witnessed(subject, reading).looks:
-        shown = look.seen.any(2).any(2)
-        if (wrong := shown & (look.tokens < 0)).any():
+        visible = look.seen.any(2).any(2)
+        if (wrong := visible & (look.tokens < 0)).any():
             row, head, slot = _place(wrong)
             what = IN_WORDS[int(look.tokens[row, head, slot])]
+            subject.shows = shown.slot(look.call, look.layer, row, head, slot)
             raise Refuted(f"sees tokens: slot {slot} {_where(look, row, head)}, which queries see, holds {what}")
         errors = [("key", look.key_error), ("value", look.value_error)]
         for name, error in errors[subject.traits.positions == "renumbered" :]:  # keys are turned: another law's
-            if (wrong := shown & (error > most)).any():
+            if (wrong := visible & (error > most)).any():
                 row, head, slot = _place(wrong)
                 token = int(look.tokens[row, head, slot])
+                subject.shows = shown.off(name, look.call, look.layer, row, head, slot, token)
                 raise Refuted(
                     f"sees tokens: slot {slot} {_where(look, row, head)} holds token {token}, but its {name} "
                     f"is off by {float(error[row, head, slot]):.3g} of its largest number, "
-                    f"as in {int(wrong.sum())} of {int(shown.sum())} slots that queries see"
+                    f"as in {int(wrong.sum())} of {int(visible.sum())} slots that queries see"
                 )
 
 
@@ -84,6 +93,7 @@ def check_sees_once(subject: Subject, reading: Reading) -> None:
         twice = (ordered.diff(dim=-1) == 0) & (ordered[..., 1:] >= 0)
         if twice.any():
             row, head, group, query, slot = _place(twice)
+            subject.shows = shown.READ + _sees(look, row, head, query, group)
             raise Refuted(
                 f"sees once: {_query(look, query)} sees token {int(ordered[row, head, group, query, slot])} twice "
                 f"{_where(look, row, head)}: {_short(look.seen_tokens(row, head, query, group))}"
@@ -95,9 +105,10 @@ def check_sees_in_order(subject: Subject, reading: Reading) -> None:
     """What a query sees stands in time order."""
     for look in witnessed(subject, reading).looks:
         for row, head in _heads(look):
-            shown = [token for token in look.seen_tokens(row, head, -1) if token >= 0]
-            if shown != sorted(shown):
-                raise Refuted(f"sees in order: the last query sees {_short(shown)} {_where(look, row, head)}")
+            tokens = [token for token in look.seen_tokens(row, head, -1) if token >= 0]
+            if tokens != sorted(tokens):
+                subject.shows = shown.READ + _sees(look, row, head, len(look.positions) - 1)
+                raise Refuted(f"sees in order: the last query sees {_short(tokens)} {_where(look, row, head)}")
 
 
 def _heads(look: Look) -> list[tuple[int, int]]:
@@ -111,6 +122,7 @@ def check_sees_no_future(subject: Subject, reading: Reading) -> None:
         later = look.seen & (look.tokens[:, :, None, None] > look.positions[:, None])
         if later.any():
             row, head, group, query, slot = _place(later)
+            subject.shows = shown.READ + _sees(look, row, head, query, group)
             raise Refuted(
                 f"sees no future: {_query(look, query)}, one of {len(look.positions)}, sees token "
                 f"{int(look.tokens[row, head, slot])} {_where(look, row, head)}: "
@@ -127,6 +139,7 @@ def check_sees_itself(subject: Subject, reading: Reading) -> None:
         own |= (look.seen & ((look.tokens == MIXED) | (look.tokens == ASTRAY))[:, :, None, None]).any(-1)
         if not own.all():
             row, head, group, query = _place(~own)
+            subject.shows = shown.READ + _sees(look, row, head, query, group)
             raise Refuted(
                 f"sees itself: {_query(look, query)} does not see its own token {_where(look, row, head)}, but sees "
                 f"{_short(look.seen_tokens(row, head, query, group))}"
@@ -151,6 +164,7 @@ def check_sees_protected(subject: Subject, reading: Reading) -> None:
         missing = ~look.seen_by_token(now)[..., 0, :][..., wanted]
         if missing.any():
             row, head, group, index = _place(missing)
+            subject.shows = shown.READ + _sees(look, row, head, 0, group)
             raise Refuted(
                 f"sees protected: {_query(look, 0)} does not see token {wanted[index]} {_where(look, row, head)}, "
                 f"but {_short(look.seen_tokens(row, head, 0, group))}; it should see {_short(wanted)}"
@@ -173,6 +187,7 @@ def check_sees_the_count(subject: Subject, reading: Reading) -> None:
         counts = _earlier(look)
         if (counts != should).any():
             row, head, group = _place(counts != should)
+            subject.shows = shown.READ + _sees(look, row, head, 0, group)
             raise Refuted(
                 f"sees the count: {_query(look, 0)} sees {int(counts[row, head, group])} of the prompt's "
                 f"{reading.prompt} tokens {_where(look, row, head)}, but should see {int(should)}"
@@ -193,6 +208,7 @@ def check_keeps_the_budget(subject: Subject, reading: Reading) -> None:
             counts = _earlier(look)
             if (counts > bounds[look.layer]).any():
                 row, head, group = _place(counts > bounds[look.layer])
+                subject.shows = shown.READ + _sees(look, row, head, 0, group)
                 raise Refuted(
                     f"keeps the budget: {_query(look, 0)} sees {int(counts[row, head, group])} earlier tokens "
                     f"{_where(look, row, head)}, but after the prompt of {reading.prompt} no more than "
@@ -202,7 +218,7 @@ def check_keeps_the_budget(subject: Subject, reading: Reading) -> None:
         raise Vacuous
 
 
-def _differ(one: Witnessed, other: Witnessed, row: int | None = None) -> str | None:
+def _differ(subject: Subject, one: Witnessed, other: Witnessed, row: int | None = None) -> str | None:
     """Say where two runs differ in what is seen; row: the one to look at; None: all."""
     for first, second in zip(one.looks, other.looks, strict=True):
         rows = slice(None) if row is None else slice(row, row + 1)
@@ -211,8 +227,11 @@ def _differ(one: Witnessed, other: Witnessed, row: int | None = None) -> str | N
         if not torch.equal(mine, theirs):
             at, head, group, query, _ = _place(mine != theirs)
             at = at if row is None else row
-            shown = [sorted(look.seen_tokens(at, head, query, group)) for look in (first, second)]
-            return f"{_query(first, query)} sees {_short(shown[0])} {_where(first, at, head)}, but {_short(shown[1])}"
+            both = [sorted(look.seen_tokens(at, head, query, group)) for look in (first, second)]
+            again = "" if row is None else f"row={row}"
+            lines = [_sees(first, at, head, query, group, name) for name in ("one", "other")]
+            subject.shows = "\n".join(["one, *_ = read()", f"other, *_ = read({again})", *lines])
+            return f"{_query(first, query)} sees {_short(both[0])} {_where(first, at, head)}, but {_short(both[1])}"
     return None
 
 
@@ -222,7 +241,7 @@ def check_sees_alone(subject: Subject, reading: Reading) -> None:
     first = witnessed(subject, reading)
     row = 0 if reading.seed % 2 else reading.rows - 1
     # in a batch of one shape: another shape may round otherwise
-    if wrong := _differ(first, witnessed(subject, replace(reading, row=row)), row):
+    if wrong := _differ(subject, first, witnessed(subject, replace(reading, row=row)), row):
         raise Refuted(f"sees alone: in a batch of {reading.rows} {wrong} where the other rows are drawn anew")
 
 
@@ -230,7 +249,7 @@ def check_sees_alone(subject: Subject, reading: Reading) -> None:
 def check_sees_again(subject: Subject, reading: Reading) -> None:
     """Read again, with torch seeded alike, every query sees the same."""
     first = witnessed(subject, reading)
-    if wrong := _differ(first, witnessed(subject.again(), reading)):
+    if wrong := _differ(subject, first, witnessed(subject.again(), reading)):
         raise Refuted(f"sees again: {wrong} when the same is read again")
 
 
@@ -244,6 +263,8 @@ def check_attends_exactly(subject: Subject, reading: Reading) -> None:
     logits = torch.cat(run.logits, 1)
     difference = (logits - expected[:, -logits.shape[1] :]).abs().nan_to_num(torch.inf)
     if difference.max() > CLOSE:
+        if subject.traits.positions == "kept":
+            subject.shows = shown.UNDER_THE_MASK
         row, at = (difference.amax(-1) > CLOSE).nonzero()[0].tolist()
         token = run.length - logits.shape[1] + at
         raise Refuted(
@@ -264,6 +285,7 @@ def check_sees_what_is_held(subject: Subject, reading: Reading) -> None:
     a_token = 2 * 4 * looks[0].tokens.shape[0] * looks[0].tokens.shape[1] * 64
     should = sum(kept) * a_token
     if run.bytes_held > 1.1 * should + a_token:
+        subject.shows = shown.held(should)
         raise Refuted(
             f"sees what is held: {run.bytes_held:,} bytes are held after a prompt of {reading.prompt} tokens, "
             f"but what later queries see of it, {kept} tokens by layer, takes {should:,}"

@@ -44,6 +44,7 @@ class Request:
     expected       check -> why it may fail
     quiet          the target's stdout is dropped
     verbose        tracebacks of what knorm itself stumbled over
+    folder         where the worker begins, and from where a target's path is read; None: here
     """
 
     target: str
@@ -57,6 +58,7 @@ class Request:
     device: str = "cpu"
     quiet: bool = False
     verbose: bool = False
+    folder: str | None = None
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ class Worker:
                     stderr=subprocess.PIPE,
                     pass_fds=(theirs, board),
                     env={**os.environ, MARK: self._mark},
+                    cwd=request.folder,
                     start_new_session=True,  # so that what it starts can be ended with it
                 )
                 lifeline: Any = self.process.stdin

@@ -1,0 +1,156 @@
+"""What laws on caches and on what attention sees add to a program of laws.scripts: lines that print what is wrong.
+
+They use what the program defines before them. After each step of a law Subject.shows is what shows it, so that a step
+that breaks off is shown as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def apart(first: str, second: str) -> str:
+    """Write what prints how far two expressions for logits lie apart.
+
+    >>> apart("a", "b")
+    'print("logits differ by", float((a - b).abs().max()))'
+    """
+    return f'print("logits differ by", float(({first} - {second}).abs().max()))'
+
+
+RESUMED = "resume(prompted())"
+LENGTH = """\
+cache = made(ids)
+feed(cache, ids, sizes)
+print(cache.get_seq_length(), "is its length after", ids.shape[1], "tokens")"""
+POSITIONS = apart("feed(made(ids), ids, sizes)", "feed(made(ids), ids, sizes, position_ids=places)")
+CHUNKS = apart("feed(made(ids, 1.0), ids, sizes)", "model(ids, use_cache=False).logits")
+COPIED = f"""\
+import copy
+
+cache = prompted()
+twin = copy.deepcopy(cache)
+first = resume(cache)
+{apart("resume(twin)", "first")}"""
+_AGAIN = apart("feed(cache, ids, sizes)[:, prompt:]", "feed(made(ids), ids, sizes)[:, prompt:]")
+_RESET = "cache = made(ids)\nfeed(cache, ids.flip(1), sizes)\ncache.reset()\n"
+RESET = _RESET + _AGAIN
+CROP_REFUSED = """\
+cache = prompted()
+cache.crop(-1)
+print("crop(-1) was not refused, though the prompt was compressed:", cache.get_seq_length(), "tokens")"""
+CROPPED_PROMPT = f"""\
+cache = prompted()
+cache.crop(-1)
+feed(cache, ids[:, prompt - 1 : prompt], [1], position_ids=places[:, prompt - 1 : prompt])
+{apart("resume(cache)", RESUMED)}"""
+
+
+def shifted(ids: list[list[int]]) -> str:
+    """Show a text read at positions from 0 and from 9."""
+    two = (f"feed(made(ids), ids, sizes, position_ids=places + {by})" for by in (0, 9))
+    return f"ids = torch.tensor({ids})\n{apart(*two)}"
+
+
+_PADDED = "feed(made(ids), ids, sizes, attention_mask=mask, position_ids=places)"
+
+
+def padded(pads: Sequence[int], row: int | None = None) -> str:
+    """Show a batch with left padding, and how a row of it differs from itself alone."""
+    lines = [
+        f"mask = (torch.arange(ids.shape[1]) >= torch.tensor({list(pads)})[:, None]).long()",
+        "places = (mask.cumsum(-1) - 1).clamp(min=0)",
+    ]
+    if row is None:
+        return "\n".join([*lines, _PADDED])
+    one, spare = f"{row} : {row + 1}", pads[row]
+    lines += [
+        f"alone, own = ids[{one}, {spare}:], places[{one}, {spare}:]",
+        f"by_itself = feed(made(alone), alone, calls(prompt - {spare}, alone.shape[1], chunk), position_ids=own)",
+        apart(f"{_PADDED}[{row}, prompt:]", f"by_itself[0, prompt - {spare} :]"),
+    ]
+    return "\n".join(lines)
+
+
+def moved(order: list[int], call: str, rows: str) -> str:
+    """Show rows of a cache that were moved by a call, which then stand as `rows` of the order says."""
+    start = f"expected, cache, order = resume(prompted()), prompted(), torch.tensor({order})"
+    return "\n".join([start, f"order = {rows}", f"cache.{call}", apart("resume(cache, order)", "expected[order]")])
+
+
+def reset_for(ids: list[list[int]]) -> str:
+    """Show another batch that is read after reset()."""
+    return f"{_RESET}ids = torch.tensor({ids})  # another batch\nsizes = calls(prompt, ids.shape[1], chunk)\n{_AGAIN}"
+
+
+def cropped(tokens: int) -> str:
+    """Show tokens that are fed and cropped again."""
+    return f"""\
+cache, wrong = prompted(), ids[:, :1].expand(-1, {tokens})
+feed(cache, wrong, [1] * {tokens}, position_ids=torch.arange(prompt, prompt + {tokens}).expand(wrong.shape))
+cache.crop(-{tokens})
+{apart("resume(cache)", RESUMED)}"""
+
+
+# Of what attention sees.
+
+READ = "run, *_ = read()\n"
+RUNS = "read()"
+UNDER_THE_MASK = """\
+run, logits, _ = read()
+total = ids.shape[1]
+
+
+def masked(module, query, key, value, *_, **__):
+    \"\"\"The plain model's attention to the tokens that each query was seen to see.\"\"\"
+    groups = query.shape[1] // key.shape[1]
+    allowed = torch.zeros(ROWS, HEADS, groups, total, total + 1, dtype=torch.bool)
+    allowed[..., :-1] = torch.ones(total, total, dtype=torch.bool).tril()
+    for (call, layer), (tokens, seen, *_) in run.items():
+        if layer == module.layer_idx:
+            first = (PROMPT + sum(CALLS[: call - 1])) if call else 0
+            shown = torch.zeros(*seen.shape[:4], total + 1, dtype=torch.int)
+            index = tokens.where((tokens >= 0) & (tokens < total), total)[:, :, None, None].expand_as(seen)
+            allowed[:, :, :, first : first + seen.shape[3]] = shown.scatter_add_(-1, index, seen.int()) > 0
+    scores = query.unflatten(1, (HEADS, groups)).double() @ key[:, :, None].double().mT / 8
+    weights = scores.masked_fill(~allowed[..., :-1], -torch.inf).softmax(-1)
+    return (weights @ value[:, :, None].double()).flatten(1, 2).transpose(1, 2).to(key.dtype).contiguous(), None
+
+
+functions["sdpa"] = modeling.eager_attention_forward = masked
+call, start, fed = 0, 0, None
+plain = model(ids, use_cache=False).logits[:, -logits.shape[1] :]
+print("the logits differ from the plain model's under the same mask by", float((logits - plain).abs().max()))"""
+
+
+def sees(at: tuple[int, ...], query: int, run: str = "run") -> str:
+    """Show the tokens that a query sees; at: call, layer, row, head, query, group; query: its position."""
+    return f'print("the query at {query} sees", sees({run}, {", ".join(map(str, at))}))'
+
+
+def held(should: int) -> str:
+    """Show the bytes that are held after the prompt beside those that what is seen takes."""
+    return f"""\
+CALLS = []
+*_, cache = read()
+tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+held = sum({{x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}}.values())
+print(held, "bytes are held, but what is seen takes", {should})"""
+
+
+def slot(call: int, layer: int, row: int, head: int, slot: int) -> str:
+    """Show whose token a slot holds."""
+    at = f"[{row}, {head}, {slot}]"
+    return f"""\
+{READ}tokens, _, _, value = run[{call}, {layer}]
+# -1: an empty slot, -2: no token's, -3: of a call of the method's own, -4: of another row, head or layer
+print("slot {slot} holds", int(tokens{at}), [int(part) for part in named(value{at})])"""
+
+
+def off(name: str, call: int, layer: int, row: int, head: int, slot: int, token: int) -> str:
+    """Show how far the key or the value of a slot is from the one that was given."""
+    own = f"given[{layer}][{row}, {head}, {token}]" if name == "key" else "torch.ones(1)"
+    got = f"run[{call}, {layer}][{2 if name == 'key' else 3}][{row}, {head}, {slot}]{'' if name == 'key' else '.abs()'}"
+    return f"""\
+{READ}own, got = {own}, {got}
+print("the {name} of token {token} is off by", float((got - own).abs().max() / own.abs().max()))"""

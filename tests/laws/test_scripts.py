@@ -1,0 +1,112 @@
+"""Programs that show a refutation: each is run, and prints what the counterexample says."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import in_a_new_process
+from mutants import MUTANTS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
+
+from knorm.laws import CHECKS, run_check
+from knorm.laws.loading import load_target
+from knorm.laws.probe import FAMILIES
+from knorm.laws.scripts import program
+from knorm.laws.witness import Reading, witness
+
+_spec = importlib.util.spec_from_file_location("exam", Path(__file__).parents[2] / "tools" / "exam.py")
+exam = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(exam)
+
+CACHES = [mutant for mutant in MUTANTS if mutant.subject.make_cache is not None]
+BY_KNORM = {"TurnsByAnotherBase"}  # keys turned to their places: the oracle is knorm's
+ALONE = "import sys; sys.modules['knorm'] = None; exec(compile(sys.stdin.read(), 'snippet', 'exec'))"
+
+
+def importable(subject):
+    """The subject with lines that import its cache."""
+    kind = subject.make_cache
+    opens = f"from {kind.__module__} import {kind.__name__}\ndef opened(keep_ratio, length, rows):\n"
+    return replace(subject.again(), opens=f"{opens}    return {kind.__name__}(keep_ratio)")
+
+
+@pytest.fixture
+def ran(monkeypatch, capsys):
+    """Return a function that runs a program here and returns what it printed, or raised."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    for module in (modeling_llama, modeling_gpt_neox):
+        monkeypatch.setattr(module, "eager_attention_forward", module.eager_attention_forward)
+
+    def run(code):
+        scope = {}
+        try:
+            with torch.random.fork_rng(), torch.enable_grad():  # which come back as they were
+                exec(compile(code, "snippet", "exec"), scope)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}", scope
+        return capsys.readouterr().out, scope
+
+    return run
+
+
+@pytest.mark.parametrize("mutant", CACHES, ids=lambda mutant: mutant.name)
+def test_a_program_shows_what_is_wrong_with_each_mutant(mutant, ran):
+    result = run_check(CHECKS[mutant.check], importable(mutant.subject))
+    if mutant.name in BY_KNORM:
+        assert "reproduce(" in result.snippet
+        return
+    assert "import knorm" not in result.snippet
+    assert "from knorm" not in result.snippet
+    printed, _ = ran(result.snippet)
+    assert exam.confirms(printed, result.counterexample), printed
+
+
+@pytest.mark.parametrize("real", [False, True], ids=["drawn keys", "its own keys"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_program_sees_what_the_witness_sees(family, real, ran):
+    if family not in ("llama", "gpt_neox"):
+        pytest.importorskip(f"transformers.models.{family}")
+    subject = replace(load_target("transformers:StaticCache"), shows="run, *_ = read()")
+    reading = Reading(prompt=5, calls=(1, 2, 7), rows=2, seed=4, family=family, real=real, scale=30.0)
+    _, scope = ran(program(subject, reading))
+    looks = witness(subject, reading).looks
+    assert len(looks) == len(scope["run"]) == 8
+    for look in looks:
+        tokens, seen, _, _ = scope["run"][look.call, look.layer]
+        assert torch.equal(tokens, look.tokens)
+        assert torch.equal(seen, look.seen)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("target", "check"),
+    [
+        ("transformers:StaticCache", "rows_move"),
+        ('transformers:QuantizedCache(backend="fp8")', "sees_tokens"),
+    ],
+)
+def test_a_program_runs_where_there_is_no_knorm(target, check):
+    result = run_check(CHECKS[check], load_target(target))
+    done = in_a_new_process(ALONE, input=result.snippet)
+    assert exam.confirms(done.stdout or done.stderr, result.counterexample), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("printed", "counterexample", "confirmed"),
+    [
+        ("", "logits differ by 3", False),
+        ("logits differ by 0.0", "logits differ by 3", False),
+        ("logits differ by 3.0001", "logits differ by 3", True),
+        ("IndexError: 9", "runs: raised IndexError: 9", True),
+        ("ImportError: no knorm", "runs: raised IndexError: 9", False),
+        ("the query at 3 sees [1, 3]\nthe query at 3 sees [1, 3]", "sees again: ...", False),
+    ],
+)
+def test_a_program_that_shows_nothing_confirms_nothing(printed, counterexample, confirmed):
+    assert exam.confirms(printed, counterexample) is confirmed
