@@ -1,5 +1,6 @@
 """Sessions for nox: what tox runs, and the tests against other versions of transformers."""
 
+import os
 from pathlib import Path
 
 import nox
@@ -40,6 +41,18 @@ def transformers(session: nox.Session, version: str) -> None:
 
 
 @nox.session
+@nox.parametrize("version", ["5.2.0", "newest"])
+def projects(session: nox.Session, version: str) -> None:
+    """A project from `knorm init` to the update of its goldens: with kvpress, and with the newest transformers."""
+    old = version == "5.2.0"
+    session.install("-c", "constraints-kvpress.txt" if old else PINS, ".[test,kvpress]" if old else ".[test]")
+    own = {"KNORM_PROCESSES": "1"} | ({"KNORM_REQUIRE_KVPRESS": "1"} if old else {})
+    tests = ["tests/cli/test_init.py", "tests/golden/test_project.py", "tests/golden/test_values.py"]
+    tests += ["tests/presses/test_press_project.py"] if old else []
+    session.run("pytest", *tests, "-n", "auto", *session.posargs, env=NO_CUDA | own)
+
+
+@nox.session
 def cpus(session: nox.Session) -> None:
     """The tests as other makes of CPU would run them; `-- --short` as .ci/run does."""
     session.install("-c", PINS, ".[test]")
@@ -53,6 +66,8 @@ def exam(session: nox.Session) -> None:
     session.run("python", "tools/exam.py", "Presses of kvpress", "kvpress:*", "--write", env=NO_CUDA)
     session.install("--upgrade", "-c", PINS, ".[test]")
     session.run("python", "tools/exam.py", "Caches of transformers", "transformers:*", "--write", env=NO_CUDA)
+    if "KNORM_CHECKOUTS" in os.environ:  # a folder of other projects' repositories, as tools/exam_targets.py says
+        session.run("python", "tools/exam.py", "Public functions", "functions:*", "--write", env=NO_CUDA)
 
 
 @nox.session

@@ -302,7 +302,15 @@ if triton is not None:
 
 
 def available(keys: Tensor, values: Tensor) -> bool:
-    """Tell whether these kernels suit a cache: on CUDA, 16 or 32 bits a number, no gradients, not empty."""
+    """Tell whether these kernels suit a cache: on CUDA, 16 or 32 bits a number, no gradients, not empty.
+
+    Args:
+        keys: [batch, kv_heads, length, head_dim].
+        values: [batch, kv_heads, length, head_dim].
+
+    Returns:
+        True if compress() answers, or says that it cannot.
+    """
     return (
         triton is not None
         and keys.is_cuda
@@ -460,14 +468,20 @@ def compress(
     *,
     highest: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Keep the `count` tokens of lowest key norm (highest: of highest) of each row, in time order; ties to the earlier.
+    """Keep the `count` tokens of lowest key norm of each row, in time order; ties to the earlier.
 
-    keys, values   float16, bfloat16 or float32 [batch, heads, length, head_dim] on CUDA, of any strides
-    positions      int64 [batch, heads, length], or None: 0 to length - 1
-    first, recent  tokens at either end that are kept whatever their norm; together at most `count`
+    Args:
+        keys: float16, bfloat16 or float32 [batch, heads, length, head_dim] on CUDA, of any strides.
+        values: the same; their head_dim may be another.
+        positions: int64 [batch, heads, length]; None: 0 to length - 1.
+        count: tokens that stay.
+        first: tokens at the start that are kept whatever their norm; with `recent` at most `count`.
+        recent: newest tokens that are kept likewise.
+        highest: True to keep the highest norms.
 
-    Returns what is kept of the three; None where a squared norm is no finite float32, or lies below 2^-100, where
-    float32 has lost bits. Waits for the norms, not for what is kept.
+    Returns:
+        What is kept of the three, [batch, heads, count, ...]; None where a squared norm is no finite float32, or lies
+        below 2^-100, where float32 has lost bits. Waits for the norms, not for what is kept.
     """
     device = keys.device
     if device.index != torch.cuda.current_device():

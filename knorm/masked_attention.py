@@ -79,7 +79,15 @@ def attend_seen(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | Non
 
 
 def compiles(states: Tensor, length: int) -> bool:
-    """Tell whether a run over so many tokens waits for a compiler: long texts in half precision on CUDA do."""
+    """Tell whether a run over so many tokens waits for a compiler: long texts in half precision on CUDA do.
+
+    Args:
+        states: floating, of any shape: its device and dtype are looked at.
+        length: tokens of the run.
+
+    Returns:
+        True if attend_seen goes through FlexAttention.
+    """
     return states.is_cuda and states.dtype in (torch.float16, torch.bfloat16) and length >= _COMPILED_FROM
 
 
@@ -108,9 +116,19 @@ def _compiled() -> Any:
 
 
 def attend_compiled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, scale: float | None) -> Tensor:
-    """Attend as attend_seen, by FlexAttention: [batch, heads, T, head_dim] thrice, evicted int64 [batch, heads, T].
+    """Attend as attend_seen, by FlexAttention, with keys in the order of by_lifetime.
 
-    Keys are put in the order of by_lifetime first. Compiles at the first call for a shape and dtype, seconds each.
+    Compiles at the first call for a shape and dtype, seconds each.
+
+    Args:
+        query: [batch, heads, T, head_dim].
+        key: [batch, heads, T, head_dim].
+        value: [batch, heads, T, head_dim].
+        evicted: a schedule, int64 [batch, heads, T].
+        scale: factor of the products; None: head_dim ** -0.5.
+
+    Returns:
+        [batch, heads, T, head_dim].
     """
     length = query.shape[2]
     spare = -length % _TILE
@@ -124,10 +142,16 @@ def attend_compiled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, 
 
 
 def by_lifetime(evicted: Tensor) -> Tensor:
-    """Order keys so that those of a tile live at the same time: int64 [batch, heads, T] -> indices, the same shape.
+    """Order keys so that those of a tile live at the same time.
 
     Few keys that live long are strewn over a long text; in time order nearly every tile of 128 keys holds one, and none
     is empty. Keys are sorted by the power of two below their lifetime, in time order where that is equal.
+
+    Args:
+        evicted: a schedule, int64 [batch, heads, T].
+
+    Returns:
+        Indices of the keys, int64 [batch, heads, T].
     """
     length = evicted.shape[-1]
     places = torch.arange(length, device=evicted.device)

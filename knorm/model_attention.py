@@ -308,7 +308,7 @@ def attention_beside(model: PreTrainedModel, change: Callable[..., tuple[Tensor,
 
 
 def not_a_row_of_ones(mask: Tensor) -> ValueError:
-    """Return the error for a mask that somebody has made already, where knorm makes one for each layer."""
+    """Return the error for a mask [batch, 1, queries, keys] that somebody has made, where knorm makes one a layer."""
     return ValueError(
         f"attention_mask is {list(mask.shape)}, but should be [batch, length], 1 for each token: knorm.attention makes "
         "the masks of the layers itself"

@@ -146,7 +146,16 @@ def _positions(
 
 
 def check_ids(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Raise ValueError for tokens that a model cannot be given: of another shape, length or vocabulary."""
+    """Refuse tokens that a model cannot be given: of another shape, length or vocabulary.
+
+    Args:
+        model: a causal language model of transformers.
+        input_ids: int64 or int32 [batch, T], at least 2 tokens and at most the model's positions.
+        attention_mask: [batch, T], 0 for padding, whose ids are not looked at.
+
+    Raises:
+        ValueError: what is wrong, and what should be.
+    """
     config = model.config.get_text_config(decoder=True)
     refuse_unreadable(input_ids=input_ids, **({} if attention_mask is None else {"attention_mask": attention_mask}))
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -181,7 +190,23 @@ def check_run(
     prompt_length: int,
     attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Refuse what cannot be evaluated; the ids on the model's device, pads made harmless, and the padding."""
+    """Refuse what cannot be evaluated, and make what can ready to be run.
+
+    Args:
+        model: as for exact_nll.
+        input_ids: as for exact_nll, [batch, T].
+        policy: when and what to evict.
+        prompt_length: tokens of the first call, 1 to T.
+        attention_mask: [batch, T], 0 for padding on the left.
+
+    Returns:
+        The ids on the model's device, int64 [batch, T], pads replaced by 0; and the pads at the left of each row, int64
+        [batch], or None where there are none.
+
+    Raises:
+        ValueError: as exact_nll.
+        TypeError: as exact_nll.
+    """
     refuse_model(model)
     config = model.config
     check_ids(model, input_ids, attention_mask)
@@ -306,7 +331,25 @@ def exact_hidden(
     schedule: Schedule | None = None,
     attend: Attend | None = None,
 ) -> Hidden:
-    """Compute the compressed run's hidden states by one forward pass. Arguments and errors: exact_run."""
+    """Compute the compressed run's hidden states by one forward pass.
+
+    Args:
+        model: as for exact_nll.
+        input_ids: as for exact_nll, [batch, T].
+        policy: as for exact_nll.
+        prompt_length: as for exact_nll.
+        attention_mask: as for exact_nll, [batch, T].
+        position_ids: as for exact_nll, [batch, T].
+        schedule: as for exact_nll.
+        attend: replaces attend_seen, with its arguments.
+
+    Returns:
+        The states before the head, and the schedules that attention followed.
+
+    Raises:
+        ValueError: as exact_nll.
+        TypeError: as exact_nll.
+    """
     scheduling = 0.0
     if schedule is not None and not callable(schedule):
         raise TypeError(f"schedule={schedule!r}, but should be a function (layer, keys) -> evicted_at")
@@ -352,7 +395,25 @@ def exact_run(
     schedule: Schedule | None = None,
     attend: Attend | None = None,
 ) -> Run:
-    """Compute the compressed run in one forward pass. Arguments and errors: exact_nll; attend replaces attend_seen."""
+    """Compute the compressed run in one forward pass.
+
+    Args:
+        model: as for exact_nll.
+        input_ids: as for exact_nll, [batch, T].
+        policy: as for exact_nll.
+        prompt_length: as for exact_nll.
+        attention_mask: as for exact_nll, [batch, T].
+        position_ids: as for exact_nll, [batch, T].
+        schedule: as for exact_nll.
+        attend: replaces attend_seen, with its arguments.
+
+    Returns:
+        NLLs, and all else that is known of the run.
+
+    Raises:
+        ValueError: as exact_nll.
+        TypeError: as exact_nll.
+    """
     begin = time.perf_counter()
     hidden = exact_hidden(
         model,
@@ -425,7 +486,22 @@ def stream_run(
     prompt_length: int = 1,
     attention_mask: Tensor | None = None,
 ) -> Run:
-    """Run the loop that a compressed run stands for; arguments and errors are those of stream_nll."""
+    """Run the loop that a compressed run stands for.
+
+    Args:
+        model: as for stream_nll.
+        input_ids: as for stream_nll, [batch, T].
+        policy: as for stream_nll.
+        prompt_length: as for stream_nll.
+        attention_mask: as for stream_nll, [batch, T].
+
+    Returns:
+        NLLs, and all else that is known of the run.
+
+    Raises:
+        ValueError: as stream_nll.
+        TypeError: as stream_nll.
+    """
     begin = time.perf_counter()
     input_ids, padding = check_run(model, input_ids, policy, prompt_length, attention_mask)
     if padding is None:
@@ -615,6 +691,14 @@ def parting_gap(ours: Sequence[Tensor], theirs: Sequence[Tensor], norms: Sequenc
     """Measure how far apart the norms lie, relatively, over which rows' schedules first part; the widest over rows.
 
     Nothing but those norms can be the cause there; whatever parts later in the row may be a consequence.
+
+    Args:
+        ours: a schedule for each layer, int64 [batch, kv_heads, T].
+        theirs: those of the other run, of the same shapes.
+        norms: key norms for each layer, floating [batch, kv_heads, T].
+
+    Returns:
+        (highest - lowest) / highest of the norms; 0 where no row's schedules part.
     """
     layers = list(zip(ours, theirs, norms, strict=True))
     never = ours[0].shape[-1]

@@ -16,7 +16,18 @@ _SCORES = 2**26  # of attention in float64 at most, where one head has fewer: ha
 
 
 def attend_shuffled(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-    """Compute what attention.attend_seen does, over slots in an order that has nothing to do with time."""
+    """Compute what masked_attention.attend_seen does, over slots in an order that has nothing to do with time.
+
+    Args:
+        query: [batch, heads, T, head_dim].
+        key: [batch, kv_heads, T, head_dim].
+        value: [batch, kv_heads, T, head_dim].
+        evicted: a schedule, int64 [batch, kv_heads, T]; None: nothing is ever evicted.
+        scale: factor of the products; None: head_dim ** -0.5.
+
+    Returns:
+        [batch, heads, T, head_dim].
+    """
     (batch, heads, length, _), kv_heads = query.shape, key.shape[1]
     order = torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(query.device)
     lost = torch.full((1, 1, length), length, device=query.device) if evicted is None else evicted[..., order]

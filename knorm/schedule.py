@@ -135,7 +135,20 @@ def _check_padding(padding: Tensor, scores: Tensor) -> None:
 
 
 def schedule_scores(scores: Tensor, policy: Policy, prompt_length: int, padding: Tensor | None) -> Tensor:
-    """Compute evicted_at of arguments known to be right: on CUDA each check would wait for the device."""
+    """Compute evicted_at of arguments known to be right: on CUDA each check would wait for the device.
+
+    Args:
+        scores: finite, floating [..., T]; with padding [batch, kv_heads, T].
+        policy: when and what to evict.
+        prompt_length: tokens of the first call, 1 to T.
+        padding: pads at the left of each row, int64 [batch]; None: there are none.
+
+    Returns:
+        int64, of the scores' shape, as evicted_at.
+
+    Raises:
+        ValueError: protections of a prefill that exceed its budget.
+    """
     length = scores.shape[-1]
     if padding is not None:
         evicted = torch.arange(1, length + 1, device=scores.device).expand(scores.shape).contiguous()
@@ -185,12 +198,15 @@ def evicted_like(
 ) -> tuple[Tensor, int]:
     """Choose other tokens than a schedule does, as many at each query in each row; low scores stay.
 
-    evicted_at      int64 [..., T]
-    scores          floating [..., T], of the same shape
-    protect_first   tokens at the start that are not evicted, and protect_recent, the newest; a row whose queries see
-                    few tokens protects at most half of the fewest
+    Args:
+        evicted_at: a schedule, int64 [..., T].
+        scores: floating [..., T], of the same shape.
+        protect_first: tokens at the start that are not evicted; a row whose queries see few tokens protects at most
+            half of the fewest.
+        protect_recent: newest tokens that are not evicted, likewise.
 
-    Returns the schedule, and how many tokens were protected in the row that protects most.
+    Returns:
+        The schedule, int64 [..., T], and how many tokens were protected in the row that protects most.
     """
     length, most = evicted_at.shape[-1], 0
     rows = evicted_at.reshape(-1, length).cpu().numpy()

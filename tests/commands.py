@@ -13,6 +13,8 @@ import pytest
 
 import knorm
 
+# Else at a desk: fewer cases of the same, and nothing that starts processes that load PyTorch
+IN_FULL = bool(os.environ.get("CI") or os.environ.get("KNORM_PROCESSES"))
 HOME = Path(knorm.__file__).parents[1]  # the folder that holds the package under test
 
 

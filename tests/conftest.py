@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from commands import IN_FULL
 from hypothesis import HealthCheck, settings
 
 slow_is_fine = {"database": None, "deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -19,8 +20,8 @@ torch.set_num_threads(int(os.environ.get("KNORM_THREADS") or 1))
 
 
 def pytest_collection_modifyitems(items):
-    if not (os.environ.get("CI") or os.environ.get("KNORM_PROCESSES")):
-        reason = "starts processes that load PyTorch: where CI or KNORM_PROCESSES is set, as .ci/run does"
+    if not IN_FULL:
+        reason = "takes long, most of it to load PyTorch: where CI or KNORM_PROCESSES is set, as .ci/run does"
         for item in items:
             if item.get_closest_marker("processes"):
                 item.add_marker(pytest.mark.skip(reason=reason))

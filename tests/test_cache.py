@@ -105,7 +105,7 @@ def test_every_row_of_a_padded_batch_equals_itself_alone(implementation, policy)
             assert (given[:, : given.shape[1] - own.shape[1]] == -1).all()
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen3", "embedded"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "qwen3", pytest.param("embedded", marks=pytest.mark.processes)])
 def test_greedy_generation_of_200_tokens_equals_the_oracle(kind, embedded):
     model = (
         copy.deepcopy(embedded[0]).double()

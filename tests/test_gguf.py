@@ -279,6 +279,7 @@ SMOLLM2 = pytest.mark.skipif(
 
 
 @SMOLLM2
+@pytest.mark.processes
 def test_smollm2_reads_the_narrative_and_answers():
     model, tokenizer = load_model("smollm2")
     assert model.num_parameters() == 134_515_008

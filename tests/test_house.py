@@ -22,17 +22,17 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
     "facts published",
     "evaluation.published": "schema measure judge",
-    "golden": "format shift rules gates project files environment store approval metrics latency pythia cases declared "
-    "verify values workspace history",
-    "laws": "traits results targets registry names strategies subjects blame probe oracle model witness replay "
-    "readings known adapters loading shown scripts snippets search "
+    "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
+    "declared verify values workspace history",
+    "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
+    "replay readings known adapters loading shown scripts snippets search "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "sweep": "plan inputs cells folder drive measure local cluster table estimate",
     "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
-    "asked check ppl explain bench golden_log golden swept sweep init",
+    "asked check ppl explain bench golden_log golden_shown golden swept sweep init",
     "cli.schemas": "parts quality timing verdicts swept",
 }
 TESTS = Path(__file__).parent
@@ -109,6 +109,7 @@ COMMANDS = (
         "bench",
         "golden",
         "golden_log",
+        "golden_shown",
         "sweep",
         "init",
     ),
@@ -290,6 +291,7 @@ print(json.dumps({"new": new, "same": names() == once}))
 """
 
 
+@pytest.mark.processes
 def test_transformers_gets_one_name_in_each_registry_however_often_knorm_loads():
     assert run(REGISTRIES) == {"new": [["knorm"], ["knorm"]], "same": True}
 

@@ -265,6 +265,7 @@ print(json.dumps({{
 """
 
 
+@pytest.mark.processes
 def test_a_pinned_revision_comes_from_the_hubs_cache_and_what_is_not_there_is_refused(tmp_path, folder, embedded):
     hub = tmp_path / "hub"
     name, data = hub / "models--org--name", hub / "datasets--org--data"

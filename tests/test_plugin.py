@@ -176,3 +176,37 @@ def test_an_untested_law_fails_its_test_unless_that_is_declared(pytester):
             "XFAIL*test_declared?nothing-dtype? - returns nothing yet",
         ]
     )
+
+
+def test_traits_and_expectations_of_several_targets(pytester):
+    pytester.makepyfile(
+        """
+        from knorm.laws import check_compressor, parametrize_with_checks
+
+        class Newest:
+            def __init__(self, start):
+                self.start = start
+            def __call__(self, keys, values, keep_ratio):
+                start = self.start if keep_ratio < 1 else 0
+                return keys[:, :, start:].bfloat16(), values[:, :, start:].clone()
+
+        targets = [Newest(-1), Newest(-2)]
+        seen = {}
+
+        @parametrize_with_checks(
+            targets, traits=lambda target: {"protect_recent": -target.start}, expected_failures={"dtype": "by design"},
+            expected_untested=lambda target: {}
+        )
+        def test_newest(compressor, check):
+            if check.keywords["check"].name == "dtype":
+                check(compressor)
+
+        def test_the_same_in_both():
+            options = {"expected_failures": lambda target: {"dtype": "by design"}, "select": ["dtype"]}
+            results = check_compressor(targets[0], **options)
+            assert [result.verdict for result in results] == ["expected failure"]
+        """
+    )
+    done = pytester.runpytest("-p", "no:cacheprovider", "-q", "-rA", "--no-header")
+    done.assert_outcomes(passed=done.parseoutcomes()["passed"], xfailed=2)
+    done.stdout.fnmatch_lines(["*[[]Newest-dtype[]]*", "*[[]Newest#2-dtype[]]*"])

@@ -183,6 +183,7 @@ def test_never_evicted_is_the_schedule_of_the_full_cache():
     assert never((2, 0)).shape == (2, 0)
 
 
+@pytest.mark.processes
 def test_what_is_compiled_lies_in_the_users_cache_folder(tmp_path):
     code = """
         from pathlib import Path

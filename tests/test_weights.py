@@ -373,6 +373,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.processes
 def test_a_snapshot_of_the_hub_is_checked_alike(folder, tmp_path):
     hub = tmp_path / "hub"
     for name, change in {"shards": split, "pickled": index_to_a_pickle, "adapter": adapter_beside_the_model}.items():

@@ -1,9 +1,9 @@
 """What the laws say of real methods: python tools/exam.py HEADING TARGET ... [--traits tools/exam.toml].
 
-A TARGET is one of `knorm check`, kvpress:* or transformers:*, or a folder: then each of its files has a function, class
-or factory `good` that no law may refute and, unless it is a control, a `bug` that one must. Traits that a file's own
-comments promise are declared in a TOML file, by the file's name. Writes a section of docs/exam.md under HEADING, with
---write, and prints it.
+A TARGET is one of `knorm check`, kvpress:*, transformers:*, functions:* (of tools/exam_targets.py), or a folder: then
+each of its files has a function, class or factory `good` that no law may refute and, unless it is a control, a `bug`
+that one must. Traits that a file's own comments promise are declared in a TOML file, by the file's name. Writes a
+section of docs/exam.md under HEADING, with --write, and prints it.
 
 What a person makes of each refutation of a method stands in the same file, under [verdicts].
 
@@ -36,6 +36,7 @@ from knorm.methods.known import WEIGHTS
 from knorm.methods.targets import expanded
 
 ROOT = Path(__file__).parents[1]
+TARGETS = ROOT / "tools" / "exam_targets.py"
 DOCUMENT = ROOT / "docs" / "exam.md"
 HEAD = (
     "# The exam: what the laws say of real methods\n\nWritten by `tools/exam.py`, quick profile, seed 0. A law counts "
@@ -49,8 +50,14 @@ def targets_of(names: list[str]) -> list[tuple[str, str, str | None]]:
     """List what is examined: the target, the name of its traits, and "bug" or "good" where that is known."""
     found: list[tuple[str, str, str | None]] = []
     for name in names:
+        if name == "functions:*":
+            lines = re.findall(r"^(?:def|class) ([a-zA-Z]\w+)", TARGETS.read_text(encoding="utf-8"), re.MULTILINE)
+            found += [(f"{TARGETS}:{line}", line, None) for line in lines]
+            continue
         if not Path(name).is_dir():
-            found += [(target, target, None) for target in expanded(name)]
+            found += [
+                (target, target.rpartition(":")[2] if ".py:" in target else target, None) for target in expanded(name)
+            ]
             continue
         for file in sorted(Path(name).glob("*.py")):
             text = file.read_text(encoding="utf-8")
@@ -101,6 +108,7 @@ def confirms(printed: str, counterexample: str) -> bool:
 def row(target: str, variant: str | None, results: list[Result], why: str, seconds: float) -> str:
     """Write a line of the table."""
     name = target if variant is None else f"{Path(target.partition(':')[0]).stem} `{variant}`"
+    name = target.rpartition(":")[2] if target.startswith(str(TARGETS)) else name
     if why:
         return f"| {name} | {why} | | | | |"
     counts = [sum(result.verdict == verdict for result in results) for verdict in ("holds", "untested")]

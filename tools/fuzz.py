@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 import knorm
 from knorm import cli
+from knorm.cli.options import ModelOptions
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sandbox import NoSandbox, confine
@@ -169,11 +170,11 @@ POLICY = [
 TEXT = [option("--windows", small), option("--batch", small), option("--window", st.integers(2, 40).map(str))]
 COMMON = [
     option("--json", results),
-    option("--plot", figures),
     flag("--force"),
     flag("-q"),
     option("--dtype", st.sampled_from(["float64", "bfloat16", "float32"])),
 ]
+PLOT = [option("--plot", figures)]
 METHOD = [option("--keep-tokens", small), option("--how", st.sampled_from(["auto", "schedule", "two calls", "loop"]))]
 ANY = [
     option(name, nasty) for name in ("--text", "--model", "--device", "--keep-ratio", "--as", "--reported", "--trait")
@@ -207,9 +208,9 @@ check = st.tuples(st.just("check"), nasty, *(option(name, nasty) for name in ("-
     lambda parts: (*parts[:2], *parts[2], *parts[3])
 )
 measuring = st.one_of(
-    line("ppl", POLICY, TEXT, COMMON, [option("--prompt-length", small), flag("--stream")]),
-    line("ppl", TEXT, COMMON, METHOD, [option("--prompt-length", small), POLICY[0]], targets=2),
-    line("explain", POLICY[1:], TEXT, COMMON, [option("--newest", small), option("--worst", small)], most=2),
+    line("ppl", POLICY, TEXT, COMMON, PLOT, [option("--prompt-length", small), flag("--stream")]),
+    line("ppl", TEXT, COMMON, PLOT, METHOD, [option("--prompt-length", small), POLICY[0]], targets=2),
+    line("explain", POLICY[1:], TEXT, COMMON, PLOT, [option("--newest", small), option("--worst", small)], most=2),
     line("explain", TEXT, COMMON, METHOD[:1], [option("--newest", small)], targets=1, most=1),
 )
 reported = st.tuples(st.just("ppl"), st.just("--reported"), nasty | st.just("table.csv")).map(tuple)
@@ -220,8 +221,24 @@ class Late(BaseException):
     """A command that did not end."""
 
 
+LOADED: list[str] = []  # the models that the command line under way has loaded
+
+
+def count_models() -> None:
+    """Have each model that a command loads counted."""
+    whole = ModelOptions.load
+
+    def load(options: ModelOptions) -> Any:
+        loaded = whole(options)
+        LOADED.append(options.model)
+        return loaded
+
+    ModelOptions.load = load  # type: ignore[method-assign]
+
+
 def run(words: tuple[str, ...]) -> tuple[int, str, str]:
     """Run a command line; returns exit code, stdout and stderr."""
+    LOADED.clear()
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["knorm", *words]
     signal.setitimer(signal.ITIMER_REAL, LIMIT)
@@ -244,7 +261,8 @@ def check_command(words: tuple[str, ...], counted: Counter[str]) -> None:
     except Late:
         raise AssertionError(f"knorm {' '.join(words)} did not end within {LIMIT:.0f} s") from None
     counted[f"exit {code}"] += 1
-    counted["reached a model"] += "model" in words and code in (0, 1)
+    counted["reached a model"] += bool(LOADED)
+    counted["was answered on one"] += bool(LOADED) and code in (0, 1)
     assert code in (0, 1, 2), f"knorm {words} ended with {code}: {err[-2000:]}"
     assert "Traceback" not in out + err, f"knorm {words}: {err[-2000:]}"
     if code == 2:
@@ -436,6 +454,7 @@ def main() -> int:
             from knorm.models import load_model
 
             model, _ = load_model(str(folder / "model"))
+            count_models()
             drawn = st.one_of(*(st.tuples(st.just(one), st.tuples(*parts)) for one, parts in calls(model)))
             attack(asked.calls, asked.seed, "calls", drawn, lambda case, counted: check_call(*case, counted))
             counted = attack(asked.commands, asked.seed, "command lines", commands, check_command)

@@ -7,7 +7,8 @@
 
 A run measures every case of the device once, with threads, batches, order of the windows and attention implementation
 drawn at random. Each is judged twice: as if in the reference's environment, and as if in another of its device class.
-Run it with other versions of torch and transformers against one DIR, and give all outputs to `table`.
+Run it with other versions of torch and transformers against one DIR, and give all outputs to `table`. Cases that a
+project declares are measured by declared_power.py.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from knorm.policy import Policy, exact_ratio  # noqa: E402
 from knorm.rounding import attend_shuffled  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "golden-power.md"
+HEADING = "## Declared cases"  # that section is of declared_power.py
 
 
 def attend_eager(query, key, value, evicted, scale):
@@ -135,8 +137,9 @@ def reference(folder: Path, device: str) -> None:
     for case in CASES.values():
         if device in case.devices and not case.optional:
             (folder / case.id).mkdir(parents=True, exist_ok=True)
-            golden, measured = record(case, device, Checkout("0" * 40, True, hash_of_code()))
-            print(Store(folder).write_candidate(golden, measured.tensors))
+            recorded = record(case, device, Checkout("0" * 40, True, hash_of_code()))
+            assert recorded is not None
+            print(Store(folder).write_candidate(recorded.golden, recorded.measured.tensors))
 
 
 def one_run(job: tuple[Path, str, str | None, int]) -> dict[str, Any]:
@@ -266,7 +269,9 @@ def main() -> int:
     elif verb in ("runs", "changes") and len(rest) >= 3:
         run(Path(rest[0]), Path(rest[1]), int(rest[2]), *(rest[3:] or ["cpu"]), changes=verb == "changes")
     elif verb == "table" and rest:
-        DOCUMENT.write_text(document([Path(file) for file in rest]), encoding="utf-8")
+        _, heading, declared = DOCUMENT.read_text(encoding="utf-8").partition(HEADING)
+        text = document([Path(file) for file in rest])
+        DOCUMENT.write_text(text + (f"\n{heading}{declared}" if heading else ""), encoding="utf-8")
     else:
         print(__doc__, file=sys.stderr)
         return 2

@@ -43,7 +43,18 @@ def find_checkout() -> Path:
 
 
 def resolve(root: Path, ref: str) -> str:
-    """Resolve REF to the 40 digits of a commit. Raises ValueError where it names none."""
+    """Resolve a reference to a commit.
+
+    Args:
+        root: the checkout.
+        ref: a branch, a tag or a commit.
+
+    Returns:
+        Its 40 digits.
+
+    Raises:
+        ValueError: it names none.
+    """
     try:
         return git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     except ValueError:
@@ -73,7 +84,18 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def worktree(root: Path, commit: str) -> Iterator[Path]:
-    """Check a commit out into a temporary folder, which is removed at the end, whatever happens (but for SIGKILL)."""
+    """Check a commit out into a temporary folder, which is removed at the end, whatever happens (but for SIGKILL).
+
+    Args:
+        root: the checkout.
+        commit: its 40 digits.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ValueError: git cannot.
+    """
     with _terminable(), tempfile.TemporaryDirectory(prefix="knorm-against-") as temporary:
         folder = Path(temporary) / "tree"
         try:
@@ -225,10 +247,23 @@ def against(
     blocks: int,
     on_block: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Time the old tree's knorm and the new one's in `rounds` fresh pairs of processes, `blocks` blocks a policy each.
+    """Time the old tree's knorm and the new one's in fresh pairs of processes.
 
-    A block of each policy is run first and discarded. Raises ValueError, with the name, for a commit that does not
-    import, or whose process dies.
+    A block of each policy is run first and discarded.
+
+    Args:
+        trees: the old one and the new one.
+        names: what errors call them.
+        setup: model, prompts and policies of both.
+        rounds: how many pairs of processes.
+        blocks: of each policy, in each round.
+        on_block: called after each block.
+
+    Returns:
+        Log-ratios and counters, by policy.
+
+    Raises:
+        ValueError: a commit that does not import, or whose process dies; the message names it.
     """
     outcome = Found()
     pairs: list[list[list[Sample]]] = [[] for _ in setup.policies]

@@ -42,7 +42,16 @@ class Counters:
 
 
 def count(arm: Arm, index: int, stored: Stored) -> Counters:
-    """Counters of one arm from one prompt; stored: what arm.alone found there, which warmed up what loads late."""
+    """Count what one arm does from one prompt.
+
+    Args:
+        arm: to run.
+        index: of the prompt.
+        stored: what arm.alone found there, which warmed up what loads late.
+
+    Returns:
+        Tokens, bytes, operators and, on CUDA, kernel launches.
+    """
     steps = min(COUNTED, arm.prompts[index].new_tokens - 1)
     first = _count(lambda: arm.prompt(index), arm.cuda)
     rest = _count(lambda: arm.steps(steps), arm.cuda)
@@ -72,7 +81,15 @@ def _outermost(events: Iterable[Any]) -> int:
 
 
 def risen(now: Counters, before: Counters) -> list[str]:
-    """Say what differs (tokens or bytes) or rose (operators or launches); the versions of PyTorch must be equal."""
+    """Say what differs (tokens or bytes) or rose (operators or launches); the versions of PyTorch must be equal.
+
+    Args:
+        now: counters of the new code.
+        before: those of the old.
+
+    Returns:
+        A line for each; none where nothing did.
+    """
     said = []
     if now.retained != before.retained:
         said.append(f"tokens retained per layer were {[*before.retained]}, are {[*now.retained]}")

@@ -133,9 +133,24 @@ def bench_methods(
     seconds: float = 30.0,
     on_block: Callable[[], None] = lambda: None,
 ) -> Bench:
-    """Time methods and the uncompressed cache in turns. Arguments and errors: policies.bench.
+    """Time methods and the uncompressed cache in turns.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: by name.
+        methods: an arm for each, opened for whole generations.
+        tokenizer: of the model, for methods that read text.
+        margin: slowdown, as a share, that a method may have.
+        alpha: of all verdicts together: each gets its part.
+        blocks: as latency.measure takes them.
+        seconds: as latency.measure takes them.
+        on_block: called after each block.
+
+    Returns:
+        Times, counters and verdicts of each arm, the uncompressed one first.
 
     Raises:
+        ValueError: as policies.bench.
         MethodError: what a method's own code raised.
     """
     check_fits(model, prompts)

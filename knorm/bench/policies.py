@@ -85,13 +85,22 @@ def make_prompts(
     batch: int = 1,
     device: str = "cpu",
 ) -> dict[str, Prompt]:
-    """Prompts from the starts of texts, which take turns; every sequence of a batch is the same.
+    """Make prompts from the starts of texts, which take turns; every sequence of a batch is the same.
 
-    texts       what models.load_text takes
-    lengths     of each prompt, in characters or in tokens
-    new_tokens  of each prompt, or one number for all
+    Args:
+        tokenizer: of the model.
+        texts: what models.load_text takes.
+        lengths: of each prompt, in characters or in tokens.
+        new_tokens: of each prompt, or one number for all.
+        characters: False if the lengths are in tokens.
+        batch: sequences of each prompt.
+        device: where the tokens lie.
 
-    Raises ValueError for lengths that are none, and for a text that is too short.
+    Returns:
+        Prompts by name, whose ids are int64 [batch, tokens].
+
+    Raises:
+        ValueError: lengths that are none, and a text that is too short.
     """
     if not lengths or not texts or len(new_tokens) not in (1, len(lengths)):
         raise ValueError(
@@ -130,11 +139,21 @@ def bench(
 ) -> Bench:
     """Time every policy and the uncompressed cache in turns.
 
-    margin           slowdown, as a share, that a policy may have
-    alpha            of all verdicts together: each gets its part
-    blocks, seconds  as latency.measure takes them
+    Args:
+        model: a causal language model of transformers.
+        prompts: by name.
+        policies: an arm for each.
+        margin: slowdown, as a share, that a policy may have.
+        alpha: of all verdicts together: each gets its part.
+        blocks: as latency.measure takes them.
+        seconds: as latency.measure takes them.
+        on_block: called after each block.
 
-    Raises ValueError for a prompt that does not fit, and for fewer than 8 blocks.
+    Returns:
+        Times, counters and verdicts of each arm, the uncompressed one first.
+
+    Raises:
+        ValueError: a prompt that does not fit, and fewer than 8 blocks.
     """
     check_fits(model, prompts)
     all_prompts, new = list(prompts.values()), [prompt.new_tokens for prompt in prompts.values()]
@@ -163,7 +182,22 @@ def compared_rows(
     alpha: float,
     spent: float,
 ) -> Bench:
-    """Compare each arm of samples [block][arm] with the first."""
+    """Compare each arm with the first.
+
+    Args:
+        names: of the arms.
+        policies: of the arms; None where an arm has none.
+        raw: samples [block][arm].
+        prompts: what each generation began with.
+        stored: what each arm's cache held in the end.
+        counters: of each arm.
+        margin: slowdown, as a share, that an arm may have.
+        alpha: of all verdicts together: each gets its part.
+        spent: seconds that the measurement took.
+
+    Returns:
+        A row for each arm, and the samples.
+    """
     samples, interrupted = without_interruptions(raw)
     shapes = [(prompt.ids.shape[0], prompt.new_tokens) for prompt in prompts]
     alpha_each = alpha / (len(GATED) * max(1, len(names) - 1))
@@ -179,7 +213,14 @@ def compared_rows(
 
 
 def advice(measured: Bench) -> list[str]:
-    """Say of each arm whose TTFT is a FAIL what that costs, and when it is made up; a line each."""
+    """Say of each arm whose TTFT is a FAIL what that costs, and when it is made up.
+
+    Args:
+        measured: all arms, the uncompressed one first.
+
+    Returns:
+        A line for each arm.
+    """
     said = []
     base = measured.rows[0].times
     for row in measured.rows[1:]:
@@ -198,7 +239,14 @@ def advice(measured: Bench) -> list[str]:
 
 
 def as_fields(row: Row) -> dict[str, Any]:
-    """Return a row as JSON has it: each metric with its ratio to the baseline and the slowdown it could see."""
+    """Return a row as JSON has it.
+
+    Args:
+        row: of one arm.
+
+    Returns:
+        Times in seconds, and each metric with its ratio to the baseline and the slowdown that it could see.
+    """
     times, compared = row.times, {metric: asdict(comparison) for metric, comparison in row.comparisons.items()}
     return {
         "method": row.name,

@@ -44,6 +44,13 @@ class Asked:
 def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
     """Make a method for each target and budget.
 
+    Args:
+        asked: what the command line says about methods.
+        policy_options: of knorm's own method.
+
+    Returns:
+        The methods, in the order of targets, then budgets.
+
     Raises:
         ValueError: a target that does not exist, or takes no budget of this kind.
     """
@@ -124,7 +131,17 @@ def compare_methods(
 def fitting_model(
     methods: Sequence[Method], model_options: ModelOptions, given: frozenset[str], console: Console
 ) -> ModelOptions:
-    """Return the model that is asked for; where none is, one that the methods support, and say so."""
+    """Choose a model that the methods support, and say so, where none is asked for.
+
+    Args:
+        methods: that will be opened on it.
+        model_options: as asked for.
+        given: the parameters that the command line gives.
+        console: to print to.
+
+    Returns:
+        The model to load.
+    """
     from knorm.methods.presses import PressMethod
 
     if "model" in given or not any(isinstance(method, PressMethod) for method in methods):
@@ -134,10 +151,19 @@ def fitting_model(
 
 
 def prepared(text_options: TextOptions, model_options: ModelOptions, prompt: int, batch: int) -> tuple[Ways, str]:
-    """Load the model and the text; return the ways to run methods on it, and a title.
+    """Load the model and the text.
+
+    Args:
+        text_options: the text and its windows.
+        model_options: the model.
+        prompt: tokens of the first call.
+        batch: windows at a time.
+
+    Returns:
+        The ways to run methods on them, and a title.
 
     Raises:
-        ValueError: for options that cannot work.
+        ValueError: options that cannot work.
     """
     with waiting():
         from knorm.evaluation.ways import Ways

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from knorm.cli.golden_log import golden_log
+from knorm.cli.golden_shown import accepted, show_changes, show_seen
 from knorm.cli.numbers import AtLeast
 from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, counting, make_console, progress_bar, with_options
 from knorm.cli.outputs import write_json
@@ -134,6 +135,7 @@ def golden_verify(
             outcomes.append(outcome)
             bar.stop()  # it would write over the line
             show_outcome(console, outcome)
+            bar.update(task, completed=len(outcomes))
             bar.start()
     failed = sum(outcome.failed for outcome in outcomes)
     idle = sum(not outcome.compared for outcome in outcomes)
@@ -141,6 +143,8 @@ def golden_verify(
     for verdict in ("not compared", "inconclusive"):
         if number := sum(outcome.verdict == verdict for outcome in outcomes):
             said.append(f"{number} {verdict.upper()}")
+    if timed := [name for name, case in known.items() if case.timed and not cases and workspace.project]:
+        said.append(f"left out, since a clock measures them: {' '.join(timed)}")
     style = "bold red" if failed or (idle and require_goldens) else "bold yellow" if idle else "bold green"
     console.print(f"{', '.join(said)}, in {sum(o.seconds for o in outcomes):.0f} s", style=style)
     if moved := " ".join(outcome.case for outcome in outcomes if outcome.verdict in ("moved", "missing", "damaged")):
@@ -195,6 +199,7 @@ def golden_record(
         raise ValueError("name the cases to record, or give --all")
     workspace = _workspace(golden_dir, json)
     from knorm.golden.environment import device_class
+    from knorm.golden.noise import MOST_RUNS
     from knorm.golden.store import checkout
     from knorm.golden.verify import record
     from knorm.models import hush
@@ -208,27 +213,30 @@ def golden_record(
     store.prepare()
     now, mine = checkout(store.folder), device_class(device)
     written: dict[str, str] = {}
+    noise: dict[str, Any] = {}
     if not now.clean:
         console.print("The tree has changes outside the goldens: this candidate can be looked at, but not accepted.")
     for case in chosen:
-        old = _accepted(console, store, case.id, mine)
-        with counting(quiet, f"{case.id}, runs", runs) as on_step:
-            recorded = record(case, device, now, runs, unless=None if unmoved else old, on_step=on_step)
+        old = accepted(console, store, case.id, mine)
+        with counting(quiet, f"{case.id}, runs", runs + MOST_RUNS * case.own_noise) as on_step:
+            recorded = record(case, device, now, runs, before=old, unmoved=unmoved, on_step=on_step)
         if recorded is None:
             dropped = store.drop_candidate(case.id, mine)
             more = "; the earlier candidate is removed" if dropped else ""
             console.print(f"{case.id} ({mine}): nothing moved, no candidate{more}", soft_wrap=True, markup=False)
             continue
-        file = store.write_candidate(recorded[0], recorded[1].tensors)
+        file = store.write_candidate(recorded.golden, recorded.measured.tensors)
         written[case.id] = str(file)
-        _show_changes(console, old, recorded[0], recorded[1].tensors)
+        show_changes(console, old, recorded.golden, recorded.measured.tensors)
+        if recorded.seen is not None:
+            noise[case.id] = show_seen(console, recorded)
         console.print(f"wrote {file}\n", soft_wrap=True, markup=False)
         if case.beside is not None:
             console.print(case.beside(device), soft_wrap=True, markup=False)
     if now.clean and written:
         said = f'To accept: knorm golden accept {" ".join(written)} --reason "..."{store.option}'
         console.print(said, soft_wrap=True, markup=False)
-    write_json(json, {"device": device, "written": [*written.values()]})
+    write_json(json, {"device": device, "written": [*written.values()], "noise": noise})
 
 
 def _timeless(cases: Mapping[str, Any], device: str) -> list[Any]:
@@ -245,43 +253,6 @@ def _cases_of_tests(workspace: Any, arguments: tuple[str, ...], runs: int) -> li
     if taken := sorted({case.id for case in chosen} & {*workspace.names}):
         raise ValueError(f"golden.check({taken[0]!r}): a case is named so: give the values another name")
     return chosen
-
-
-def _accepted(console: Any, store: Any, case: str, device_class: str) -> Any:
-    """Read a golden with its tensors; None where there is none, or none that can be trusted, which is said."""
-    from knorm.golden.files import Damaged
-
-    try:
-        return store.read(case, device_class)
-    except FileNotFoundError:
-        return None
-    except Damaged as damaged:
-        console.print(f"DAMAGED: {damaged}", soft_wrap=True, markup=False)
-        return None
-
-
-def _show_changes(console: Any, old: Any, made: Any, tensors: Any) -> list[Any]:
-    """Print what a candidate would change in a golden, if there is one; the changes."""
-    from knorm.cli.tables import changes_table
-    from knorm.golden.format import differences
-    from knorm.golden.gates import gate_changes
-    from knorm.golden.verify import changes
-
-    findings = changes(old, (made, tensors))
-    title = f"{made.case} ({made.device_class})"
-    if old and any(change.verdict != "holds" or change.golden != change.measured for change in findings):
-        console.print(changes_table(findings, title))
-    else:
-        said = (
-            f"{title}: nothing differs in {len(findings)} metrics" if old else f"{title}, new: {len(findings)} metrics"
-        )
-        console.print(said, markup=False)
-    if old:
-        for change in differences(old[0].configuration, made.configuration):
-            console.print(f"configuration: {change}", soft_wrap=True, markup=False)
-        for metric, change in gate_changes(old[0], made).items():
-            console.print(f"GATE  {metric} is {change}", soft_wrap=True, markup=False)
-    return findings
 
 
 def _chosen_candidates(workspace: Any, names: tuple[str, ...]) -> tuple[list[tuple[Path, Any, Any]], Any]:
@@ -334,8 +305,8 @@ def golden_diff(json: Path | None, quiet: bool, candidates: tuple[str, ...], gol
         raise ValueError(f"there are no candidates in {store.folder}: knorm golden record makes them")
     changed = {}
     for _, made, tensors in _chosen_candidates(workspace, names)[0]:
-        old = _accepted(console, store, made.case, made.device_class)
-        changed[f"{made.case}/{made.device_class}"] = _show_changes(console, old, made, tensors)
+        old = accepted(console, store, made.case, made.device_class)
+        changed[f"{made.case}/{made.device_class}"] = show_changes(console, old, made, tensors)
     write_json(json, {"changes": {name: [asdict(change) for change in findings] for name, findings in changed.items()}})
     sys.exit(
         REFUTED if any(change.verdict == "moved" for findings in changed.values() for change in findings) else HOLDS

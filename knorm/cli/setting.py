@@ -75,7 +75,21 @@ def load_setting(
     json: Path | None,
     plot: Path | None,
 ) -> Setting:
-    """Load the model and the text. Raises ValueError for options that cannot work, the cheapest to find first."""
+    """Load the model and the text, once all options are known to work, the cheapest to find first.
+
+    Args:
+        policy_options: the policies.
+        text_options: the text and its windows.
+        model_options: the model.
+        json: the results' file, if one is asked for.
+        plot: the figure's file, likewise.
+
+    Returns:
+        All that `ppl` and `explain` work on.
+
+    Raises:
+        ValueError: options that cannot work.
+    """
     policies = policy_options.policies()
     check_outputs(json, plot)
     find_text(text_options.text)

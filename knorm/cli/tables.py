@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
     from knorm.golden.history import Entry
+    from knorm.golden.noise import Passes, Seen
     from knorm.golden.verify import Outcome
 
 
@@ -235,6 +236,24 @@ def changes_table(changes: Sequence[Finding], title: str) -> Table:
         table.add_row(c.metric, *numbers, difference, between, _VERDICTS[c.verdict])
     table.caption = f"{same} are the same" if same and changed else None
     return table
+
+
+def show_noise(console: Console, seen: Seen, gates: Sequence[Passes]) -> None:
+    """Show the noise of a case, and what the gates made of it let pass."""
+    said = (
+        f"{seen.runs} runs in which nothing that matters differs ({', '.join(seen.what)}), and what the gates let pass:"
+    )
+    print_text(console, Text(said))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("    metric", "noise", "lets pass", "the method does", ""):
+        table.add_column(column, justify="left" if column in ("    metric", "") else "right", overflow="fold")
+    for gate in gates:
+        does = "-" if gate.does is None else f"{gate.does:.1e}"
+        table.add_row(f"    {gate.metric}", f"{gate.most:.1e}", f"{gate.passes:.1e}", does, gate.unit)
+    console.print(table)
+    for what, nats in seen.matters.items():
+        moved = "it cannot be run so" if math.isinf(nats) else f"it moves a typical window by {nats:.1e} nats a token"
+        print_text(console, Text(f"    {what} matters: {moved}"))
 
 
 def show_goldens(console: Console, rows: Sequence[tuple[str, ...]]) -> None:

@@ -72,7 +72,13 @@ def _compressed(run: Run, policy: Policy) -> list[Tensor]:
 def mean_recent(run: Run, policy: Policy, prompt_length: int) -> float | None:
     """Count how many of the newest 16 tokens a scored query sees in a compressed layer, on average.
 
-    None in windows shorter than that.
+    Args:
+        run: with its schedules.
+        policy: of the run: layers that it skips do not count.
+        prompt_length: tokens of the run's first call.
+
+    Returns:
+        The mean over scored queries, heads and layers; None in windows shorter than 16.
     """
     first = max(prompt_length, NEWEST) - 1
     seen = [recent_cached(evicted, NEWEST)[..., first:] for evicted in _compressed(run, policy)]

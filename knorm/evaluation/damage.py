@@ -174,9 +174,18 @@ def damage_of(sums: Sums) -> Damage:
 
 @contextmanager
 def head_of(model: PreTrainedModel) -> Iterator[Head]:
-    """Give what a model does after its last hidden states: [n, width] to logits [n, vocabulary].
+    """Give what a model does after its last hidden states, while the context is open.
 
     It is the model's own forward with the layers left out, so whatever a model does to its logits is done here too.
+
+    Args:
+        model: a causal language model of transformers.
+
+    Yields:
+        A function from hidden states [n, width] to logits [n, vocabulary].
+
+    Raises:
+        ValueError: a model without a language-model head.
     """
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -212,9 +221,12 @@ def compare(head: Head, full: Tensor, run: Tensor, targets: Tensor, vocabulary: 
     Args:
         head: from hidden states [n, width] to logits [n, vocabulary].
         full: hidden states of the full cache's run, [batch, scored, width].
-        run: those of the run that is judged.
+        run: the same of the run that is judged.
         targets: the true tokens, int64 [batch, scored].
         vocabulary: its size.
+
+    Returns:
+        What can be said of each token, each [batch, scored], on the CPU.
     """
     size, parts = max(1, _LOGITS // vocabulary), []
     for ours, theirs, true in zip(

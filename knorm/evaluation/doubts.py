@@ -56,7 +56,14 @@ def fall(ppl: dict[str, float]) -> tuple[str, str] | None:
 
 
 def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
-    """Say what to doubt in a table that was measured elsewhere, and which checks to run."""
+    """Say what to doubt in a table that was measured elsewhere, and which checks to run.
+
+    Args:
+        table: a curve for each column of perplexities.
+
+    Returns:
+        The doubts; none where nothing is suspicious by itself.
+    """
     doubts = []
     for series in table:
         of, ppl = (f"{series.name}: " if len(table) > 1 else ""), series.ppl
@@ -135,10 +142,17 @@ def _columns(table: Sequence[Series]) -> list[Suspicion]:
 
 
 def read_reported(file: Path) -> list[Series]:
-    """Somebody else's table: a .csv with a header, or .json (a list of objects, or what `knorm ppl --json` writes).
+    """Read somebody else's table: keep_ratio, columns whose name starts with ppl, and tokens, if told.
 
-    Columns: keep_ratio; one or more whose name starts with ppl; tokens, if told. Empty cells and "-" are left out.
-    Raises ValueError, with the row, for anything else.
+    Args:
+        file: a .csv with a header, or .json (a list of objects, or what `knorm ppl --json` writes). Empty cells and "-"
+            are left out.
+
+    Returns:
+        A curve for each column of perplexities.
+
+    Raises:
+        ValueError: anything else, with the row.
     """
     rows, series = _rows(file), []
     if not rows:
@@ -293,5 +307,12 @@ def judge_measured(
 
 
 def nll_without_cache(runner: Runner) -> float:
-    """Measure the mean NLL, in nats a token, of a run in which each token sees itself only."""
+    """Measure a run in which each token sees itself only.
+
+    Args:
+        runner: the model, its windows and their prompt.
+
+    Returns:
+        The mean NLL of the scored tokens, in nats.
+    """
     return float(runner.run(Policy(), schedule=sees_itself).nll.double().mean())

@@ -134,7 +134,17 @@ def sentence_of(change: Intervention, effect: Effect, policy: Policy, order: Ord
 
 
 def effect_of(change: Intervention, nll: Tensor, own: Tensor, loss: float) -> Effect:
-    """Compare a changed run's NLLs with the explained run's, both [windows, scored]; the sentence is still to come."""
+    """Compare a changed run with the explained one.
+
+    Args:
+        change: what was changed.
+        nll: the changed run's NLLs, float64 [windows, scored], nats.
+        own: those of the explained run, [windows, scored].
+        loss: nats a token that compression costs.
+
+    Returns:
+        The effect; its sentence is still to come.
+    """
     difference = nll - own
     mean, (low, high) = float(difference.mean()), interval(difference.mean(1))
     recovered = -mean / loss if loss > NO_LOSS and change.remedy else None
@@ -313,7 +323,20 @@ def worst_tokens(
     policy: Policy,
     rounding: Rounding,
 ) -> Iterator[TokenView]:
-    """Find the tokens whose NLL rose most, each with the evicted token that the full model attends to most there."""
+    """Find the tokens whose NLL rose most, each with the evicted token that the full model attends to most there.
+
+    Args:
+        runner: the model, its windows and their prompt.
+        tokenizer: of the model.
+        run: the compressed run.
+        full: NLLs of the full cache, float64 [windows, scored].
+        most: how many tokens.
+        policy: of the run.
+        rounding: a rise within it is none.
+
+    Yields:
+        The tokens, the worst first.
+    """
     own, all_ids = run.nll.double().cpu(), runner.windows.input_ids
     rise = own - full
     for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():

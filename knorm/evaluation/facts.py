@@ -56,10 +56,16 @@ class Recall:
 def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named: bool = True) -> Facts:
     """Cut out the facts of the embedded narrative, named early and needed 14,000 to 45,000 characters later.
 
-    length   tokens of a window, more than the passage's 80
-    named    False: another passage of the story in place of the one that names it, to tell memory from guessing
+    Args:
+        tokenizer: of the model that will read them.
+        length: tokens of a window, at least 160: two passages.
+        named: False for another passage of the story in place of the one that names it, to tell memory from guessing.
 
-    Raises ValueError for windows shorter than two passages.
+    Returns:
+        A window for each fact, int64 [facts, length].
+
+    Raises:
+        ValueError: windows shorter than two passages.
     """
     if length < 2 * PASSAGE:
         raise ValueError(

@@ -66,7 +66,15 @@ def _newest_kept(policy: Policy, prompt_length: int) -> Schedule:
 
 
 def sees_itself(_: int, keys: Tensor) -> Tensor:
-    """Return the schedule of no cache at all: each token sees itself only."""
+    """Return the schedule of no cache at all: each token sees itself only.
+
+    Args:
+        _: the layer, which does not matter.
+        keys: [batch, kv_heads, T, head_dim].
+
+    Returns:
+        int64 [batch, kv_heads, T].
+    """
     return torch.arange(1, keys.shape[2] + 1, device=keys.device).expand(keys.shape[:3]).contiguous()
 
 
@@ -76,9 +84,18 @@ def _smallest_budget(policy: Policy, prompt_length: int) -> int:
 
 
 def newest_to_protect(policy: Policy, prompt_length: int, newest: int) -> int:
-    """Count the newest tokens that an intervention protects: `newest`, or half of the smallest budget if less.
+    """Count the newest tokens that an intervention protects.
 
-    0 where the policy already protects as many.
+    Args:
+        policy: of the run that is explained.
+        prompt_length: tokens of the run's first call.
+        newest: how many are wanted.
+
+    Returns:
+        As many, or half of the smallest budget if less; 0 where the policy already protects as many.
+
+    Raises:
+        ValueError: a budget that does not cover what the policy protects.
     """
     smallest = _smallest_budget(policy, prompt_length)
     count = min(newest, max(1, (smallest - policy.protect_first) // 2))

@@ -118,7 +118,15 @@ def _check_part(part: str) -> None:
 
 
 def check_prompt(windows: Windows, prompt_length: int) -> None:
-    """Raise ValueError for a prompt that leaves nothing to score."""
+    """Refuse a prompt that leaves nothing to score.
+
+    Args:
+        windows: the tokens, int64 [windows, T].
+        prompt_length: tokens of the first call.
+
+    Raises:
+        ValueError: no token, or no byte, stands after the prompt.
+    """
     if prompt_length == windows.input_ids.shape[1]:
         raise ValueError(
             f"a prompt of {prompt_length} tokens is the whole window, but only tokens after the prompt are scored: "

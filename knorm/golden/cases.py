@@ -52,6 +52,8 @@ class Case:
     environment  that it was measured in, where that is not this process'
     recorded     what `knorm golden record` is given for it, where that is not its name
     beside       measures on a device what `record` shows beside it, as text
+    own_noise    its gates come from its own noise, which `record` measures; others' are known (NOISE)
+    fixed        kinds of metrics whose thresholds are declared
     """
 
     id: str
@@ -68,6 +70,8 @@ class Case:
     environment: Environment | None = None
     recorded: str = ""
     beside: Callable[[str], str] | None = None
+    own_noise: bool = False
+    fixed: tuple[str, ...] = ()
 
 
 CASES: dict[str, Case] = {}

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from knorm import __version__
+from knorm.bench.latency import Prompt
 from knorm.evaluation.ways import Evaluation, Ways
 from knorm.evaluation.ways import How as Way
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.cases import NOISE, Case, digest_of
 from knorm.golden.environment import How
 from knorm.golden.format import Measured, Metric, digest
-from knorm.golden.metrics import count, fingerprint, share, tokens
+from knorm.golden.latency import BLOCKS, measure_methods
+from knorm.golden.metrics import SAME_TOP, count, fingerprint, share, tokens
 from knorm.golden.project import Declared, Misdeclared, Project
 from knorm.methods.door import method
 from knorm.methods.functions import ClassMethod, FunctionMethod
@@ -30,6 +33,15 @@ from knorm.policy import exact_ratio
 from knorm.sources import EMBEDDED_MODELS, find_model, find_text
 
 Array = np.ndarray[Any, Any]
+_KINDS = {
+    "nll": "nll",
+    "kl": "kl",
+    "same_top": "share",
+    "counts": "count",
+    "bytes": "memory",
+    "latency": "ratio",
+}  # of the metrics
+_NEAR_TIE = 1.5  # tokens whose likeliest may be another
 
 
 def load_cases(project: Project, names: Iterable[str] | None = None) -> dict[str, Case]:
@@ -68,9 +80,12 @@ def _case(project: Project, name: str, declared: Declared) -> Case:
     many = "1 window" if declared.batch == 1 else f"{declared.batch} windows"
     sources, packages = _origins(project, methods)
     return Case(
-        name, what, partial(_configuration, declared, model), partial(_measure, project, declared, model, methods),
+        name, what, partial(_configuration, declared, model),
+        partial(_measure_times if declared.timed else _measure, project, declared, model, methods),
         devices=tuple(declared.devices), how=How(batch=declared.batch, numerics=f"{many} at a time"),
-        one_thread=model in EMBEDDED_MODELS, packages=packages, sources=sources,
+        one_thread=model in EMBEDDED_MODELS, packages=packages, sources=sources, own_noise=not declared.timed,
+        timed=declared.timed,
+        fixed=tuple(_KINDS[name] for name in declared.thresholds),
     )  # fmt: skip
 
 
@@ -120,6 +135,8 @@ def _origins(project: Project, methods: list[Method]) -> tuple[tuple[Path, ...],
 
 def _configuration(declared: Declared, model: str) -> dict[str, Any]:
     fields = declared.model_dump(exclude={"devices", "what"})
+    if declared.timed:
+        fields |= {"windows": declared.texts, "blocks": BLOCKS}
     return {**fields, "model": model, "prompt_length": declared.prompt, "dtype": "float32"}
 
 
@@ -150,7 +167,7 @@ def _measure(project: Project, declared: Declared, name: str, methods: list[Meth
     windows = _windows(project.root, root, name, device, *text)
     ways = Ways(how.model(model), windows, declared.prompt, batch=how.batch, tokenizer=tokenizer)
     smallest = min(methods, key=_size)
-    first = ways.evaluate(smallest, declared.how)
+    first = ways.evaluate(smallest, cast(Way, how.way or declared.how))
     way = cast(Way, first.how)
     runs = [first if each is smallest else ways.evaluate(each, way) for each in methods]
     metrics = [
@@ -167,6 +184,25 @@ def _measure(project: Project, declared: Declared, name: str, methods: list[Meth
         suffix = "" if made.budget is None else f"/{made.budget}"
         metrics += _of_run(run, suffix, declared, ways, tensors)
     return Measured(tuple(metrics), tensors)
+
+
+def _measure_times(
+    project: Project, declared: Declared, name: str, methods: list[Method], device: str, how: How
+) -> Measured:
+    """Times of a method at each budget over those of the uncompressed cache, in turns; tokens are generated."""
+    root = Path() if name in EMBEDDED_MODELS else project.root
+    model, tokenizer, weights = _loaded(root, name, device)
+    text = declared.text, declared.column, declared.window, declared.texts
+    ids = _windows(project.root, root, name, device, *text).input_ids.to(model.device, torch.int64)
+    new = declared.window - declared.prompt
+    prompts = {
+        f"window {place}": Prompt(row[None, : declared.prompt].expand(declared.batch, -1), new)
+        for place, row in enumerate(ids, 1)
+    }
+    names = ["" if made.budget is None else str(made.budget) for made in methods]
+    margin = declared.thresholds.get("latency")
+    times = measure_methods(model, tokenizer, prompts, methods, names, margin, how.on_step)
+    return Measured((fingerprint("weights", weights, of="of the model"), *times.metrics), times.tensors)
 
 
 def _size(made: Method) -> float:
@@ -189,7 +225,8 @@ def _of_run(
             yield tokens(name + suffix, mean, noise, kind=name, threshold=bounds.get(name))
     if "same_top" in declared.metrics:
         share_of = f"of {run.damage.tokens} tokens"
-        yield share(f"same_top{suffix}", run.damage.same_top, share_of, threshold=bounds.get("same_top"))
+        threshold = bounds.get("same_top", max(SAME_TOP, _NEAR_TIE / run.damage.tokens))
+        yield share(f"same_top{suffix}", run.damage.same_top, share_of, threshold=threshold)
     if "counts" in declared.metrics:
         queries = run.per_token.nll[:, :-1].numel() or 1  # those after the prompt; the last one predicts nothing
         seen = round(float(run.tokens_seen.sum()) * queries)

@@ -30,6 +30,7 @@ class How:
     numerics  of batch, order and attend in words: part of the environment
     policy    changes each policy
     model     changes the model
+    way       of a declared case that is known: it is not looked for again
     on_step   is told how much of the measurement is made, from 0 to 1, where that takes long
     """
 
@@ -39,6 +40,7 @@ class How:
     numerics: str = "8 windows at a time, in order; attention in blocks"
     policy: Callable[[Policy], Policy] = field(default=lambda policy: policy)
     model: Callable[[Any], Any] = field(default=lambda model: model)
+    way: str | None = None
     on_step: Callable[[float], None] = field(default=lambda share: None, compare=False)
 
 
@@ -50,7 +52,15 @@ def device_class(device: str) -> str:
 
 
 def environment(device: str, how: How | None = None) -> Environment:
-    """Collect what this process' numbers may depend on besides the code."""
+    """Collect what this process' numbers may depend on besides the code.
+
+    Args:
+        device: cpu, cuda, cuda:1 ...
+        how: the way that a case is run.
+
+    Returns:
+        The device, what limits it, and versions.
+    """
     cuda = torch.device(device).type == "cuda"
     return Environment(
         device=torch.cuda.get_device_name(device) if cuda else _processor(),

@@ -44,7 +44,22 @@ def make(
     environment: Environment,
     provenance: Provenance,
 ) -> Golden:
-    """Make a sealed golden. Raises ValueError, naming the metric, for a value that is not finite."""
+    """Make a sealed golden of what was measured.
+
+    Args:
+        case: its name.
+        device_class: as environment.device_class names it.
+        configuration: of the case, as JSON has it.
+        measured: its metrics and tensors.
+        environment: that it was measured in.
+        provenance: commit, date and runs; the reason comes with the acceptance.
+
+    Returns:
+        The golden; nothing is written.
+
+    Raises:
+        ValueError: a value that is not finite; the message names the metric.
+    """
     for metric in measured.metrics:
         if isinstance(metric.value, float) and not math.isfinite(metric.value):
             raise ValueError(
@@ -71,7 +86,18 @@ def _no_constant(name: str) -> Any:
 
 
 def parse(text: str, name: str) -> Golden:
-    """Read a golden from JSON. Raises Damaged, naming the field, for anything but what `make` and `accept` write."""
+    """Read a golden from JSON.
+
+    Args:
+        text: the JSON.
+        name: what errors call it.
+
+    Returns:
+        The golden.
+
+    Raises:
+        Damaged: anything but what `make` and `accept` write; the message names the field.
+    """
     try:
         fields = json.loads(text, object_pairs_hook=no_field_twice, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -26,6 +26,7 @@ class Noise(Strict):
     typical   of a window's mean absolute difference between environments, nats: the median over windows is gated
     alpha     of the one-sided interval that has to exclude 0
     power     share of the injected changes that the gates caught; None where not measured
+    worst     of any window's mean absolute difference between environments; None where rules.ANY_WINDOW covers it
     """
 
     runs: int
@@ -34,6 +35,7 @@ class Noise(Strict):
     typical: float
     alpha: float
     power: float | None
+    worst: float | None = None
 
 
 class Gate(Strict):

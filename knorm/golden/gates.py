@@ -138,7 +138,15 @@ def _worse(before: Metric, now: Metric, slack: float) -> float:
 
 
 def gate_changes(before: Golden, now: Golden) -> dict[str, str]:
-    """Say of each metric that a candidate lacks, or would judge by other bounds than before, what changes."""
+    """Say which metrics a candidate would judge by other bounds than before.
+
+    Args:
+        before: what was accepted.
+        now: the candidate.
+
+    Returns:
+        Metric -> what changes; "gone" for one that the candidate lacks.
+    """
     changes = {}
     for metric in before.metrics:
         new = now.metric(metric.name)
@@ -155,5 +163,5 @@ def gate_changes(before: Golden, now: Golden) -> dict[str, str]:
 def _bounds(metric: Metric) -> dict[str, Any]:
     """Everything that decides what is accepted later without permission."""
     gate = metric.gate
-    noise = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha"}) if gate.noise else {}
+    noise = gate.noise.model_dump(include={"sigma", "largest", "typical", "alpha", "worst"}) if gate.noise else {}
     return {"rule": gate.rule, "threshold": gate.threshold, "direction": metric.direction, "unit": metric.unit} | noise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import count as numbers
 from typing import Any
@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from knorm.bench.counters import Counters, count
-from knorm.bench.latency import Arm, attending, check_alone
-from knorm.bench.policies import GATED, bench, make_prompts
+from knorm.bench.latency import Arm, Prompt, attending, check_alone
+from knorm.bench.methods import bench_methods
+from knorm.bench.policies import GATED, Bench, bench, make_prompts
 from knorm.golden.format import Measured, Metric
 from knorm.golden.metrics import count as counted
 from knorm.golden.metrics import memory_ratio, time_ratio
+from knorm.methods.method import Method
 from knorm.policy import Policy
 from knorm.statistics import MARGIN
 
@@ -61,20 +63,68 @@ def measure_latency(model: Any, tokenizer: Any, on_step: Callable[[float], None]
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
+    return _ratios([*POLICIES], times, MARGIN[device])
+
+
+def measure_methods(
+    model: Any,
+    tokenizer: Any,
+    prompts: Mapping[str, Prompt],
+    methods: Sequence[Method],
+    names: Sequence[str],
+    margin: float | None = None,
+    on_step: Callable[[float], None] = lambda share: None,
+) -> Measured:
+    """Measure any methods' ratios of TTFT and TPOT to those of the uncompressed cache in the same run.
+
+    Args:
+        model: a causal language model of transformers, on the device to measure.
+        tokenizer: of the model.
+        prompts: what is generated from, by name.
+        methods: each is timed in turns with the uncompressed cache.
+        names: of their metrics.
+        margin: the slowdown, as a share, that the gate lets pass; by default the device's.
+        on_step: as in measure_latency.
+
+    Returns:
+        The ratios, which are gated; each with its blocks' log-ratios, float64 [blocks, 1].
+
+    Raises:
+        ValueError: the device is not this process' alone.
+    """
+    device = model.device.type
+    check_alone(model.device)
+    blocks, done, limit = BLOCKS[device], numbers(1), MARGIN[device] if margin is None else margin
+    times = bench_methods(
+        model, prompts, methods, tokenizer, margin=limit, blocks=blocks, on_block=lambda: on_step(next(done) / blocks)
+    )
+    return _ratios(names, times, limit)
+
+
+def _ratios(names: Sequence[str], times: Bench, margin: float) -> Measured:
     metrics: list[Metric] = []
     tensors: dict[str, np.ndarray[Any, Any]] = {}
-    for name, row in zip(POLICIES, times.rows[1:], strict=True):
+    for name, row in zip(names, times.rows[1:], strict=True):
         for metric in GATED:
-            label = f"{metric}/{name}"
+            label = f"{metric}/{name}" if name else metric
             tensors[label] = np.asarray(row.logs[metric])[:, None]
-            metrics.append(time_ratio(label, float(np.exp(tensors[label].mean())), MARGIN[device]))
+            metrics.append(time_ratio(label, float(np.exp(tensors[label].mean())), margin))
         if row.peak and times.rows[0].peak:
-            metrics.append(memory_ratio(f"peak_memory/{name}", row.peak / times.rows[0].peak, "uncompressed"))
+            label = f"peak_memory/{name}" if name else "peak_memory"
+            metrics.append(memory_ratio(label, row.peak / times.rows[0].peak, "uncompressed"))
     return Measured(tuple(metrics), tensors)
 
 
 def measure_counters(model: Any, tokenizer: Any) -> Measured:
-    """Count tokens, bytes, operators and, on CUDA, kernel launches of the uncompressed cache and each policy."""
+    """Count what the uncompressed cache and each policy do from one prompt.
+
+    Args:
+        model: a causal language model of transformers, on the device to count on.
+        tokenizer: of the model.
+
+    Returns:
+        Tokens, bytes, operators and, on CUDA, kernel launches.
+    """
     (prompt,) = make_prompts(tokenizer, TEXTS[:1], CHARACTERS[:1], (COUNTED_TOKENS,), device=str(model.device)).values()
     metrics: list[Metric] = []
     with attending(model), torch.no_grad():

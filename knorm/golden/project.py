@@ -21,11 +21,12 @@ from knorm.policy import exact_ratio
 
 CONFIG, PYPROJECT = "knorm.toml", "pyproject.toml"
 METRICS = ("nll", "kl", "same_top", "counts", "bytes")
+LATENCY = "latency"  # by a clock, in a case of its own
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MOST_BYTES = 2**20
 _TWICE = re.compile(r"Cannot declare \('?(?:.*'(case|check)', )'([^']*)'\) twice(?: \(at (line \d+))?")
 
-MetricName = Literal["nll", "kl", "same_top", "counts", "bytes"]
+MetricName = Literal["nll", "kl", "same_top", "counts", "bytes", "latency"]
 Device = Literal["cpu", "cuda"]
 
 
@@ -43,9 +44,9 @@ class Declared(BaseModel):
         prompt_length: tokens of the prompt, after which a method acts; by default half a window.
         batch: windows that run at a time.
         how: as `knorm ppl --how`.
-        metrics: which of METRICS are pinned.
+        metrics: which of METRICS are pinned; or "latency" alone: TTFT and TPOT over those of the uncompressed cache.
         thresholds: by metric, in place of the gates' own: nats per token for nll and kl, a share of tokens for
-            same_top, a relative change for counts and bytes.
+            same_top, a relative change for counts and bytes, a slowdown for latency.
         devices: what kinds of device measure the case.
         what: what the case pins, in a few words.
     """
@@ -73,6 +74,16 @@ class Declared(BaseModel):
     def prompt(self) -> int:
         """Return the tokens of the prompt."""
         return self.window // 2 if self.prompt_length is None else self.prompt_length
+
+    @property
+    def timed(self) -> bool:
+        """Tell whether a clock measures the case."""
+        return LATENCY in self.metrics
+
+    @property
+    def texts(self) -> int:
+        """Return how many windows are used: of a case that a clock measures one, if nobody says otherwise."""
+        return 1 if self.timed and "windows" not in self.model_fields_set else self.windows
 
     @field_validator("keep_ratio", mode="before")
     @classmethod
@@ -113,6 +124,13 @@ class Declared(BaseModel):
                 f"prompt_length is {self.prompt}, but should be below window = {self.window}: only tokens after the "
                 "prompt are scored"
             )
+        if self.timed and self.metrics != [LATENCY]:
+            raise ValueError(
+                "metrics has latency, but a clock needs the machine to itself: give it a case of its own, "
+                'metrics = ["latency"]'
+            )
+        if self.timed and self.prompt > self.window - 2:
+            raise ValueError(f"prompt_length is {self.prompt}, but latency needs two tokens after it")
         if unused := [name for name in self.thresholds if name not in self.metrics]:
             raise ValueError(f"thresholds names {unused[0]}, which is not among its metrics")
         return self
@@ -295,7 +313,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{case}{said if said.startswith(key.partition('.')[0]) else f'{key} {said}'}".replace("  ", " ")
         elif one["type"] == "literal_error":
             given = place[-2] if place[-1:] == ["[key]"] else one["input"]
-            near = get_close_matches(str(given), METRICS, 1, 0.5)
+            near = get_close_matches(str(given), [*METRICS, LATENCY], 1, 0.5)
             hint = f": did you mean {near[0]}?" if near else ""
             expected = one["ctx"]["expected"]
             yield f"{case}{place[2] if case else key} has {given!r}, but should have {expected}{hint}"

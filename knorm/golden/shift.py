@@ -16,7 +16,7 @@ class Shift:
     """Hold how token NLLs [windows, tokens] differ from others, in nats.
 
     mean          of all tokens; low, high: its interval at one-sided alpha each, clustered by window
-    absolute      mean absolute difference; typical: its median over windows; worst: of any window
+    absolute      mean absolute difference; typical: its median over windows, the lower of two; worst: of any window
     largest       of any token, and where
     """
 
@@ -45,6 +45,6 @@ def shift_of(measured: np.ndarray[Any, Any], golden: np.ndarray[Any, Any], alpha
     at = tuple(int(i) for i in np.unravel_index(np.abs(difference).argmax(), difference.shape))
     absolute = np.abs(difference).mean(1)
     largest = float(np.abs(difference).max())
-    typical, worst = float(np.median(absolute)), float(absolute.max())
+    typical, worst = float(np.sort(absolute)[(len(absolute) - 1) // 2]), float(absolute.max())
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return Shift(mean, low, high, float(absolute.mean()), typical, worst, largest, at)

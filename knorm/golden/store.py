@@ -64,7 +64,15 @@ def checkout(folder: Path) -> Checkout:
     """Read the state of the checkout that a golden folder lies in.
 
     An exported tree without git (a CUDA runner's) names its commit in KNORM_COMMIT; its code is compared on acceptance.
-    Raises ValueError where neither is there, and where the folder is the checkout itself.
+
+    Args:
+        folder: of goldens.
+
+    Returns:
+        The commit, whether the tree is clean, and the hash of the code.
+
+    Raises:
+        ValueError: neither is there, or the folder is the checkout itself.
     """
     try:
         top = Path(git(folder, "rev-parse", "--show-toplevel")).resolve()
@@ -110,14 +118,15 @@ class Store:
             )
 
     def prepare(self) -> None:
-        """Make the folder, which git is told to ignore candidates in, if it is not there."""
-        if self.folder.is_dir():
+        """Make the folder, which git is told to ignore candidates in, if it is not there or holds no golden yet."""
+        ignored = self.folder / ".gitignore"
+        if self.folder.is_dir() and (ignored.exists() or self.files):
             return
         try:
-            self.folder.mkdir(parents=True)
-            (self.folder / ".gitignore").write_text(_IGNORED, encoding="utf-8")
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make {self.folder}: {error.strerror}") from None
+        _write(ignored, _IGNORED.encode())
 
     @cached_property
     def files(self) -> dict[tuple[str, str], Path]:
@@ -282,7 +291,18 @@ def _state(file: Path) -> tuple[int, int] | None:
 
 
 def read_candidate(file: Path) -> tuple[Golden, Tensors]:
-    """Read a candidate and its tensors. Raises Damaged, in one line, for a file that is none or not whole."""
+    """Read a candidate and its tensors.
+
+    Args:
+        file: a .candidate that `knorm golden record` wrote.
+
+    Returns:
+        The golden that it would become, and its tensors by name.
+
+    Raises:
+        ValueError: there is no such file.
+        Damaged: it is no candidate, or not whole; in one line.
+    """
     if not file.is_file():
         raise ValueError(f"there is no candidate {file}: knorm golden record makes one")
     try:

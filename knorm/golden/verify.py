@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
+from itertools import count
 
 import torch
 
@@ -16,8 +18,11 @@ from knorm.golden.environment import How, device_class, environment
 from knorm.golden.files import make
 from knorm.golden.format import Environment, Golden, Measured, Provenance, Tensors, differences, environment_changes
 from knorm.golden.gates import Finding, Results, gate_changes, judge
+from knorm.golden.noise import Seen, measure_noise, with_gates, with_gates_of
 from knorm.golden.store import Checkout, Store
 from knorm.limits import RUNS
+
+_QUIETER = 10.0  # times: a gate that is so much wider than its method's noise asks for is made anew
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,18 @@ def _told(how: How, on_step: Callable[[float], None], made: int) -> How:
 
 
 def verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> Outcome:
-    """Measure one case and compare it."""
+    """Measure one case and compare it with its golden.
+
+    Args:
+        case: to measure.
+        store: its goldens.
+        device: to measure on.
+        mine: the device's class.
+        how: the way to run it.
+
+    Returns:
+        The outcome; nothing is written.
+    """
     with _threads_of(case, device):
         return _verify_case(case, store, device, mine, how)
 
@@ -113,7 +129,8 @@ def _threads_of(case: Case, device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _environment(case: Case, device: str, how: How | None) -> Environment:
+def environment_of(case: Case, device: str, how: How | None) -> Environment:
+    """Collect what a case's numbers may depend on here, the packages that its method comes from included."""
     if case.environment is not None:
         return case.environment
     here = environment(device, how)
@@ -140,7 +157,7 @@ def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> 
     if changed := differences(golden.configuration, configuration):
         more = f" ({len(changed)} differences)" if changed[1:] else ""
         return Outcome(case.id, mine, "moved", f"its configuration changed: {changed[0]}{more}: record it again")
-    here = _environment(case, device, how)
+    here = environment_of(case, device, how)
     try:
         measured = case.measure(device, how)
     except ValueError as error:
@@ -165,6 +182,15 @@ def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> 
     return Outcome(case.id, mine, "holds", said, findings, seconds)
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Hold what `record` makes: the candidate, what was measured, and the noise that its gates let pass, if it was."""
+
+    golden: Golden
+    measured: Measured
+    seen: Seen | None = None
+
+
 def record(
     case: Case,
     device: str,
@@ -172,10 +198,13 @@ def record(
     runs: int = RUNS,
     how: How | None = None,
     *,
-    unless: tuple[Golden, Tensors] | None = None,
-    on_step: Callable[[float], None] = lambda made: None,
-) -> tuple[Golden, Measured] | None:
+    before: tuple[Golden, Tensors] | None = None,
+    unmoved: bool = False,
+    on_step: Callable[[float], None] = lambda done: None,
+) -> Recorded | None:
     """Measure a case `runs` times, which have to agree, and make a candidate of it. Writes nothing.
+
+    Where its gates are to come from its own noise, it is measured as often as that takes.
 
     Args:
         case: to measure.
@@ -183,8 +212,9 @@ def record(
         now: the checkout that it is measured in.
         runs: at least three.
         how: another way to run it than its own.
-        unless: the golden and its tensors; where one run shows that nothing moved from it, no other run is made.
-        on_step: is told how many runs are made, a part of one included.
+        before: the golden and its tensors, whose gates are kept where they fit the noise.
+        unmoved: make a candidate although one run shows that nothing moved from the golden.
+        on_step: is told how many runs are made, a part of one included; those of the noise come on top.
 
     Returns:
         The candidate and what was measured; None where nothing moved.
@@ -197,7 +227,7 @@ def record(
     if torch.device(device).type not in case.devices:
         raise ValueError(f"{case.id} is measured on {' and '.join(case.devices)} only, not on {device}")
     with _threads_of(case, device):
-        return _record(case, device, now, runs, how or case.how, unless, on_step)
+        return _record(case, device, now, runs, how or case.how, before, unmoved, on_step)
 
 
 def _record(
@@ -206,29 +236,40 @@ def _record(
     now: Checkout,
     runs: int,
     how: How,
-    unless: tuple[Golden, Tensors] | None,
+    before: tuple[Golden, Tensors] | None,
+    unmoved: bool,
     on_step: Callable[[float], None],
-) -> tuple[Golden, Measured] | None:
-    here, mine, configuration = _environment(case, device, how), device_class(device), case.configuration()
+) -> Recorded | None:
+    here, configuration = environment_of(case, device, how), case.configuration()
     date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     provenance = Provenance(
         knorm=__version__, commit=now.commit, clean=now.clean, code=now.code_of(case.sources), date=date, runs=runs,
         reason="",
     )  # fmt: skip
-    first = case.measure(device, _told(how, on_step, 0))
-    golden = make(case.id, mine, configuration, first, here, provenance)
-    if unless and not _differs(unless, (golden, first.tensors)):
+    made = partial(make, case.id, device_class(device), configuration, environment=here, provenance=provenance)
+    plain = first = case.measure(device, _told(how, on_step, 0))
+    same = before[0] if before and before[0].configuration == configuration and case.own_noise else None
+    if same:
+        first = with_gates_of(same, plain)
+    golden = made(measured=first)
+    if before and not unmoved and not _differs(before, (golden, first.tensors)):
         return None
-    for made in range(1, runs):
-        on_step(made)
-        again = case.measure(device, _told(how, on_step, made))
+    for number in range(1, runs):
+        on_step(number)
+        again = case.measure(device, _told(how, on_step, number))
         findings = judge(Results.of(golden, first.tensors), Results(again.metrics, again.tensors, here))
         if moved := [finding for finding in findings if finding.verdict == "moved"]:
             raise ValueError(f"{case.id}: runs disagree, nothing was recorded: {moved[0].metric} {moved[0].evidence}")
         if unsure := [finding for finding in findings if finding.verdict == "inconclusive"]:
             said = f"{unsure[0].metric} {unsure[0].evidence}"
             raise ValueError(f"{case.id}: too noisy to record, nothing was: {said}. Leave the machine to it")
-    return golden, first
+    if not case.own_noise:
+        return Recorded(golden, first)
+    done = count(runs)
+    seen = measure_noise(case.measure, device, how, plain, lambda: on_step(next(done)))
+    noisy = with_gates(plain, seen, case.fixed)
+    noisy = with_gates_of(same, noisy, _QUIETER) if same else noisy
+    return Recorded(made(measured=noisy), noisy, seen)
 
 
 def _differs(old: tuple[Golden, Tensors], new: tuple[Golden, Tensors]) -> bool:
@@ -239,6 +280,14 @@ def _differs(old: tuple[Golden, Tensors], new: tuple[Golden, Tensors]) -> bool:
 
 
 def changes(old: tuple[Golden, Tensors] | None, new: tuple[Golden, Tensors]) -> list[Finding]:
-    """Judge what a candidate would change, metric by metric, as `verify` would; of a new golden everything is new."""
+    """Judge what a candidate would change, metric by metric, as `verify` would.
+
+    Args:
+        old: what was accepted, with its tensors; None of a new golden, in which everything is new.
+        new: the candidate, with its tensors.
+
+    Returns:
+        A finding for each metric.
+    """
     before = Results.of(*old) if old else Results((), {}, new[0].environment)
     return judge(before, Results.of(*new))

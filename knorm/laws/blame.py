@@ -12,7 +12,11 @@ from knorm.paths import PACKAGE
 
 _REFUSING = (ValueError, AssertionError, NotImplementedError)
 _LAWS, _TORCH = PACKAGE / "laws", Path(torch.__file__).parent
-_THEIRS = {_LAWS / "subjects.py", _LAWS / "adapters.py"}  # they run a target's code, and speak for it
+_THEIRS = {
+    _LAWS / "subjects.py",
+    _LAWS / "adapters.py",
+    _LAWS / "ranked.py",
+}  # they run a target's code, and speak for it
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ KVPRESS: Mapping[str, Known] = {  # kvpress 0.5.5, the docstrings of the classes
         "CaM merges their value vectors into sequential neighbors before pruning. A Bernoulli merge mask [...] decides "
         "whether each merge occurs.",
     ),
+    "ChunkKVPress": Known({"granularity": 20}, "Computes global importance scores, then selects tokens chunk by chunk"),
     "CompactorPress": Known(
         {"deterministic": False},
         "Compactor blends: geometry-based outlier scores via (approximate) statistical leverage on key embeddings; and "

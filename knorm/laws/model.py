@@ -42,9 +42,21 @@ def small_model(device: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: Iterable[int], **options: Any) -> Tensor:
-    """Logits of the tokens, fed `sizes` at a time, positions left to the model: [batch, length, vocabulary].
+    """Feed tokens to a model and a cache, positions left to the model.
 
-    Raises Refuted where the cache breaks the model, Refusal where it says why it cannot.
+    Args:
+        model: a causal language model of transformers.
+        ids: int64 [batch, length].
+        cache: what is filled.
+        sizes: tokens of each call; those beyond the text are left out.
+        options: given to each call, cut to its tokens.
+
+    Returns:
+        Logits of all tokens, [batch, length, vocabulary].
+
+    Raises:
+        Refuted: the cache breaks the model.
+        Refusal: the cache says why it cannot.
     """
     parts, start = [], 0
     for size in sizes:
@@ -71,6 +83,14 @@ def steps(prompt: int, length: int, chunk: int) -> list[int]:
     return [prompt, *[chunk] * -(-(length - prompt) // chunk)]
 
 
+def keeps_all(cache: TransformersCache, length: int) -> bool:
+    """Tell whether a cache holds as many slots as it was fed tokens, in every layer; True where it does not say."""
+    return not any(
+        isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.ndim == 4 and keys.shape[2] < length
+        for layer in cache.layers
+    )
+
+
 def gap(first: Tensor, second: Tensor) -> float:
-    """Compute the largest absolute difference; infinite where a number is none."""
+    """Compute the largest absolute difference of two tensors of the same shape; infinite where a number is none."""
     return float((first - second).abs().nan_to_num(torch.inf).amax())

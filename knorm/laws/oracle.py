@@ -67,7 +67,16 @@ def random_score(seed: int, layer: int, head: int, position: int) -> float:
 
 
 def scores_of(keys: Tensor, rules: Rules, layer: int) -> list[list[list[float]]]:
-    """List the scores of keys [batch, kv_heads, T, head_dim], low ones to be kept, by row and head."""
+    """List the scores of keys, low ones to be kept.
+
+    Args:
+        keys: floating [batch, kv_heads, T, head_dim].
+        rules: which score.
+        layer: its index, for the random score.
+
+    Returns:
+        A number for each token, by row and head.
+    """
     batch, heads, length, _ = keys.shape
     if rules.score == "random":
         row = [[random_score(rules.seed, layer, head, s) for s in range(length)] for head in range(heads)]
@@ -90,7 +99,17 @@ class Life(NamedTuple):
 
 
 def live(rules: Rules, scores: Sequence[float], calls: Sequence[int], *, spared: bool = False) -> Life:
-    """Feed tokens in `calls`, and throw out after each what the rules say."""
+    """Feed the tokens of one row and head, and throw out after each call what the rules say.
+
+    Args:
+        rules: of the policy.
+        scores: of each token, low ones to be kept.
+        calls: tokens of each call.
+        spared: True for a layer in which nothing is thrown out.
+
+    Returns:
+        What became of each token.
+    """
     lost, alive, evictions, seen = [sum(calls)] * sum(calls), list[int](), list[int](), 0
     for call, size in enumerate(calls):
         alive += range(seen, seen + size)
@@ -109,7 +128,15 @@ def live(rules: Rules, scores: Sequence[float], calls: Sequence[int], *, spared:
 def attend(query: Tensor, key: Tensor, value: Tensor, lost: Tensor, scale: float) -> Tensor:
     """Attend with query t to key s where s <= t < lost[s]: products, a mask, softmax, products.
 
-    query [batch, heads, T, head_dim]; key, value [batch, kv_heads, T, head_dim]; lost int64 [batch, kv_heads, T].
+    Args:
+        query: [batch, heads, T, head_dim].
+        key: [batch, kv_heads, T, head_dim].
+        value: [batch, kv_heads, T, head_dim].
+        lost: int64 [batch, kv_heads, T], as Life.lost.
+        scale: factor of the products.
+
+    Returns:
+        [batch, heads, T, head_dim].
     """
     group, place = query.shape[1] // key.shape[1], torch.arange(query.shape[2], device=query.device)
     seen = (place <= place[:, None]) & (place[:, None] < lost[:, :, None, :])
@@ -145,7 +172,17 @@ class Truth(NamedTuple):
 
 @torch.no_grad()
 def run(model: PreTrainedModel, ids: Tensor, rules: Rules, calls: Sequence[int]) -> Truth:
-    """Run a model over texts without padding, int64 [batch, T], fed in `calls`: all at once, without a cache."""
+    """Run a model over texts all at once, without a cache, masked as if they were fed in `calls`.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: int64 [batch, T], without padding.
+        rules: of the policy.
+        calls: tokens of each call; their sum is T.
+
+    Returns:
+        Logits, and what became of each token in each layer.
+    """
     lost: list[Tensor] = []
     lives: list[list[list[Life]]] = []
 

@@ -45,16 +45,19 @@ _WEIGHTS = torch.nn.functional.one_hot(_FIELD_OF).float() * (2.0**_BIT_OF)[:, No
 
 
 @lru_cache(maxsize=8)
-def probe(family: str = "llama", attention: str = "sdpa", *, rotary: bool = False) -> PreTrainedModel:
+def probe(
+    family: str = "llama", attention: str = "sdpa", *, rotary: bool = False, dtype: str = "float32"
+) -> PreTrainedModel:
     """Make a probe model, with seeded weights; the same one comes back for the same arguments.
 
     Args:
         family: one of FAMILIES.
         attention: "sdpa" or "eager".
+        dtype: "float32" or "float16".
         rotary: positions turn keys and queries. By default all angles are zero, so that drawn keys stay as drawn.
 
     Returns:
-        A model of 2 layers and 4 heads of 64 in float32, in eval mode.
+        A model of 2 layers and 4 heads of 64, in eval mode.
 
     Example:
         >>> probe("qwen2").config.num_key_value_heads
@@ -69,7 +72,7 @@ def probe(family: str = "llama", attention: str = "sdpa", *, rotary: bool = Fals
             weight.copy_(0.1 * spread if weight.ndim == 2 else weight)
         if not rotary:
             model.base_model.rotary_emb.inv_freq.zero_()
-    result: PreTrainedModel = model
+    result: PreTrainedModel = model.to(getattr(torch, dtype))
     return result
 
 
@@ -139,6 +142,7 @@ class Draws:
             model projects its own.
         given: the same after that norm: what attention is given where nothing was compressed.
         row: the row that stays, while all others are drawn anew; None: none is.
+        noisy: values differ in size by a fifth, so that no channel of them is constant.
         start: position of the first token of the call under way; None: a method calls the model by itself.
         tokens: how many the call feeds, known from its first projection on.
     """
@@ -150,6 +154,7 @@ class Draws:
     scale: float = 1.0
     drawn: bool = True
     row: int | None = None
+    noisy: bool = False
     start: int | None = None
     tokens: int | None = None
     keys: Tensor | None = field(init=False, default=None)
@@ -187,7 +192,10 @@ class Draws:
 
     def tags(self, layer: int, rows: int, count: int) -> Tensor:
         """Return values [rows, kv_heads, count, 64] for the tokens that are projected."""
-        return tagged(rows, kv_heads_of(self.model), layer, self.positions(count))
+        values = tagged(rows, kv_heads_of(self.model), layer, self.positions(count))
+        if self.noisy:
+            values *= 0.8 + 0.4 * torch.rand(values.shape, generator=torch.Generator().manual_seed(layer + count))
+        return values
 
     def drawn_keys(self, layer: int, rows: int, count: int) -> Tensor:
         """Return keys [rows, kv_heads, count, 64] for the tokens that are projected."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from knorm.laws.traits import Traits
 
-Surface = Literal["compressor", "cache", "witness", "nll", "evaluator"]
-Reads = Literal["drawn", "rows", "real"]
+Surface = Literal["compressor", "cache", "witness", "press", "nll", "evaluator"]
+Reads = Literal["drawn", "rows", "real", "half"]
 
 
 class Refuted(AssertionError):
@@ -45,6 +45,10 @@ class Vacuous(Exception):
     """Say that a law does not speak of a case, which then does not count as tried."""
 
 
+class Silent(Vacuous):
+    """Say that the target makes no statement that the law could judge: where it never does, the law does not apply."""
+
+
 class Refusal(Exception):
     """Say that the target declined a case in a sentence of its own: it was not answered, and nothing is refuted."""
 
@@ -76,13 +80,14 @@ class Check:
         function: check_<name>(subject, case), which raises Refuted.
         family: the module in which it stands.
         surface: what it is run on: "compressor", tensors; "cache", a transformers cache of the target's own; "witness",
-            what attention sees of a cache or of a press; "nll", the token NLLs of any of them, or of an evaluator;
-            "evaluator", the token NLLs of an evaluator only.
+            what attention sees of a cache or of a press; "press", of a press only; "nll", the token NLLs of any of
+            them, or of an evaluator; "evaluator", the token NLLs of an evaluator only.
         needs: trait -> the values with which the check applies; empty: it applies to every compressor.
         applies: a further condition, for the few that values do not express.
         exact: True to draw only keys whose norms are exact in every dtype.
         first: makes, from a subject's traits, the cases that are tried before any is drawn.
-        reads: what the witness reads: "drawn" keys, several "rows", or "real" keys that positions turn.
+        reads: what the witness reads: "drawn" keys, several "rows", "real" keys that positions turn, or drawn keys in
+            "half" precision, large ones among them.
         evicts: True for a law that speaks of eviction: a case in which nothing was evicted does not count.
 
     Example:

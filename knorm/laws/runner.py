@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import knorm.laws.catalogue  # noqa: F401  enters every check
 from knorm.laws.adapters import adapt
+from knorm.laws.model import CONFIG
+from knorm.laws.probe import WIDTH
 from knorm.laws.readings import LEAST
 from knorm.laws.registry import CHECKS, Check, Refuted, Untested, find
 from knorm.laws.results import PROFILES, Profile, Result, judged
@@ -25,10 +29,33 @@ def applies(check: Check, subject: Subject) -> bool:
         "compressor": subject.compress is not None and (not subject.has_cache or subject.traits.scores is not None),
         "cache": subject.has_cache,
         "witness": subject.has_cache or subject.method is not None,
+        "press": subject.method is not None,
         "nll": subject.method is None and _has_nll(subject),
         "evaluator": subject.evaluate is not None,
     }
+    models = {"witness": _WITNESS, "press": _WITNESS, "cache": _SMALL, "nll": _SMALL}.get(check.surface)
+    if models and not subject.traits.fits(*models):
+        return False
     return surfaces[check.surface] and not check.missing(subject.traits)
+
+
+_WITNESS, _SMALL = ("float32", WIDTH), ("float64", CONFIG["hidden_size"] // CONFIG["num_attention_heads"])  # of models
+RANDOM = ("repeatable", "sees_again")  # what these refute draws by chance: others that compare runs say nothing more
+
+
+def settled(subject: Subject, result: Result) -> Subject:
+    """Return the subject as the later laws are asked of it: what was seen to act by chance is not compared with itself.
+
+    Args:
+        subject: what is judged.
+        result: of the check that was just tried.
+
+    Returns:
+        The subject, or one that promises not to be deterministic.
+    """
+    if result.check not in RANDOM or result.counterexample is None:
+        return subject
+    return replace(subject, traits=replace(subject.traits, deterministic=False))
 
 
 def _has_nll(subject: Subject) -> bool:
@@ -61,13 +88,15 @@ def run_check(
     """
     begin = time.perf_counter()
     search = Search(check, subject, device)
-    if check.surface == "witness":
+    if check.surface in ("witness", "press"):
         read_cases(search, profile, seed)
     else:
         draw_cases(search, profile, seed)
     worst = search.worst
     fields: dict[str, Any] = {"verdict": "holds"}
-    if search.counted < LEAST:
+    if search.silent > search.tried / 2 and search.counted < LEAST:
+        fields = {"verdict": "does not apply", "reason": "it makes no statement that could be judged"}
+    elif search.counted < LEAST:
         fields = {"verdict": "untested", "reason": search.reason}
     if worst is not None:
         case, error, calls, subject.shows = worst
@@ -127,7 +156,9 @@ def iter_results(
         raise ValueError(f"profile={profile!r}, but should be one of {', '.join(PROFILES)}")
     for check in _chosen(select):
         if applies(check, subject):
-            yield judged(run_check(check, subject, profile=profile, seed=seed, device=device), expected)
+            result = run_check(check, subject, profile=profile, seed=seed, device=device)
+            yield judged(result, expected)
+            subject = settled(subject, result)
         else:
             yield unasked(check, subject)
 
@@ -137,6 +168,7 @@ def unasked(check: Check, subject: Subject) -> Result:
     surface = {
         "cache": "a transformers cache",
         "witness": "a transformers cache or a press",
+        "press": "a press",
         "evaluator": "an evaluator of token NLLs",
     }
     needs = check.missing(subject.traits)
@@ -147,7 +179,7 @@ def unasked(check: Check, subject: Subject) -> Result:
 def check_compressor(
     compressor: Any,
     traits: Traits | Mapping[str, Any] | None = None,
-    expected_failures: Mapping[str, str] | None = None,
+    expected_failures: Expected = None,
     *,
     select: Iterable[str] | None = None,
     profile: Profile = "quick",
@@ -160,7 +192,8 @@ def check_compressor(
         compressor: a callable (keys, values, keep_ratio) -> (keys, values[, mask]), or anything that adapters.adapt
             takes: a class, a transformers cache, a function of one, a kvpress press, an evaluator.
         traits: what it promises (Traits, or a dict); by default its own __knorm_traits__.
-        expected_failures: check -> why it may fail; one that holds is reported.
+        expected_failures: check -> why it may fail, or a function that returns that for the compressor; one that holds
+            is reported.
         select: names of checks or families; by default all.
         profile: "quick" or "thorough".
         seed: the same seed draws the same cases.
@@ -184,7 +217,7 @@ def check_compressor(
     return list(
         iter_results(
             subject,
-            expected_failures=expected_failures,
+            expected_failures=_expected(expected_failures, compressor),
             select=select,
             profile=profile,
             seed=seed,
@@ -222,11 +255,19 @@ def describe(result: Result) -> str:
     return "\n".join([*lines, "", *(f"    {line}" for line in (result.snippet or "").splitlines())])
 
 
+Expected = Mapping[str, str] | Callable[[Any], Mapping[str, str]] | None
+
+
+def _expected(expected: Expected, compressor: Any) -> dict[str, str]:
+    return dict((expected(compressor) if callable(expected) else expected) or {})
+
+
 def parametrize_with_checks(
     compressors: Sequence[Any],
     *,
-    expected_failures: Callable[[Any], Mapping[str, str]] | None = None,
-    expected_untested: Callable[[Any], Mapping[str, str]] | None = None,
+    traits: Traits | Mapping[str, Any] | Callable[[Any], Traits | Mapping[str, Any] | None] | None = None,
+    expected_failures: Expected = None,
+    expected_untested: Expected = None,
     profile: Profile | None = None,
     seed: int | None = None,
 ) -> Any:
@@ -234,8 +275,11 @@ def parametrize_with_checks(
 
     Args:
         compressors: what adapters.adapt takes.
-        expected_failures: returns, for a compressor, check -> why it may fail; marked xfail(strict).
-        expected_untested: returns, for a compressor, check -> why it may be untested; marked xfail, and red if refuted.
+        traits: what they promise (Traits, or a dict), or a function that returns it for a compressor; by default each
+            compressor's own __knorm_traits__.
+        expected_failures: check -> why it may fail, or a function that returns that for a compressor; marked
+            xfail(strict).
+        expected_untested: the same of what may be untested; marked xfail, and red if refuted.
         profile: by default that of --knorm-profile.
         seed: by default that of --knorm-seed.
 
@@ -243,7 +287,8 @@ def parametrize_with_checks(
         The decorator, of a test with the arguments `compressor` and `check`.
 
     Raises:
-        ValueError: an unknown name of a check.
+        ValueError: an unknown name of a check or of a trait.
+        TypeError: a compressor that cannot be adapted.
 
     Example:
         >>> import knorm
@@ -254,13 +299,14 @@ def parametrize_with_checks(
     """
     import pytest
 
-    parameters = []
+    parameters, names = [], Counter[str]()
     for compressor in compressors:
-        subject = adapt(compressor)
-        expected = dict(expected_failures(compressor)) if expected_failures else {}
-        untested = dict(expected_untested(compressor)) if expected_untested else {}
-        for name in (*expected, *untested):
-            find(name)
+        subject = adapt(compressor, traits(compressor) if callable(traits) else traits)
+        names[subject.name] += 1
+        name = subject.name if names[subject.name] == 1 else f"{subject.name}#{names[subject.name]}"
+        expected, untested = _expected(expected_failures, compressor), _expected(expected_untested, compressor)
+        for known in (*expected, *untested):
+            find(known)
         for check in CHECKS.values():
             if applies(check, subject):
                 marks: list[Any] = [pytest.mark.knorm]
@@ -269,7 +315,7 @@ def parametrize_with_checks(
                 if check.name in untested:
                     marks.append(pytest.mark.xfail(strict=False, raises=Untested, reason=untested[check.name]))
                 run = partial(_run_in_pytest, check=check, subject=subject, profile=profile, seed=seed)
-                parameters.append(pytest.param(compressor, run, marks=marks, id=f"{subject.name}-{check.name}"))
+                parameters.append(pytest.param(compressor, run, marks=marks, id=f"{name}-{check.name}"))
     return pytest.mark.parametrize(("compressor", "check"), parameters)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from knorm.laws.model import CONFIG
 from knorm.laws.probe import FAMILIES, HEADS, SIZES
+from knorm.laws.reading import Reading
 from knorm.laws.strategies import Text
 from knorm.laws.subjects import Subject
-from knorm.laws.witness import Reading
 from knorm.methods.presses import acts_while_decoding, lends_tokenizer, reads_delimiter, renumbers, setting
 from knorm.model_attention import cache_keyword
 
@@ -109,6 +109,7 @@ def look(layer, query, key, value, mask):
     sound = (place + inverse == 65535) & (fill == 85) & (value.abs().amin(-1) > 0.5 * value.abs().amax(-1))
     tokens[sound & ~home], tokens[~sound], tokens[(value == 0).all(-1)] = -4, -2, -1  # astray, no token's, empty
     if not REAL:  # a key that the method made itself is seen where its weight is a number
+        key, query = key.float(), query.float()
         own = given[layer].gather(2, (tokens.clamp(min=0) % LENGTH)[..., None].expand_as(key))
         other = torch.nn.functional.cosine_similarity(key, own, dim=-1) < 0.5
         scores = query.reshape(rows, HEADS, -1, queries, 64) @ key[:, :, None].mT / 8
@@ -132,7 +133,10 @@ def positions(count):
 
 
 def values_for(layer, states):
-    return tags(len(states), layer, positions(states.shape[1])).transpose(1, 2)
+    values = tags(len(states), layer, positions(states.shape[1]))
+    if MADE_IN != torch.float32:  # no channel is constant
+        values *= 0.8 + 0.4 * torch.rand(values.shape, generator=torch.Generator().manual_seed(layer + states.shape[1]))
+    return values.transpose(1, 2)
 
 
 def keys_for(layer, states):
@@ -140,17 +144,21 @@ def keys_for(layer, states):
     return keys[layer][rows][:, :, positions(states.shape[1]) % LENGTH].transpose(1, 2)
 """
 _SEPARATE = """\
+def replaced_by(states, layer):
+    return lambda module, inputs, out: states(layer, out).reshape(out.shape).to(out)
+
+
 layers = [layer.self_attn for layer in model.model.layers]
 for layer, module in enumerate(layers):
-    module.v_proj.register_forward_hook(lambda _, __, out, layer=layer: values_for(layer, out).reshape(out.shape))
+    module.v_proj.register_forward_hook(replaced_by(values_for, layer))
     if not REAL:
-        module.k_proj.register_forward_hook(lambda _, __, out, layer=layer: keys_for(layer, out).reshape(out.shape))
+        module.k_proj.register_forward_hook(replaced_by(keys_for, layer))
 """
 _FUSED = """\
 def fused(layer, states):
     query, key, value = states.view(*states.shape[:2], HEADS, 3 * 64).split(64, -1)
     key = key if REAL else keys_for(layer, states)
-    return torch.cat([query, key, values_for(layer, states)], -1).reshape(states.shape)
+    return torch.cat([query, key, values_for(layer, states)], -1).reshape(states.shape).to(states)
 
 
 layers = [layer.attention for layer in model.gpt_neox.layers]
@@ -158,6 +166,7 @@ for layer, module in enumerate(layers):
     module.query_key_value.register_forward_hook(lambda _, __, out, layer=layer: fused(layer, out))
 """
 _DRAW = """\
+model = model.to(MADE_IN)
 if not REAL:
     model.base_model.rotary_emb.inv_freq.zero_()  # drawn keys stay as they are drawn
 
@@ -204,6 +213,7 @@ def read(row=None):
 """
 _READ_PRESS = """\
 def read(row=None):
+    global own
     begin(row)
     own, cache, first = copy.deepcopy(press), DynamicCache(), PROMPT
     with own(model) if PREFILL else contextlib.nullcontext():
@@ -284,7 +294,7 @@ def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
         f"PROMPT, CALLS, ROWS, HEADS, SEED = {reading.prompt}, {list(reading.calls)}, {reading.rows}, {heads}, "
         f"{reading.seed}",
         f"LENGTH, SCALE, REAL = {reading.length + 8}, {reading.scale}, {reading.real}",
-        f"KEEP_RATIO = {reading.keep_ratio}",
+        f"KEEP_RATIO, MADE_IN = {reading.keep_ratio}, torch.{reading.dtype}",
     ]
     opens, read, more = subject.opens, _READ_CACHE, []
     if subject.method is None:

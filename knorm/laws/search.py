@@ -13,12 +13,13 @@ from hypothesis import seed as with_seed
 from hypothesis.errors import UnsatisfiedAssumption
 
 from knorm.laws.blame import is_ours
+from knorm.laws.reading import Reading
 from knorm.laws.readings import LEAST, readings
-from knorm.laws.registry import Check, Malformed, Refusal, Refuted, Unfed, Vacuous
+from knorm.laws.registry import Check, Malformed, Refusal, Refuted, Silent, Unfed, Vacuous
 from knorm.laws.results import Profile
 from knorm.laws.strategies import Cache, Text, caches, texts
 from knorm.laws.subjects import Call, Subject
-from knorm.laws.witness import Reading, Unanswered, Witnessed
+from knorm.laws.witness import Unanswered, Witnessed
 
 _NUMBER = re.compile(r"\d+")  # reasons that differ in numbers alone are one
 MOST_TURNS = 5  # of reading, the later ones of the longer half only, and
@@ -55,12 +56,13 @@ class Search:
         tried: how many cases were drawn until the first one that refutes.
         answered: on how many of them the law had something to say.
         evicted: in how many of those something was evicted.
+        silent: on how many the target made no statement to be judged.
         reasons: why the others were not answered, and how often.
     """
 
     def __init__(self, check: Check, subject: Subject, device: str) -> None:
         self.check, self.subject, self.device = check, subject, device
-        self.tried = self.answered = self.evicted = 0
+        self.tried = self.answered = self.evicted = self.silent = 0
         self.reasons: Counter[str] = Counter()
         self.worst: tuple[Case, Exception, list[Call], str] | None = None
 
@@ -105,7 +107,8 @@ class Search:
             self.check.function(self.subject, case if isinstance(case, Reading) else case.on(self.device))
         except UnsatisfiedAssumption:
             raise
-        except Vacuous:
+        except Vacuous as error:
+            self.silent += isinstance(error, Silent)
             self.reasons["it has nothing to say of them"] += 1
             return False
         except Refusal as refusal:

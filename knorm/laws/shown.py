@@ -123,6 +123,30 @@ plain = model(ids, use_cache=False).logits[:, -logits.shape[1] :]
 print("the logits differ from the plain model's under the same mask by", float((logits - plain).abs().max()))"""
 
 
+REPORTED = """\
+_, _, cache = read()
+print("compression_ratio is", own.compression_ratio, "after a prompt of", PROMPT)
+earlier = [sum(token < PROMPT for token in sees(looks, 1, layer, row, head, 0)) / PROMPT
+           for layer in range(2) for row in range(ROWS) for head in range(HEADS)]
+print("the share of it that later queries do not see is", 1 - sum(earlier) / len(earlier))"""
+
+
+RANKED = """\
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Ranked(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        if name in ("topk", "sort", "argsort", "kthvalue", "argmax", "max") and args[0].isnan().any():
+            print(name, "was given", int(args[0].isnan().sum()), "of", args[0].numel(), "scores that are not numbers")
+        return operation(*args, **(kwargs or {}))
+
+
+with Ranked():
+    read()"""
+
+
 def sees(at: tuple[int, ...], query: int, run: str = "run") -> str:
     """Show the tokens that a query sees; at: call, layer, row, head, query, group; query: its position."""
     return f'print("the query at {query} sees", sees({run}, {", ".join(map(str, at))}))'

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knorm.laws.reading import Reading
 from knorm.laws.registry import Check, find
 from knorm.laws.scripts import program
 from knorm.laws.strategies import Cache, Text
 from knorm.laws.subjects import Call, Subject, takes_layer
 from knorm.laws.traits import METHOD, Traits
-from knorm.laws.witness import Reading
 
 MOST_CALLS, MOST_NUMBERS = 3, 400
 SHOWS = {  # where the numbers retained are not what is wrong
@@ -57,7 +57,7 @@ def snippet(check: Check, subject: Subject, case: Cache | Text | Reading, calls:
         return "\n".join(
             [
                 "from knorm.laws import reproduce",
-                "from knorm.laws.witness import Reading",
+                "from knorm.laws.reading import Reading",
                 subject.code or f"target = ...  # {subject.name}",
                 f'reproduce("{check.name}", target, {_arguments(case)}{_promises(subject)})',
             ]

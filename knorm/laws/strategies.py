@@ -16,7 +16,17 @@ from torch import Tensor
 from knorm.laws.traits import Traits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WIDTH = 4  # of keys and values
+WIDTH = 4  # of keys and values, where a target is made for any
+
+
+def made_for(traits: Traits | None) -> tuple[tuple[torch.dtype, ...], tuple[int, ...]]:
+    """Return the dtypes and the widths of a head that a target is made for."""
+    if traits is None:
+        return DTYPES, (WIDTH,)
+    named = (torch.float32, *DTYPES) if not traits.dtypes else [getattr(torch, name) for name in traits.dtypes]
+    return tuple(dict.fromkeys(named)), traits.head_dim or (WIDTH,)
+
+
 SHORT = (1, 2, 3, 4, 5, 6, 8, 10)
 BORDERS = (7, 9, 15, 16, 17, 31, 32, 33)  # of the chunks that people work in
 AWKWARD = (25, 50, 100)  # the only ones up to 100 with hundredths that ceil(ratio * length) gets wrong
@@ -27,9 +37,9 @@ LONG = (63, 64, 65, 127, 128, 129, 257, 300)
 class Cache:
     """Hold one layer's cache and how much of it to keep.
 
-    keys         [batch, kv_heads, length, 4], small integers times a power of two: where the power is 1, squares and
-                 sums are exact in every dtype
-    values       same shape, tagged: each row is (batch, head, position // 256, position % 256)
+    keys         [batch, kv_heads, length, 4] or wider, small integers times a power of two: where the power is 1,
+                 squares and sums are exact in every dtype
+    values       same shape, tagged: each row begins with (batch, head, position // 256, position % 256)
     keep_ratio   the decimal that it prints as
     """
 
@@ -68,10 +78,22 @@ class Cache:
         return f"{keys} at ratio {self.keep_ratio}"
 
 
-def tagged_values(batch: int, heads: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Values [batch, heads, length, 4] that name their own place, exactly in every floating dtype."""
+def tagged_values(batch: int, heads: int, length: int, dtype: torch.dtype, width: int = WIDTH) -> Tensor:
+    """Make values that name their own place, exactly in every floating dtype.
+
+    Args:
+        batch: rows.
+        heads: key/value heads.
+        length: tokens.
+        dtype: a floating one.
+        width: of a head.
+
+    Returns:
+        [batch, heads, length, width]: row, head, and the token's place in base 256, then zeros.
+    """
     grid = torch.meshgrid(torch.arange(batch), torch.arange(heads), torch.arange(length), indexing="ij")
-    return torch.stack([grid[0], grid[1], grid[2] // 256, grid[2] % 256], dim=-1).to(dtype)
+    tags = torch.stack([grid[0], grid[1], grid[2] // 256, grid[2] % 256], dim=-1)
+    return torch.nn.functional.pad(tags, (0, width - 4)).to(dtype)
 
 
 USUAL = (0.5, 1.0, 0.55, 0.1, 0.25, 0.75, 0.3, 0.7, 0.9, 0.05, 0.95, 0.333, 0.999, 0.001)
@@ -102,11 +124,13 @@ def scales(dtype: torch.dtype) -> tuple[float, ...]:
 @lru_cache(maxsize=64)
 def _sizes(traits: Traits | None, long: bool, small: bool) -> tuple[tuple[int, tuple[float, ...]], ...]:
     """Lengths, short ones often, each with the ratios that a budget covers."""
-    enough = max(traits.prune_after, 2 * traits.protected) if traits else 0
+    enough = max(traits.prune_after, 2 * traits.protected, traits.min_length) if traits else 0
     lengths = [*SHORT * 3, *BORDERS * 2, *AWKWARD * 4, *(LONG * 2 if long else ())]
     lengths += [enough + n for n in (0, 1, 2, 5, 9, 20)] * 3 if enough else []
     if small:
         lengths = [length for length in sorted(set(lengths)) if length <= max(3, enough + 2)]
+    if traits and traits.min_length:
+        lengths = [length for length in lengths if length >= traits.min_length]
     pairs = ((n, tuple(r for r in ratios(n) if traits is None or traits.affords(n, r))) for n in lengths)
     return tuple((length, affordable) for length, affordable in pairs if affordable)
 
@@ -145,13 +169,14 @@ def caches(
     first integers. Keys are four integers of -8 to 8, exact ties abound, and whole rows may be equal; of small caches
     (n, 0, 0, 0). Draws: 2 keys 3, -1; 32 keys of norm 0.
     """
-    pick = _Choices(draw).pick
+    pick, (dtypes, widths) = _Choices(draw).pick, made_for(traits)
     length, affordable = pick(_sizes(traits, long, small))
-    ratio, dtype, style = pick(affordable), pick(DTYPES), pick(STYLES)
+    ratio, dtype, style = pick(affordable), pick(dtypes), pick(STYLES)
+    width = pick(widths) if len(widths) > 1 else widths[0]
     most = (1, 2) if small else (1, 2, 3, 4)
     batch, heads = pick(most), pick(most)
     scale = 1.0 if exact else pick(scales(dtype))
-    keys = torch.zeros(batch, heads, length, WIDTH)
+    keys = torch.zeros(batch, heads, length, width)
     if style != "zeros" and small:
         count = batch * heads * length
         numbers = [NEAR_ZERO[byte % 17] for byte in draw(st.binary(min_size=count, max_size=count))]
@@ -161,7 +186,7 @@ def caches(
         keys += torch.randint(-8, 9, keys.shape, generator=generator)
     if style == "constant blocks":
         keys = keys[:, :, torch.arange(length) // 4 * 4]
-    return Cache((keys * scale).to(dtype), tagged_values(batch, heads, length, dtype), ratio)
+    return Cache((keys * scale).to(dtype), tagged_values(batch, heads, length, dtype, width), ratio)
 
 
 def larger_ratio(keep_ratio: float) -> float:
@@ -175,19 +200,22 @@ AWKWARD_COUNTS = ((5, 0.2), (10, 0.1), (25, 0.28), (100, 0.55), (100, 0.07), (10
 def awkward_counts(traits: Traits) -> Iterator[Cache]:
     """Lengths and ratios whose product binary arithmetic rounds to another count, up, down or by the complement."""
     for length, ratio in AWKWARD_COUNTS:
-        if traits.affords(length, ratio):
-            keys = torch.zeros(1, 1, length, WIDTH)
+        if traits.affords(length, ratio) and length >= traits.min_length:
+            dtypes, widths = made_for(traits)
+            keys = torch.zeros(1, 1, length, widths[0], dtype=dtypes[0])
             keys[..., 0] = torch.arange(length) * 7 % 11
-            yield Cache(keys, tagged_values(1, 1, length, keys.dtype), ratio)
+            yield Cache(keys, tagged_values(1, 1, length, keys.dtype, widths[0]), ratio)
 
 
 def beyond_a_byte(traits: Traits) -> Iterator[Cache]:
     """More positions than uint8, or the integers that bfloat16 holds without gaps, can tell apart; nearly all stay."""
-    length, ratio = max(300, traits.prune_after), 0.95
+    length, ratio = max(300, traits.prune_after, traits.min_length), 0.95
+    dtypes, widths = made_for(traits)
     if traits.affords(length, ratio):
-        keys = torch.zeros(1, 1, length, WIDTH, dtype=torch.bfloat16)
+        dtype = torch.bfloat16 if torch.bfloat16 in dtypes else dtypes[0]
+        keys = torch.zeros(1, 1, length, widths[0], dtype=dtype)
         keys[..., 0] = torch.arange(length) % 7
-        yield Cache(keys, tagged_values(1, 1, length, keys.dtype), ratio)
+        yield Cache(keys, tagged_values(1, 1, length, keys.dtype, widths[0]), ratio)
 
 
 @dataclass(frozen=True)
@@ -233,7 +261,8 @@ def texts(draw: Any, traits: Traits | None = None) -> Text:
     """
     pick = _Choices(draw).pick
     # Where prune_after is beyond the small model's texts, nothing is evicted in any of them.
-    reached = traits.prune_after if traits and traits.prune_after <= 40 else 0
+    bounds = (traits.prune_after, traits.min_length) if traits else ()
+    reached = max((bound for bound in bounds if bound <= 40), default=0)
     least = max(3, traits.protected + 2 if traits else 0, reached)
     prompt, later, batch = least + pick(range(10)), 1 + pick(range(8)), 1 + pick(range(3))
     ratio = pick([r for r in (0.5, 0.75, 0.3) if traits is None or traits.affords(prompt, r)] or [1.0])
@@ -245,6 +274,13 @@ def texts(draw: Any, traits: Traits | None = None) -> Text:
 
 
 def distinct(ids: Tensor) -> Tensor:
-    """Draw tokens of which none stands twice in a row of up to 96: of two alike, either may be evicted."""
+    """Draw tokens of which none stands twice in a row of up to 96: of two alike, either may be evicted.
+
+    Args:
+        ids: int64 [batch, T], looked at for its shape and device.
+
+    Returns:
+        int64 [batch, T].
+    """
     places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
     return places * 7 % (VOCABULARY - 1) + 1

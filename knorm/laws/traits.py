@@ -20,6 +20,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "acts": ("prefill", "streaming", None),
     "positions": ("kept", "renumbered"),
 }
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def exact_share(length: int, keep_ratio: Ratio) -> Fraction:
@@ -69,6 +70,9 @@ class Traits:
         lossy: keys and values are rounded: how far, relative to the largest number of each.
         evicts: tokens become fewer; False for what makes them smaller.
         empty: a cache without tokens is refused, "raise"; None for no promise.
+        min_length: shorter prompts and caches are refused or left alone: they are not tried.
+        dtypes: "float16", "bfloat16", "float32" or "float64", those that it is made for; none for all.
+        head_dim: widths of a head that it is made for, 4 or more; none for any.
 
     Raises:
         ValueError: a value that a trait does not have.
@@ -99,6 +103,9 @@ class Traits:
     lossy: float = 0.0
     evicts: bool = True
     empty: str | None = None
+    min_length: int = 0
+    dtypes: tuple[str, ...] = ()
+    head_dim: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -111,11 +118,25 @@ class Traits:
                 fits, should = type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"
             elif isinstance(default, int):
                 fits, should = type(value) is int and value >= 0, "an integer of at least 0"
+            elif field.name == "dtypes":
+                fits, should = isinstance(value, tuple) and {*value} <= {*_DTYPES}, f"of {', '.join(_DTYPES)}"
             else:
-                fits = isinstance(value, tuple) and all(type(x) is int and x >= 0 for x in value)
-                should = "layer indices"
+                least, should = (4, "widths from 4 up") if field.name == "head_dim" else (0, "layer indices")
+                fits = isinstance(value, tuple) and all(type(x) is int and x >= least for x in value)
             if not fits:
                 raise ValueError(f"trait {field.name}={value!r}, but should be {should}")
+
+    def fits(self, dtype: str, head_dim: int) -> bool:
+        """Tell whether it is made for a dtype and a width of a head.
+
+        Args:
+            dtype: its name.
+            head_dim: the width.
+
+        Returns:
+            True where it is made for both.
+        """
+        return (not self.dtypes or dtype in self.dtypes) and (not self.head_dim or head_dim in self.head_dim)
 
     @property
     def protected(self) -> int:
@@ -191,8 +212,7 @@ def traits_of(target: object, given: Traits | Mapping[str, Any] | None = None, b
     for name in named:
         if name not in known:
             raise ValueError(f"no trait is named {name!r}; there are {', '.join(sorted(known))}")
-    if isinstance(named.get("skip_layers"), list):
-        named["skip_layers"] = tuple(named["skip_layers"])
+    named |= {name: tuple(value) for name, value in named.items() if isinstance(value, list)}
     return replace(own if isinstance(own, Traits) else base or Traits(), **named)
 
 
@@ -218,8 +238,8 @@ def parse_trait(text: str) -> tuple[str, Any]:
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return name, words[value.lower()]
-    if name == "skip_layers":
-        return name, tuple(int(x) if x.strip().isdecimal() else x for x in value.split(",") if x)
+    if name in ("skip_layers", "head_dim", "dtypes"):
+        return name, tuple(int(x) if x.strip().isdecimal() else x.strip() for x in value.split(",") if x)
     if name == "lossy" and re.fullmatch(r"\d*\.?\d+", value):
         return name, float(value)
     return name, int(value) if value.isdecimal() else value

@@ -7,7 +7,7 @@ sees, in the order of their slots, and whether their keys and values are those t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from knorm.laws.blame import is_ours, is_refusal
 from knorm.laws.probe import (
     FOREIGN,
-    VOCABULARY,
     Draws,
     attention_modules,
     kv_heads_of,
@@ -27,6 +26,8 @@ from knorm.laws.probe import (
     projected,
     read_tags,
 )
+from knorm.laws.ranked import Ranked
+from knorm.laws.reading import Reading
 from knorm.laws.registry import Malformed, Refusal
 from knorm.laws.subjects import Subject, in_words
 from knorm.methods.caches import tensors_of
@@ -39,73 +40,6 @@ IN_WORDS = {
     STRANGE: "a token of a call that the method made by itself",
     ASTRAY: "a token of another row, head or layer",
 }
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Say what is read: a prompt, then calls of given sizes.
-
-    Attributes:
-        prompt: tokens of the first call.
-        calls: tokens of each later call.
-        keep_ratio: as for a compressor; a method with a budget of its own is given none.
-        rows: of the batch.
-        seed: of the tokens and of the drawn keys.
-        family: architecture of the probe, one of probe.FAMILIES.
-        scale: of the drawn keys.
-        real: keys are those that the model makes of the tokens, and positions turn them.
-        row: the row that stays, while all others are drawn anew; None: none is.
-    """
-
-    prompt: int
-    calls: tuple[int, ...]
-    keep_ratio: float = 0.5
-    rows: int = 1
-    seed: int = 0
-    family: str = "llama"
-    scale: float = 1.0
-    real: bool = False
-    row: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Count the tokens in all."""
-        return self.prompt + sum(self.calls)
-
-    @property
-    def input_ids(self) -> Tensor:
-        """Draw the tokens, int64 [rows, length]."""
-        ids = self._tokens(self.seed)
-        if self.row is None:
-            return ids
-        others = self._tokens(self.seed + 1)
-        others[self.row] = ids[self.row]
-        return others
-
-    def _tokens(self, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(1, VOCABULARY - 1, (self.rows, self.length), generator=generator)
-
-    def __repr__(self) -> str:
-        sizes = [*map(str, self.calls)]
-        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        rows += "" if self.row is None else f", all but row {self.row} drawn anew"
-        drawn = "its own keys" if self.real else "drawn keys" + f" times {self.scale:g}" * (self.scale != 1)
-        return (
-            f"a prompt of {self.prompt} tokens, then calls of {_runs(sizes)}, in {rows}, at ratio {self.keep_ratio}, "
-            f"on a {self.family} with {drawn}, seed {self.seed}"
-        )
-
-
-def _runs(sizes: list[str]) -> str:
-    """1, 1, 1, 2 -> 3 x 1, 2."""
-    parts: list[tuple[str, int]] = []
-    for size in sizes:
-        if parts and parts[-1][0] == size:
-            parts[-1] = (size, parts[-1][1] + 1)
-        else:
-            parts.append((size, 1))
-    return ", ".join(size if count == 1 else f"{count} x {size}" for size, count in parts)
 
 
 @dataclass
@@ -153,7 +87,10 @@ class Witnessed:
         reading: what was read.
         looks: a Look for each call and layer.
         logits: float [rows, length, vocabulary]; of the prompt, the last token's.
-        length: tokens that were fed, which a method may have added to.
+        prompt: tokens of the prompt as it was read: a method may have added to it.
+        reported: the compression_ratio that a press has after the prompt; None for what has none.
+        length: tokens that were fed in all.
+        ranked: what was ranked in a reading in half precision; None in another.
         bytes_held: memory that the cache keeps alive after the prompt.
     """
 
@@ -161,6 +98,9 @@ class Witnessed:
     looks: list[Look] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     length: int = 0
+    prompt: int = 0
+    reported: float | None = None
+    ranked: Ranked | None = None
     bytes_held: int = 0
 
     @property
@@ -296,7 +236,7 @@ def witness(subject: Subject, reading: Reading) -> Witnessed:
     Whatever the subject raises is raised as it is.
     """
     attention = "eager" if subject.eager else "sdpa"
-    model = probe(reading.family, attention, rotary=reading.real)
+    model = probe(reading.family, attention, rotary=reading.real, dtype=reading.dtype)
     draws = Draws(
         model,
         reading.rows,
@@ -305,12 +245,21 @@ def witness(subject: Subject, reading: Reading) -> Witnessed:
         reading.scale,
         drawn=not reading.real,
         row=reading.row,
+        noisy=reading.dtype != "float32",  # where what is ranked matters, no value may be constant
     )
     run = Witnessed(reading)
     recorder = _Recorder(model, draws, run)
     torch.manual_seed(reading.seed)
-    with torch.no_grad(), projected(draws), observed(model, recorder), _opened(subject, model, reading) as method:
+    half = reading.dtype != "float32"  # what is ranked matters there, and watching takes time
+    with (
+        Ranked() if half else nullcontext() as ranked,
+        torch.no_grad(),
+        projected(draws),
+        observed(model, recorder),
+        _opened(subject, model, reading) as method,
+    ):
         _read(model, method, reading, draws, recorder)
+    run.ranked = ranked
     return run
 
 
@@ -320,9 +269,10 @@ def _read(model: PreTrainedModel, method: Opened, reading: Reading, draws: Draws
     given = method.prompt(ids[:, : reading.prompt], places[:, : reading.prompt])
     draws.begin(0)
     run.logits.append(model(**given, use_cache=True, **{keyword: method.cache}).logits[:, -1:])
-    run.length = draws.tokens or reading.prompt
+    run.length = run.prompt = draws.tokens or reading.prompt
     draws.end()
     shift, start = method.end_prompt() - run.length, reading.prompt
+    run.reported = _reported(method)
     run.bytes_held = held_bytes(method.cache)
     for call, size in enumerate(reading.calls, start=1):
         stop = start + size
@@ -334,6 +284,18 @@ def _read(model: PreTrainedModel, method: Opened, reading: Reading, draws: Draws
         draws.end()
         run.logits.append(out.logits)
         start, run.length = stop, run.length + size
+
+
+def _reported(method: Opened) -> float | None:
+    """Return the share that a press says it removed; None for a press that says nothing, or not yet."""
+    try:
+        press, layers = method.press, len(method.cache.layers)  # type: ignore[attr-defined]
+        if len(getattr(press, "compression_ratios", ())) > layers:
+            return None  # it counts layers that this model does not have
+        ratio = press.compression_ratio
+    except Exception:  # whatever a property raises
+        return None
+    return float(ratio) if isinstance(ratio, int | float) else None
 
 
 def held_bytes(cache: Any) -> int:

@@ -69,7 +69,16 @@ class Budget:
 
 
 def budget_argument(name: str | None, budget: Budget, length: int) -> Any:
-    """Return what a parameter of that name is given for a cache of `length` tokens."""
+    """Say a budget as a parameter takes it.
+
+    Args:
+        name: of the parameter.
+        budget: to be kept.
+        length: tokens of the cache.
+
+    Returns:
+        A number of tokens, the share that is removed, or the share that is kept, by the name.
+    """
     if name in TOKENS:
         return budget.keep_tokens or math.ceil(budget.ratio(length) * length)
     return budget.removed(length) if name == "compression_ratio" else float(budget.ratio(length))

@@ -90,7 +90,14 @@ def stored_bytes(cache: Any) -> int:
 
 
 def tensors_of(cache: Any) -> Iterator[Tensor]:
-    """Generate all tensors that a cache reaches, each once; modules and functions are not followed."""
+    """Generate all tensors that a cache reaches, each once; modules and functions are not followed.
+
+    Args:
+        cache: any object.
+
+    Yields:
+        Tensors of any shape.
+    """
     todo, done = [cache], set()
     while todo:
         value = todo.pop()

@@ -132,10 +132,19 @@ def _made(press: type, budget: Budget | None, options: dict[str, Any]) -> Any:
 
 
 def setting(name: str, press: Any, budget: Budget, length: int) -> tuple[str, float]:
-    """Return the attribute that holds a press' budget, and its value for a prompt of `length` tokens.
+    """Find how a press is given a budget.
+
+    Args:
+        name: what errors call the press.
+        press: to be set.
+        budget: to be kept.
+        length: tokens of the prompt.
+
+    Returns:
+        The attribute that holds the budget, and its value.
 
     Raises:
-        TakesNoBudget: one of the other kind, or any at all.
+        TakesNoBudget: the press takes one of the other kind, or none at all.
     """
     if "CompressionRatioDecodingPress" in _bases(press):
         if budget.keep_ratio is None:

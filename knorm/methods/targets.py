@@ -254,10 +254,16 @@ def _named(where: str, path: str, module: ModuleType) -> Any:
 
 
 def expanded(spec: str) -> list[str]:
-    """Return the targets that "kvpress:*" or "transformers:*" stands for; any other target alone.
+    """List what a target stands for.
+
+    Args:
+        spec: as on the command line.
+
+    Returns:
+        All that the package ships for "kvpress:*" or "transformers:*"; any other target alone.
 
     Raises:
-        ValueError: where the package is not installed.
+        ValueError: the package is not installed, or * stands for another's.
     """
     where, _, name = spec.partition(":")
     if name != "*":

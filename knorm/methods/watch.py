@@ -68,7 +68,15 @@ class Seen:
 
 
 def masked_heads(module: nn.Module, key: Tensor) -> Tensor | None:
-    """Return what kvpress' own attention reads: False where `module.masked_key_indices` hides a slot from a head."""
+    """Return what kvpress' own attention reads.
+
+    Args:
+        module: an attention module, whose `masked_key_indices`, if any, hide slots from heads.
+        key: [batch, kv_heads, slots, head_dim].
+
+    Returns:
+        Boolean [batch, kv_heads, slots], False where a slot is hidden from a head; None where nothing is.
+    """
     indices = getattr(module, "masked_key_indices", None)
     if indices is None:
         return None
@@ -138,7 +146,8 @@ def fitted(
         always: make a mask even where PyTorch's own causal rule would do.
 
     Returns:
-        None where PyTorch's own causal rule, or no mask at all, is right; otherwise a mask, boolean or to be added.
+        None where PyTorch's own causal rule, or no mask at all, is right; otherwise a mask, boolean or to be added,
+        [batch or 1, heads or 1, queries, slots].
     """
     queries, slots = query.shape[2], key.shape[2]
     first = slots - queries if first is None else first

@@ -3,7 +3,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,9 +18,11 @@ from knorm.evaluation import runner
 from knorm.evaluation.curve import measure_row
 from knorm.evaluation.runner import Runner
 from knorm.evaluation.windows import cut_windows
+from knorm.golden import verify as golden_verify
 from knorm.golden.cases import CASES
 from knorm.laws import CHECKS, KNORM, Subject
 from knorm.laws.runner import applies
+from knorm.laws.search import EFFORT
 from knorm.models import load_text
 
 STORY = load_text("encyclopedia")[:800]
@@ -199,8 +201,32 @@ def test_json_is_strict_where_a_column_has_no_number(run_knorm):
     assert strict_json("out.json")["rows"][0]["recent"] is None
 
 
-def test_verify_gives_a_verdict_for_every_claim_and_all_hold(run_knorm, monkeypatch):
-    monkeypatch.setattr(verify, "verify", partial(verify.verify, windows=2, length=256))  # .ci/run does it in full
+def abridged(monkeypatch):
+    """Leave the main job little to do; what is left out has tests of its own."""
+
+    def judged(*_):
+        """It holds."""
+        return "as said"
+
+    monkeypatch.setattr(verify, "OWN", verify.OWN[:1])
+    monkeypatch.setattr(verify.own, "check_runs", judged)
+    monkeypatch.setattr(verify.own_cache, "check_generation", judged)
+    monkeypatch.setattr(verify.own_cache, "cache_results", lambda: iter(()))
+    monkeypatch.setattr(golden_verify, "verify_goldens", partial(golden_verify.verify_goldens, cases=["selections"]))
+    agreement = verify.agreement
+    monkeypatch.setattr(
+        verify, "agreement", lambda model, ids, *given, **more: agreement(model, ids[:1, :130], *given, **more)
+    )
+    quick = {slow: replace(effort, examples=effort.examples // 3) for slow, effort in EFFORT["quick"].items()}
+    monkeypatch.setitem(EFFORT, "quick", quick)
+
+
+@pytest.mark.parametrize("whole", [pytest.param(True, marks=pytest.mark.processes), False])
+def test_verify_gives_a_verdict_for_every_claim_and_all_hold(run_knorm, monkeypatch, whole):
+    windows, length = (2, 256) if whole else (1, 160)  # .ci/run does it in full
+    monkeypatch.setattr(verify, "verify", partial(verify.verify, windows=windows, length=length))
+    if not whole:
+        abridged(monkeypatch)
     code, out, err = run_knorm("verify", "--json", "out.json")
     verdicts = strict_json("out.json")["verdicts"]
     said = " ".join(out.split())
@@ -215,6 +241,7 @@ def test_verify_gives_a_verdict_for_every_claim_and_all_hold(run_knorm, monkeypa
     assert out.splitlines()[-1].startswith(f"{heads.count('holds')} hold, 0 refuted, in ")
     claims = " ".join(verdict["claim"] for verdict in verdicts)
     ordinary = [case for case in CASES.values() if "cpu" in case.devices and not case.optional]
+    ordinary = ordinary if whole else [CASES["selections"]]
     assert all(f"Nothing moved in {case.id}: {case.what}." in claims for case in ordinary)
     core = Subject("knorm.compress", KNORM, compress)
     assert all(check.law in claims for check in CHECKS.values() if applies(check, core))

@@ -527,8 +527,8 @@ def test_an_optional_case_without_golden_or_weights_is_not_compared_and_says_wha
     (outcome,) = verify_goldens(store, ["extra"])
     assert (outcome.verdict, outcome.failed) == ("not compared", False)
     assert "knorm golden record extra --device cpu" in outcome.evidence
-    made, measured = record(few["extra"], "cpu", HERE)
-    accept(store, made, measured.tensors)
+    made = record(few["extra"], "cpu", HERE)
+    accept(store, made.golden, made.measured.tensors)
     assert next(verify_goldens(store, ["extra"])).verdict == "holds"
     few["extra"] = replace(few["extra"], measure=fetch)
     (outcome,) = verify_goldens(store, ["extra"])
@@ -559,8 +559,8 @@ def timed(shift=0.0, noise=1.0):
 def test_a_ratio_of_times_moves_where_it_is_shown_to_have_risen(few, tmp_path):
     few["timed"] = timed(0.2)
     store = Store(tmp_path)
-    made, measured = record(few["timed"], "cpu", HERE)
-    accept(store, made, measured.tensors)
+    made = record(few["timed"], "cpu", HERE)
+    accept(store, made.golden, made.measured.tensors)
     verdicts = {}
     for shift, noise in ((0.2, 1.0), (0.21, 1.0), (0.1, 1.0), (0.35, 1.0), (0.2, 40.0)):
         few["timed"] = timed(shift, noise)
@@ -575,8 +575,8 @@ def test_a_ratio_of_times_moves_where_it_is_shown_to_have_risen(few, tmp_path):
 def test_times_of_another_environment_are_shown(few, tmp_path, monkeypatch):
     few["timed"] = timed(0.2)
     store = Store(tmp_path)
-    made, measured = record(few["timed"], "cpu", HERE)
-    accept(store, made, measured.tensors)
+    made = record(few["timed"], "cpu", HERE)
+    accept(store, made.golden, made.measured.tensors)
     few["timed"] = timed(0.9)
     monkeypatch.setattr(environments, "_processor", lambda: "another")
     (outcome,) = verify_goldens(store, ["timed"])
@@ -618,8 +618,7 @@ def test_operators_are_gated_with_the_versions_they_were_counted_with(few, tmp_p
 
     few["counted"] = counted(7)
     store = Store(tmp_path)
-    made, _ = record(few["counted"], "cpu", HERE)
-    accept(store, made, {})
+    accept(store, record(few["counted"], "cpu", HERE).golden, {})
     few["counted"] = counted(8)
     monkeypatch.setattr(environments, "_processor", lambda: "another")
     assert next(verify_goldens(store, ["counted"])).verdict == "moved"

@@ -44,7 +44,7 @@ def example(rule, change):
         return metric(rule, float(np.exp(blocks.mean())), "ratio", gate, "lower"), {rule: blocks}
     if rule == "at_most":
         return metric(rule, 1.5 + 0.2 * step, "ratio", gate, "lower"), {}
-    return metric(rule, 100 + step, "count", Gate(rule=rule), "lower"), {}
+    return metric(rule, 100 + step, "count", Gate(rule=rule, threshold=0.002), "lower"), {}
 
 
 def results(change, environment=HERE, rules=tuple(RULES)):
@@ -64,6 +64,7 @@ EXPECTED = {
     "same_environment": {"same": ANY, "versions": SHOWN, "elsewhere": SHOWN},
     "same_versions": {"same": ANY, "versions": ANY, "elsewhere": SHOWN},
     "tokens": {"same": ANY, "versions": ANY, "elsewhere": ANY},
+    "exact_here": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "within": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "near": {"same": ANY, "versions": ANY, "elsewhere": ANY},
     "close": {"same": ANY, "versions": ANY, "elsewhere": ANY},

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import IN_FULL
 from filelock import FileLock
 from goldens import CLEAN, NLL, accept, candidate, measured
 
@@ -19,16 +21,37 @@ from knorm.golden.approval import approve
 from knorm.golden.files import Damaged, parse
 from knorm.golden.format import Measured
 from knorm.golden.store import Checkout, Store, checkout, hash_of_code, read_candidate
+from knorm.golden.workspace import find_workspace
+
+
+def started(kind, tmp_path):
+    """A folder with one accepted golden, knorm's or one that a project declares."""
+    if kind == "a project's":
+        (tmp_path / "knorm.toml").write_text('golden_dir = "pins/golden"\n[case.streaming]\ntarget = "knorm"\n')
+        store = find_workspace(start=tmp_path).store
+        store.prepare()
+    else:
+        folder = tmp_path / "golden"
+        folder.mkdir()
+        store = Store(folder)
+    accept(store, candidate(), reason="the first")
+    return store
 
 
 @pytest.fixture
 def store(tmp_path):
-    """A folder with one accepted golden."""
-    folder = tmp_path / "golden"
-    folder.mkdir()
-    store = Store(folder)
-    accept(store, candidate(), reason="the first")
-    return store
+    return started("knorm's", tmp_path)
+
+
+@pytest.fixture(params=["knorm's", "a project's"])
+def any_store(request, tmp_path):
+    return started(request.param, tmp_path)
+
+
+@pytest.fixture(params=["knorm's", pytest.param("a project's", marks=pytest.mark.processes)])
+def slow_store(request, tmp_path):
+    """As any_store, of which the quick run has one."""
+    return started(request.param, tmp_path)
 
 
 def contents(folder):
@@ -331,37 +354,73 @@ def killed(line, action):
         return None if killed else int(said.read())
 
 
-def test_record_and_accept_killed_at_200_points_leave_the_old_golden_or_the_new(store):
+def test_record_and_accept_killed_at_many_points_leave_the_old_golden_or_the_new(slow_store):
+    points = 104 if IN_FULL else 30  # of each
     better = measured(NLL - np.float32(0.5), ratio=1.4)
     made = candidate(better)
-    (approved,) = approve(store, [(made, better.tensors)], "better", now=CLEAN)
-    old, kills, new = goldens(store.folder), 0, 0
+    (approved,) = approve(slow_store, [(made, better.tensors)], "better", now=CLEAN)
+    old, kills, new = goldens(slow_store.folder), 0, 0
 
     def restored():
-        for path in store.folder.rglob("*"):
+        for path in slow_store.folder.rglob("*"):
             if path.is_file():
                 path.unlink()
         for name, data in old.items():
-            (store.folder / name).write_bytes(data)
+            (slow_store.folder / name).write_bytes(data)
 
     for action in (
-        lambda: store.write_candidate(made, better.tensors),
-        lambda: accept(store, made, better.tensors, "better"),
+        lambda: slow_store.write_candidate(made, better.tensors),
+        lambda: accept(slow_store, made, better.tensors, "better"),
     ):
         lines = killed(-1, action)
         restored()
-        for line in np.linspace(1, lines, 104).astype(int).tolist():
+        for line in np.linspace(1, lines, points).astype(int).tolist():
             kills += killed(line, action) is None  # a run or two may be shorter than the first by a line or two
-            golden, tensors = Store(store.folder).read("streaming", "cpu-x86_64")  # whole, whichever it is
+            golden, tensors = Store(slow_store.folder).read("streaming", "cpu-x86_64")  # whole, whichever it is
             if golden.provenance.reason == "better":
                 new += 1
                 assert golden == approved
                 assert np.array_equal(tensors["nll/0.5"], NLL - np.float32(0.5))
             else:
-                assert old.items() <= contents(store.folder).items(), "byte-identical"
+                assert old.items() <= contents(slow_store.folder).items(), "byte-identical"
             restored()
-    assert kills >= 200
+    assert kills >= 2 * points - 8
     assert new >= 1, "some kills came after the golden changed"
+
+
+def test_a_project_whose_folder_was_made_when_it_was_killed_still_ignores_candidates(tmp_path):
+    (tmp_path / "knorm.toml").write_text('[case.streaming]\ntarget = "knorm"\n')
+    made = measured()
+
+    def start():
+        store = find_workspace(start=tmp_path).store
+        store.prepare()
+        store.write_candidate(candidate(made), made.tensors)
+
+    kills, lines = 0, killed(-1, start)
+    for line in range(1, lines, max(1, lines // 40)):
+        shutil.rmtree(tmp_path / "golden", ignore_errors=True)
+        kills += killed(line, start) is None
+        start()
+        assert (tmp_path / "golden" / ".gitignore").read_text() == "*.candidate\n.lock\n.*.tmp\n"
+        assert read_candidate(*find_workspace(start=tmp_path).store.candidates())[0].case == "streaming"
+    assert kills >= 30
+
+
+def test_a_disk_without_room_for_a_projects_first_golden_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "knorm.toml").write_text('[case.streaming]\ntarget = "knorm"\n')
+    store = find_workspace(start=tmp_path).store
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for owner, name, words in ((Path, "mkdir", r"cannot make .*golden"), (os, "fsync", r"cannot write .*gitignore")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(ValueError, match=f"{words}: No space left"):
+                store.prepare()
+    store.prepare()
+    assert (store.folder / ".gitignore").exists()
 
 
 def test_the_next_acceptance_removes_what_an_interrupted_one_left_and_nothing_else(store):
@@ -404,27 +463,27 @@ def _accept_many(folder, letter):
         accept(store, candidate(measured(seen=ord(letter))), reason=letter)
 
 
-def test_two_processes_at_once_write_one_after_the_other(store):
+def test_two_processes_at_once_write_one_after_the_other(slow_store):
     context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_accept_many, args=(store.folder, letter)) for letter in "ab"]
+    both = [context.Process(target=_accept_many, args=(slow_store.folder, letter)) for letter in "ab"]
     for process in both:
         process.start()
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    golden, _ = Store(store.folder).read("streaming", "cpu-x86_64")
+    golden, _ = Store(slow_store.folder).read("streaming", "cpu-x86_64")
     assert golden.metric("seen/0.5").value == ord(golden.provenance.reason)
 
 
-def test_a_lock_that_is_held_is_named(store, monkeypatch):
+def test_a_lock_that_is_held_is_named(any_store, monkeypatch):
     monkeypatch.setattr(module, "_LOCK_SECONDS", 0.05)
-    before = goldens(store.folder)
+    before = goldens(any_store.folder)
     with (
-        FileLock(store.folder / ".lock"),
+        FileLock(any_store.folder / ".lock"),
         pytest.raises(ValueError, match=r"another `knorm golden` has been writing to"),
     ):
-        store.write_candidate(candidate(), {"nll/0.5": NLL})
-    assert goldens(store.folder) == before
+        any_store.write_candidate(candidate(), {"nll/0.5": NLL})
+    assert goldens(any_store.folder) == before
 
 
 @pytest.mark.parametrize(
@@ -435,8 +494,8 @@ def test_a_lock_that_is_held_is_named(store, monkeypatch):
         (errno.EACCES, "Permission denied"),
     ],
 )
-def test_a_full_disk_or_a_read_only_folder_is_one_line_and_changes_nothing(store, monkeypatch, number, words):
-    before = contents(store.folder)
+def test_a_full_disk_or_a_read_only_folder_is_one_line_and_changes_nothing(any_store, monkeypatch, number, words):
+    before = contents(any_store.folder)
     real = Path.open
 
     def failing(path, mode="r", *rest, **options):
@@ -447,16 +506,16 @@ def test_a_full_disk_or_a_read_only_folder_is_one_line_and_changes_nothing(store
     monkeypatch.setattr(Path, "open", failing)
     better = measured(NLL - np.float32(0.5), ratio=1.4)
     for write in (
-        lambda: store.write_candidate(candidate(better), better.tensors),
-        lambda: accept(store, candidate(better), better.tensors),
+        lambda: any_store.write_candidate(candidate(better), better.tensors),
+        lambda: accept(any_store, candidate(better), better.tensors),
     ):
         with pytest.raises(ValueError, match=rf"cannot write .*{words}; it is as it was"):
             write()
-        assert contents(store.folder) == before
+        assert contents(any_store.folder) == before
 
 
-def test_a_disk_that_fills_up_while_the_golden_is_written_leaves_the_old_one(store, monkeypatch):
-    before = goldens(store.folder)
+def test_a_disk_that_fills_up_while_the_golden_is_written_leaves_the_old_one(any_store, monkeypatch):
+    before = goldens(any_store.folder)
     calls = []
 
     def full(descriptor):
@@ -467,19 +526,19 @@ def test_a_disk_that_fills_up_while_the_golden_is_written_leaves_the_old_one(sto
     monkeypatch.setattr(os, "fsync", full)
     better = measured(NLL - np.float32(0.5), ratio=1.4)
     with pytest.raises(ValueError, match="No space left on device"):
-        accept(store, candidate(better), better.tensors)
-    assert before.items() <= goldens(store.folder).items()
-    assert store.read("streaming", "cpu-x86_64")[0].provenance.reason == "the first"
-    assert len(store.leftovers()) == 1
+        accept(any_store, candidate(better), better.tensors)
+    assert before.items() <= goldens(any_store.folder).items()
+    assert any_store.read("streaming", "cpu-x86_64")[0].provenance.reason == "the first"
+    assert len(any_store.leftovers()) == 1
 
 
-def test_a_folder_in_which_no_lock_can_be_made_is_one_line(store, monkeypatch):
+def test_a_folder_in_which_no_lock_can_be_made_is_one_line(any_store, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
     with pytest.raises(ValueError, match=r"cannot write to .*Permission denied"):
-        store.write_candidate(candidate(), {"nll/0.5": NLL})
+        any_store.write_candidate(candidate(), {"nll/0.5": NLL})
 
 
 def _accept_in_turns(folder, ready, over):
@@ -493,14 +552,14 @@ def _accept_in_turns(folder, ready, over):
         ready.set()
 
 
-def test_a_reader_beside_a_writer_sees_the_old_golden_or_the_new_one_whole(store):
+def test_a_reader_beside_a_writer_sees_the_old_golden_or_the_new_one_whole(slow_store):
     context = multiprocessing.get_context("fork")
     ready, over = context.Event(), context.Event()
-    writer = context.Process(target=_accept_in_turns, args=(store.folder, ready, over))
+    writer = context.Process(target=_accept_in_turns, args=(slow_store.folder, ready, over))
     writer.start()
     try:
         assert ready.wait(30)
-        means, reading = set(), Store(store.folder)
+        means, reading = set(), Store(slow_store.folder)
         for _ in range(3000):
             golden, tensors = reading.read("streaming", "cpu-x86_64")
             mean = golden.metric("nll/0.5").value

@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from commands import in_a_new_process
 import knorm
 from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import cut_windows
-from knorm.golden import declared
+from knorm.golden import declared, latency
 from knorm.golden import project as module
 from knorm.golden.declared import load_cases
 from knorm.golden.environment import How
 from knorm.golden.project import Declared, Misdeclared, find_project
+from knorm.golden.store import Store
 from knorm.models import load_text
 
 CPU = f"cpu-{platform.machine().lower()}"
@@ -60,11 +62,19 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(declared, "Ways", lambda *_, **__: pytest.fail("something was measured"))
 
 
+FIRST: dict[Path, bytes] = {}  # what was accepted first, which is measured once
+
+
 @pytest.fixture
 def accepted(project):
     """The same, with both goldens accepted."""
-    assert project("record", "--all")[0] == 0
-    assert project("accept", "half", "tokens", "--reason", "the first")[0] == 0
+    if not FIRST:
+        assert project("record", "--all")[0] == 0
+        assert project("accept", "half", "tokens", "--reason", "the first")[0] == 0
+        FIRST.update((file, file.read_bytes()) for file in Path("golden").rglob("*") if file.is_file())
+    for file, content in FIRST.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
     return project
 
 
@@ -95,6 +105,14 @@ REFUSED = {
     "an unused threshold": (
         CASE + 'metrics = ["kl"]\nthresholds = {nll = 1.0}',
         "case a: thresholds names nll, which is not among its metrics",
+    ),
+    "a clock beside others": (
+        CASE + 'metrics = ["kl", "latency"]',
+        "case a: metrics has latency, but a clock needs the machine to itself: give it a case of its own",
+    ),
+    "a clock without tokens": (
+        CASE + 'metrics = ["latency"]\nprompt_length = 255',
+        "case a: prompt_length is 255, but latency needs two tokens after it",
     ),
     "a name": ('[case."A b"]\ntarget = "x"', "case 'A b': the name should be at most 64 of a-z, 0-9, - and _"),
     "a reserved name": ('[case.reported]\ntarget = "x"', "case 'reported': the name is reserved"),
@@ -271,6 +289,69 @@ def test_only_what_moved_becomes_a_candidate(accepted, monkeypatch):
     assert not [*Path("golden").rglob("*.candidate")]
     assert accepted("record", "half", "--unmoved")[0] == 0
     assert [*Path("golden").rglob("*.candidate")]
+
+
+def test_record_says_what_the_noise_was_and_what_the_gates_let_pass(project):
+    Path("knorm.toml").write_text(TWO.replace('"kl", "counts"', '"nll", "kl"'))
+    code, out, _ = project("record", "tokens", "--json", "out.json")
+    assert code == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    start = next(place for place, line in enumerate(lines) if "runs in which nothing that matters differs" in line)
+    assert "(4 other roundings of the weights, another attention, batch 2" in lines[start]
+    assert lines[start + 1] == "metric noise lets pass the method does"
+    assert lines[start + 2].startswith("nll/full, a typical window ")
+    assert " 1.0e-04 - nats/token" in lines[start + 2]
+    noise = json.loads(Path("out.json").read_text())["noise"]["tokens"]
+    rows = {row["metric"]: row for row in noise["bounds"]}
+    typical = rows["kl/4 tokens, a typical window"]
+    assert 0 < typical["most"] < 1e-5 < typical["passes"] < typical["does"]
+
+
+FAST = """
+[case.fast]
+target = "mine.py:newest"
+keep_ratio = [0.9, 0.5]
+window = 24
+prompt_length = 16
+metrics = ["latency"]
+"""
+
+
+def timed(monkeypatch, slower=0.0):
+    """Measure as usual, with the log-ratios that are told in place of the clock's."""
+    real = latency.bench_methods
+
+    def bench(model, prompts, methods, tokenizer, **options):
+        made = real(model, prompts, methods, tokenizer, **options | {"blocks": 8})
+        assert [(prompt.ids.shape, prompt.new_tokens) for prompt in prompts.values()] == [((1, 16), 8)]
+        logs = {metric: tuple(slower + 0.001 * (n % 3) for n in range(8)) for metric in ("ttft", "tpot")}
+        return replace(made, rows=(made.rows[0], *(replace(row, logs=logs) for row in made.rows[1:])))
+
+    monkeypatch.setattr(latency, "bench_methods", bench)
+
+
+def test_a_case_that_a_clock_measures_is_measured_where_it_is_named(accepted, monkeypatch):
+    Path("knorm.toml").write_text(TWO + FAST)
+    timed(monkeypatch)
+    code, out, _ = accepted("verify")
+    assert (code, out.splitlines()[-1].partition(", in")[0]) == (
+        0, "2 hold, 0 failed, left out, since a clock measures them: fast"
+    )  # fmt: skip
+    code, out, _ = accepted("record", "fast")
+    assert code == 0
+    assert "nothing that matters" not in out, "its gate is the margin"
+    assert accepted("accept", "fast", "--reason", "the first")[0] == 0
+    golden, tensors = Store(Path("golden")).read("fast", CPU)
+    assert {metric.name: metric.gate.rule for metric in golden.metrics} == {"weights": "exact"} | dict.fromkeys(
+        ("ttft/0.9", "tpot/0.9", "ttft/0.5", "tpot/0.5"), "timing"
+    )
+    assert tensors["tpot/0.5"].shape == (8, 1)
+    assert (golden.configuration["windows"], golden.metric("tpot/0.5").gate.threshold) == (1, 0.05)
+    assert accepted("verify", "fast")[0] == 0
+    timed(monkeypatch, slower=0.2)
+    code, out, _ = accepted("verify", "fast")
+    assert code == 1
+    assert "the ratio rose: +22.1%" in out
 
 
 # Life of a project's goldens

@@ -17,8 +17,9 @@ def test_nothing_moved(case, golden):
 
 
 def test_a_candidate_of_this_device_class_is_made_and_read(tmp_path):
-    made, measured = record(CASES["selections"], "cuda", Checkout("a" * 40, True, hash_of_code()))
-    Store(tmp_path).write_candidate(made, measured.tensors)
+    recorded = record(CASES["selections"], "cuda", Checkout("a" * 40, True, hash_of_code()))
+    made = recorded.golden
+    Store(tmp_path).write_candidate(made, recorded.measured.tensors)
     assert made.environment.device == torch.cuda.get_device_name()
     assert made.environment.driver
     assert made.environment.cuda == torch.version.cuda

@@ -75,7 +75,7 @@ def test_the_traits_that_a_check_needs_make_both_the_condition_and_the_words():
 
 def test_a_condition_beyond_values_names_its_traits_too():
     protected = find("protected_tokens")
-    assert protected.in_words() == "ragged=False, protect_first or protect_recent"
+    assert protected.in_words() == "ragged=False, merges_values=False, protect_first or protect_recent"
     assert protected.missing(Traits()) == ("protect_first", "protect_recent")
     assert protected.in_words(protected.missing(Traits())) == "protect_first or protect_recent"
     assert protected.missing(Traits(protect_recent=1)) == ()
@@ -394,3 +394,28 @@ def test_checks_are_chosen_by_name_or_family():
 def test_unknown_names_are_refused(options, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         check_compressor(KNORMS, **options)
+
+
+def random(keys, values, keep_ratio):
+    """Any half of the tokens, by the global generator."""
+    index = torch.randperm(keys.shape[2])[: max(1, keys.shape[2] // 2)].sort().values if keep_ratio < 1 else slice(None)
+    return keys[:, :, index].clone(), values[:, :, index].clone()
+
+
+def test_what_acts_by_chance_is_told_once():
+    results = check_compressor(random, select=["independence", "numerics", "seen"])
+    assert [result.check for result in results if result.failed] == ["repeatable"]
+    apart = {result.check for result in results if result.needs == ("deterministic",)}
+    assert {"rows_alone", "heads_alone", "no_leak", "layout"} <= apart
+
+
+def test_targets_are_given_only_what_they_are_made_for():
+    seen = set()
+
+    def narrow(keys, values, keep_ratio):
+        seen.add((keys.dtype, keys.shape[3], keys.shape[2] >= 6))
+        return keys, values
+
+    traits = {"dtypes": ["float32", "bfloat16"], "head_dim": [64], "min_length": 6, "scores": "key_norm"}
+    check_compressor(narrow, traits)
+    assert seen == {(torch.float32, 64, True), (torch.bfloat16, 64, True)}

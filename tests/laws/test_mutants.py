@@ -13,7 +13,6 @@ from mutants.parts import keep, squares
 from knorm import compress, retained_count
 from knorm.laws import CHECKS, KNORM, Subject, Traits, check_compressor, describe, iter_results, run_check
 from knorm.laws.runner import applies
-from knorm.laws.search import EFFORT
 
 LAWS = (Path(__file__).parents[2] / "docs" / "laws.md").read_text(encoding="utf-8")
 
@@ -25,13 +24,6 @@ def test_a_mutant_is_refuted_by_its_check(mutant):
     result = run_check(check, mutant.subject)
     assert result.verdict == "refuted"
     assert mutant.words in result.counterexample
-
-
-@pytest.fixture
-def fewer(monkeypatch):
-    """A third of the examples."""
-    third = {slow: replace(effort, examples=effort.examples // 3) for slow, effort in EFFORT["quick"].items()}
-    monkeypatch.setitem(EFFORT, "quick", third)
 
 
 @pytest.mark.parametrize("correct", CORRECT, ids=lambda correct: correct.name)
@@ -116,6 +108,7 @@ def test_knorms_own_core_holds_however_it_is_configured(promised):
     assert not [describe(result) for result in results if result.failed]
 
 
+@pytest.mark.usefixtures("fewer")
 def test_norms_in_float32_hold():
     def float32(keys, values, keep_ratio):
         if not keys.shape[2]:

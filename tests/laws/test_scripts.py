@@ -17,8 +17,9 @@ from transformers.models.llama import modeling_llama
 from knorm.laws import CHECKS, run_check
 from knorm.laws.loading import load_target
 from knorm.laws.probe import FAMILIES
+from knorm.laws.reading import Reading
 from knorm.laws.scripts import program
-from knorm.laws.witness import Reading, witness
+from knorm.laws.witness import witness
 
 _spec = importlib.util.spec_from_file_location("exam", Path(__file__).parents[2] / "tools" / "exam.py")
 exam = importlib.util.module_from_spec(_spec)
@@ -63,8 +64,9 @@ def test_a_program_shows_what_is_wrong_with_each_mutant(mutant, ran):
         return
     assert "import knorm" not in result.snippet
     assert "from knorm" not in result.snippet
-    printed, _ = ran(result.snippet)
-    assert exam.confirms(printed, result.counterexample), printed
+    tries = 10 if mutant.name == "RollsDice" else 1  # which may fall alike twice
+    printed = [ran(result.snippet)[0] for _ in range(tries)]
+    assert any(exam.confirms(lines, result.counterexample) for lines in printed), printed
 
 
 @pytest.mark.parametrize("real", [False, True], ids=["drawn keys", "its own keys"])

@@ -12,8 +12,9 @@ from knorm.laws.adapters import adapt
 from knorm.laws.blame import is_ours, is_refusal
 from knorm.laws.known import KVPRESS, TRANSFORMERS
 from knorm.laws.probe import FAMILIES, probe, read_tags, tagged
+from knorm.laws.reading import Reading
 from knorm.laws.replay import replayed
-from knorm.laws.witness import EMPTY, Reading, Unanswered, witness, witnessed
+from knorm.laws.witness import EMPTY, Unanswered, witness, witnessed
 
 READING = Reading(prompt=9, calls=(1, 2, 7), rows=2, seed=3)
 WINDOW = Subject("window", Traits(), make_cache=WindowCache)
@@ -139,7 +140,8 @@ def test_what_evicts_nothing_is_not_said_to_hold():
     assert "nothing was evicted" in result.reason
 
 
-@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+@pytest.mark.usefixtures("fewer")
+@pytest.mark.parametrize("cache", [pytest.param(DynamicCache, marks=pytest.mark.processes), StaticCache])
 def test_no_law_on_what_attention_sees_is_refuted_by_a_cache_that_keeps_everything(cache):
     results = check_compressor(cache, select=["seen", "positions", "chunks", "left_padding", "crop"])
     assert {result.verdict for result in results} == {"holds", "does not apply"}

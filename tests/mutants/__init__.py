@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from knorm.laws import FAMILIES, Subject, Traits
 
+_SURFACES = ("compress", "make_cache", "evaluate", "method")
+
 
 class Mutant(NamedTuple):
     """A broken subject.
@@ -32,7 +34,7 @@ class Mutant(NamedTuple):
     @property
     def bug(self) -> str:
         """The docstring's first line."""
-        target = self.subject.compress or self.subject.make_cache or self.subject.evaluate
+        target = next(x for x in (getattr(self.subject, surface) for surface in _SURFACES) if x)
         return (target.__doc__ or "").strip().splitlines()[0]
 
 
@@ -50,5 +52,5 @@ def mutant(check: str, words: str, source: str = "", *, surface: str = "compress
     return enter
 
 
-for _family in FAMILIES:
+for _family in (*FAMILIES, "real"):
     import_module(f"{__name__}.{_family}")

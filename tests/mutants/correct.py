@@ -14,7 +14,7 @@ from knorm import KnormCache, Policy, compress, exact_nll, retained_count, strea
 from knorm.laws import KNORM, Subject, Traits
 from knorm.laws.adapters import adapt
 from knorm.laws.subjects import CompressingCache
-from mutants import PROMISES
+from mutants import PROMISES, real
 from mutants.parts import TurnedCache, WindowCache, everywhere, keep, keep_lowest, lowest, squares
 
 
@@ -151,6 +151,36 @@ def knorm_cache(keep_ratio):
 
 CORRECT.append(Correct(Subject("window_cache", Traits(), make_cache=WindowCache)))
 CORRECT.append(Correct(Subject("turned_cache", Traits(positions="renumbered"), make_cache=TurnedCache)))
+
+
+PADS_STAY = {"left_padding": "what stays is chosen by position, whatever is padding"}
+for _cache, _traits, _expected in (
+    (real.StreamingWindow, {"acts": "streaming"}, {}),
+    (real.RingWindow, {"acts": "streaming"}, {}),
+    (real.PagedWindow, {"acts": "streaming", "granularity": 4}, PADS_STAY),
+    (real.CroppableWindow, {"acts": "streaming"}, {}),
+    (real.LazyWindow, {"frees_memory": False}, {}),
+    (real.SinksAndWindow, {"acts": "streaming", "protect_first": 2, "protect_recent": 3}, PADS_STAY),
+    (real.EveryOther, {}, PADS_STAY),
+    (real.EveryFourthCall, {}, {}),
+    (real.SpareRoom, {"frees_memory": False}, {}),
+    (real.Offloaded, {"acts": "streaming"}, {}),
+    (real.EightBits, {"lossy": 0.01}, {}),
+    (real.ExactAtItsEnd, {"lossy": 0.01}, {}),
+    (real.TurnedWindow, {"positions": "renumbered"}, {}),
+    (real.OwnRowOperations, {"acts": "streaming"}, {}),
+):
+    CORRECT.append(Correct(Subject(_cache.__name__, Traits(**_traits), make_cache=_cache), _expected))
+for _name, _policy, _traits in (
+    ("protecting", {"protect_first": 1, "protect_recent": 2}, {"protect_first": 1, "protect_recent": 2}),
+    ("from_eight", {"prune_after": 8}, {"prune_after": 8}),
+    ("highest", {"score": "high_norm"}, {"scores": "keys", "ties": None}),
+):
+
+    def _made(keep_ratio, policy=_policy):
+        return KnormCache(Policy(keep_ratio, **policy))
+
+    CORRECT.append(Correct(Subject(f"knorm_cache {_name}", Traits(**PROMISES | _traits), make_cache=_made)))
 
 
 def kept_by_reset():

@@ -111,3 +111,17 @@ def choice_outlives_the_sequence(keys, values, keep_ratio):
         _choice.clear()
         _choice[place] = lowest(squares(keys), retained_count(keys.shape[2], keep_ratio))
     return keep(keys, values, _choice[place])
+
+
+_staged: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+@mutant("answers_stay", "the same tensors hold", "a staging buffer used again while in use")
+def staged_in_one_buffer(keys, values, keep_ratio):
+    """What is retained is written to a buffer of its shape, which the next call writes to again."""
+    kept = keep_lowest(keys, values, squares(keys), keep_ratio)
+    place = (kept[0].shape, kept[0].dtype, kept[0].device)
+    buffers = _staged.setdefault(place, (torch.empty_like(kept[0]), torch.empty_like(kept[1])))
+    for buffer, states in zip(buffers, kept, strict=True):
+        buffer.copy_(states)
+    return buffers

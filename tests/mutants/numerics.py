@@ -93,3 +93,10 @@ def nothing_to_do(keys, values, keep_ratio):
     if keys.shape[2] < 2:
         return keys, values
     return keep_lowest(keys, values, squares(keys), keep_ratio)
+
+
+@mutant("ranks_numbers", "that are not numbers", "scores that are not finite on finite keys")
+def similarity_in_the_keys_dtype(keys, values, keep_ratio):
+    """Products of half-precision keys with their mean overflow, and what is not a number sorts as it likes."""
+    scores = (keys * keys.mean(2, keepdim=True)).sum(-1)
+    return keep_lowest(keys, values, scores, keep_ratio)

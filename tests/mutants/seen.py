@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import torch
 
 from knorm import KnormCache, Policy
+from knorm.methods.method import Method, Session
 from mutants import PROMISES, mutant
 from mutants.parts import TurnedCache, TurnedLayer, WindowCache, WindowLayer, everywhere
 
@@ -161,6 +163,24 @@ class TurnsByAnotherBase(TurnedCache):
     """Kept keys are turned to their places in the cache with another base than the model's."""
 
     layer = OtherBaseLayer
+
+
+class Reporting(Session):
+    def __init__(self, model, keep_ratio):
+        super().__init__(model, WindowCache(keep_ratio))
+        self.press = SimpleNamespace(compression_ratio=1 - keep_ratio)
+
+
+@mutant("reports_its_ratio", "compression_ratio is", "reported ratios that are not the actual ones", surface="method")
+class ReportsWhatWasAsked(Method):
+    """It reports the ratio that it was asked for, but two tokens stay whatever that is."""
+
+    def __init__(self, keep_ratio):
+        super().__init__("window", None, WindowCache)
+        self.keep_ratio = keep_ratio
+
+    def start(self, model, length, batch, tokenizer):
+        return Reporting(model, self.keep_ratio)
 
 
 class ViewLayer(WindowLayer):

@@ -14,7 +14,8 @@ import kvpress
 from knorm.laws import CHECKS, Traits, run_check
 from knorm.laws.adapters import adapt
 from knorm.laws.loading import load_target
-from knorm.laws.witness import Reading, witnessed
+from knorm.laws.reading import Reading
+from knorm.laws.witness import witnessed
 
 FIRST_ROW = "all rows get the chunks that the first row's scores choose"
 SHORT = "chunks of fewer tokens than the ends that it keeps have no queries"
@@ -72,7 +73,8 @@ import json, logging
 logging.disable(logging.WARNING)
 {imports}
 from knorm.laws.loading import load_target
-from knorm.laws.witness import Reading, witnessed
+from knorm.laws.reading import Reading
+from knorm.laws.witness import witnessed
 seen = []
 for press in ("AdaKVPress(KnormPress())", "SnapKVPress(window_size=8)", "ObservedAttentionPress", "KVzipPress"):
     run = witnessed(load_target("kvpress:" + press), Reading(prompt=40, calls=(1, 2, 7), seed=5))

@@ -99,11 +99,31 @@ class GoldensListed(Result):
     goldens: list[GoldenRow]
 
 
+class PassesRow(Part):
+    """Hold what a gate lets pass between environments."""
+
+    metric: str = said("its name, and what of it")
+    most: float = said("the most that noise did")
+    passes: float = said("what the gate lets pass")
+    unit: str
+    does: float | None = said("what the method itself does, beside the full cache")
+
+
+class NoiseSeen(Part):
+    """Hold the noise of a declared case, and the gates that were made of it."""
+
+    repetitions: Count = said("runs in which nothing that matters differed")
+    varied: list[str] = said("what differed")
+    matters: dict[str, float | None] = said("what mattered after all: nats a token, null where it did not run")
+    bounds: list[PassesRow] = said("what gates let pass")
+
+
 class Recorded(Result):
     """Hold what `knorm golden record` made."""
 
     device: str
     written: list[str] = said("the candidates")
+    noise: dict[str, NoiseSeen] = said("of each declared case among them")
 
 
 class Differences(Result):

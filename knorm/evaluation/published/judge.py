@@ -55,7 +55,15 @@ def _judge(claim: Claim, measured: float) -> tuple[bool, str]:
 
 
 def judge_claims(claims: Iterable[Claim], measured: Mapping[str, float]) -> list[Judged]:
-    """Judge each claim. What was not measured, is not finite, or is said to be untestable cannot be tested."""
+    """Judge each claim of a report.
+
+    Args:
+        claims: what the report says.
+        measured: quantity -> what was measured here, in the claim's unit.
+
+    Returns:
+        A verdict for each claim. What was not measured, is not finite, or is said to be untestable cannot be tested.
+    """
     judged = []
     for claim in claims:
         value = measured.get(claim.quantity)

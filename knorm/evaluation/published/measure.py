@@ -35,13 +35,20 @@ ROUNDS = 7  # blocks of timing, after one for warm-up
 
 
 def load_seed_texts(protocol: Protocol, sources: Mapping[str, str]) -> dict[str, str]:
-    """Load the texts as the protocol cuts them: name -> text.
+    """Load the texts as the protocol cuts them.
 
-    sources   name -> "wikitext2" or "pg19" from the Hub, a .parquet with a column text, or a .txt: its lines for
-              WikiText, one book for PG-19
+    WikiText stays in its tokenised form, unlike in models.load_text: the report read it so.
 
-    WikiText stays in its tokenised form, unlike in models.load_text: the report read it so. Raises ValueError for a
-    source that is missing or cannot be read, and where no row is long enough.
+    Args:
+        protocol: which texts, and how long.
+        sources: name -> "wikitext2" or "pg19" from the Hub, a .parquet with a column text, or a .txt: its lines for
+            WikiText, one book for PG-19.
+
+    Returns:
+        name -> text.
+
+    Raises:
+        ValueError: a source that is missing or cannot be read, and where no row is long enough.
     """
     texts: dict[str, str] = {}
     for text in protocol.texts:
@@ -69,7 +76,19 @@ def _text_rows(source: str, whole: bool) -> Iterable[str]:
 
 
 def seed_ids(tokenizer: PreTrainedTokenizerFast, text: str, most: int) -> Tensor:
-    """Return the first tokens of a text: int64 [1, at most `most`]. Raises ValueError for fewer than two."""
+    """Take the first tokens of a text.
+
+    Args:
+        tokenizer: of the model that will read them.
+        text: at least two tokens long.
+        most: tokens at most.
+
+    Returns:
+        int64 [1, tokens].
+
+    Raises:
+        ValueError: fewer than two tokens.
+    """
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :most]
     if ids.shape[1] < 2:
         raise ValueError(f"the text has {ids.shape[1]} tokens, but needs at least two: {text[:40]!r}")
@@ -180,10 +199,15 @@ def _untouched(model: PreTrainedModel, ids: Mapping[str, Tensor], protocol: Prot
 def time_quantities(
     samples: Sequence[Sequence[Sample]], ratios: Sequence[str], new_tokens: Sequence[int]
 ) -> dict[str, float]:
-    """Compute what measure_claims says of time, from latency.measure's blocks [block][arm].
+    """Compute what measure_claims says of time.
 
-    ratios       of the arms, the uncompressed one first
-    new_tokens   of each prompt
+    Args:
+        samples: latency.measure's blocks [block][arm], the uncompressed arm first.
+        ratios: of the arms.
+        new_tokens: of each prompt.
+
+    Returns:
+        Quantities by the names that measure_claims lists, in seconds, tokens a second, or shares.
     """
     values, prompts = {}, range(len(new_tokens))
     ways = {metric: [[s.seconds(metric) for s in block] for block in samples] for metric in METRICS}
@@ -224,10 +248,6 @@ def measure_claims(
 ) -> dict[str, float]:
     """Run the protocol on a model, on its device.
 
-    texts    name -> text, as load_seed_texts cuts them
-    rounds   of timing, at least 5; one more is run first and discarded
-
-    Returns by name
     ppl/TEXT/RATIO, ppl_before/TEXT/RATIO   perplexity after and before the fix; TEXT is a name or "mean"
     order, order_loop    largest change of a token's NLL, nats: slots shuffled, same evictions; the loop before the fix
     fix/RATIO            perplexity after the fix over before, less 1
@@ -238,7 +258,18 @@ def measure_claims(
     ttft_gain/RATIO                         1 - the median over pairs of TTFT at RATIO / at 1.0
     ttft_by_a_tenth/RATIO                   the same as the report has it, against a tenth of the baseline's total time
 
-    Raises ValueError for fewer than 5 rounds, and what perplexity.exact_nll raises.
+    Args:
+        model: a causal language model that exact_nll takes.
+        tokenizer: of the model.
+        texts: name -> text, as load_seed_texts cuts them.
+        protocol: ratios, texts and lengths.
+        rounds: of timing, at least 5; one more is run first and discarded.
+
+    Returns:
+        Quantities by the names above.
+
+    Raises:
+        ValueError: fewer than 5 rounds, and what perplexity.exact_nll raises.
     """
     if rounds < 5:
         raise ValueError(f"rounds={rounds}, but should be at least 5: a median of fewer is noise")

@@ -39,7 +39,7 @@ def check_monotone_count(compressor: Subject, cache: Cache) -> None:
     if kept > more + grain:
         raise Refuted(f"monotone count: {kept} tokens retained at ratio {cache.keep_ratio}, but {more} at {wider}")
     traits = compressor.traits
-    if shorter >= max(1, traits.prune_after) and traits.affords(shorter, cache.keep_ratio):
+    if shorter >= max(1, traits.prune_after, traits.min_length) and traits.affords(shorter, cache.keep_ratio):
         fewer = _total(compressor(cache.keys[:, :, :-1], cache.values[:, :, :-1], cache.keep_ratio))
         if fewer > kept + grain:
             raise Refuted(

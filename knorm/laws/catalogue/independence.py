@@ -24,7 +24,18 @@ def _places(cache: Cache, kept: Kept) -> list[list[list[int]]]:
     return cache.positions(kept).tolist()
 
 
-@check(needs={"batch_independent": True, "ragged": False})
+@check(needs={"deterministic": True})
+def check_repeatable(compressor: Subject, cache: Cache) -> None:
+    """Calling twice gives the same."""
+    first, second = (compressor(cache.keys, cache.values, cache.keep_ratio) for _ in range(2))
+    if _differ(first, second):
+        raise Refuted(
+            f"repeatable: the first call retained positions {_places(cache, first)}, but the second "
+            f"{_places(cache, second)}"
+        )
+
+
+@check(needs={"batch_independent": True, "deterministic": True, "ragged": False})
 def check_rows_alone(compressor: Subject, cache: Cache) -> None:
     """A row compressed in a batch equals the row compressed alone."""
     together = compressor(cache.keys, cache.values, cache.keep_ratio)
@@ -38,7 +49,7 @@ def check_rows_alone(compressor: Subject, cache: Cache) -> None:
             )
 
 
-@check(needs={"heads_independent": True, "ragged": False})
+@check(needs={"heads_independent": True, "deterministic": True, "ragged": False})
 def check_heads_alone(compressor: Subject, cache: Cache) -> None:
     """A head compressed among others equals the head compressed alone."""
     together = compressor(cache.keys, cache.values, cache.keep_ratio)
@@ -55,17 +66,6 @@ def check_heads_alone(compressor: Subject, cache: Cache) -> None:
 
 
 @check(needs={"deterministic": True})
-def check_repeatable(compressor: Subject, cache: Cache) -> None:
-    """Calling twice gives the same."""
-    first, second = (compressor(cache.keys, cache.values, cache.keep_ratio) for _ in range(2))
-    if _differ(first, second):
-        raise Refuted(
-            f"repeatable: the first call retained positions {_places(cache, first)}, but the second "
-            f"{_places(cache, second)}"
-        )
-
-
-@check(needs={"deterministic": True})
 def check_no_leak(compressor: Subject, cache: Cache) -> None:
     """Another sequence in between changes nothing."""
     longer = torch.cat([cache.keys, cache.keys], 2), torch.cat([cache.values, cache.values], 2)
@@ -77,6 +77,19 @@ def check_no_leak(compressor: Subject, cache: Cache) -> None:
     if _differ(before, after):
         raise Refuted(
             f"no leak: positions {_places(cache, before)} retained, but after another sequence {_places(cache, after)}"
+        )
+
+
+@check()
+def check_answers_stay(compressor: Subject, cache: Cache) -> None:
+    """An earlier answer is not changed by a later call."""
+    first = compressor(cache.keys, cache.values, cache.keep_ratio)
+    before = Kept(first.keys.clone(), first.values.clone())
+    compressor(cache.keys.flip(2), cache.values.flip(2), cache.keep_ratio)
+    if _differ(before, Kept(first.keys, first.values)):
+        raise Refuted(
+            f"answers stay: positions {_places(cache, before)} were returned, but after another call of the same shape "
+            f"the same tensors hold {_places(cache, first)}"
         )
 
 

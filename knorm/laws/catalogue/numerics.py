@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 
 from knorm.laws.catalogue.selection import out_of_rank
+from knorm.laws.ranked import Ranked
 from knorm.laws.registry import Refuted, Vacuous, check
-from knorm.laws.strategies import Cache
+from knorm.laws.strategies import Cache, made_for
 from knorm.laws.subjects import Raised, Subject
 
 _BY_NORM = {"scores": "key_norm", "merges_values": False}
@@ -18,8 +19,12 @@ _BY_NORM = {"scores": "key_norm", "merges_values": False}
 def check_half_precision(compressor: Subject, cache: Cache) -> None:
     """Half-precision keys are ranked as float64 arithmetic ranks them, near-ties apart."""
     dtype = cache.keys.dtype if cache.keys.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    if dtype not in made_for(compressor.traits)[0]:
+        raise Vacuous
     spread = torch.arange(cache.length, device=cache.keys.device).mul(37).remainder(101).double()
-    spread = spread[:, None] * torch.tensor([1.0, 0.25, 0.0, 0.0], device=spread.device, dtype=torch.float64) + 500
+    along = torch.zeros(cache.keys.shape[3], device=spread.device, dtype=torch.float64)
+    along[:2] = torch.tensor([1.0, 0.25])
+    spread = spread[:, None] * along + 500
     scale = cache.keys.double().abs().amax().clamp(min=1.0).log2().floor().exp2() / 16
     keys = (cache.keys.double() + spread * scale).clamp(-6e4, 6e4).to(dtype)  # many norms within half precision's grain
     if wrong := out_of_rank(compressor, replace(cache, keys=keys, values=cache.values.to(dtype))):
@@ -29,9 +34,31 @@ def check_half_precision(compressor: Subject, cache: Cache) -> None:
 @check(needs={**_BY_NORM, "nonfinite": "raise"}, exact=True)
 def check_subnormal(compressor: Subject, cache: Cache) -> None:
     """Keys whose float32 squares vanish are still ranked by their norms."""
+    if torch.bfloat16 not in made_for(compressor.traits)[0]:
+        raise Vacuous
     keys = (cache.keys.double() * 2.0**-90).to(torch.bfloat16)
     if wrong := out_of_rank(compressor, replace(cache, keys=keys, values=cache.values.to(torch.bfloat16))):
         raise Refuted(f"subnormal: {wrong}")
+
+
+LARGE = 2.0**6  # times keys of up to 8: their squares overflow float16, and nothing else
+
+
+@check()
+def check_ranks_numbers(compressor: Subject, cache: Cache) -> None:
+    """Finite keys, large ones too, are ranked by numbers: nothing is chosen by comparing what is none."""
+    if cache.keys.double().abs().amax() > 8:
+        raise Vacuous  # larger than any model's
+    for scale in (1.0, LARGE):
+        keys = cache.keys * scale
+        with Ranked() as ranked:
+            compressor(keys, cache.values, cache.keep_ratio)
+        if ranked.nans:
+            dtype = str(keys.dtype).removeprefix("torch.")
+            raise Refuted(
+                f"ranks numbers: {ranked.operation} was given {ranked.nans} of {ranked.numbers} scores that are not "
+                f"numbers, of {dtype} keys up to {float(keys.abs().max()):g}"
+            )
 
 
 def _evicts(compressor: Subject, cache: Cache) -> bool:

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
 from knorm.laws import oracle
-from knorm.laws.model import feed, small_model, steps
+from knorm.laws.model import feed, keeps_all, small_model, steps
 from knorm.laws.oracle import Rules, nll_of
-from knorm.laws.registry import Malformed, Refuted, check
+from knorm.laws.registry import Malformed, Refuted, Silent, check
 from knorm.laws.strategies import Text, distinct
 from knorm.laws.subjects import CompressingCache, Subject
 
@@ -28,7 +28,10 @@ def _loop(text: Text, cache: TransformersCache) -> Tensor:
 def _nll(subject: Subject, text: Text, keep_ratio: float) -> Tensor:
     if subject.evaluate is None:
         cache = subject.cache(keep_ratio, small_model(str(text.input_ids.device)), rows=len(text.input_ids))
-        return _loop(text, cache)
+        nll = _loop(text, cache)
+        if keep_ratio == 1 and not (subject.budgeted or keeps_all(cache, text.input_ids.shape[1])):
+            raise Silent  # a budget of its own, which no ratio lifts
+        return nll
     subject.announce(f"{text}")
     nll = subject.evaluate(small_model(str(text.input_ids.device)), text.input_ids, text.prompt, keep_ratio)
     if not isinstance(nll, Tensor):

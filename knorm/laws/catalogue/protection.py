@@ -11,13 +11,14 @@ from knorm.laws.subjects import Raised, Subject
 _PROTECTING = ("protect_first", "protect_recent")
 
 
-@check(needs={"ragged": False}, applies=Condition(_PROTECTING, lambda t: t.protected > 0))
+@check(needs={"ragged": False, "merges_values": False}, applies=Condition(_PROTECTING, lambda t: t.protected > 0))
 def check_protected_tokens(compressor: Subject, cache: Cache) -> None:
     """The first protect_first and the newest protect_recent tokens are retained, however often it compresses."""
     first, recent = compressor.traits.protect_first, compressor.traits.protect_recent
     total = cache.length + 3
     batch, heads = cache.keys.shape[:2]
-    values = tagged_values(batch, heads, total, cache.values.dtype).to(cache.values.device)
+    width = cache.values.shape[3]
+    values = tagged_values(batch, heads, total, cache.values.dtype, width).to(cache.values.device)
     new = cache.keys.amax(2, keepdim=True)  # as easily evicted as any
     kept = compressor(cache.keys, cache.values, cache.keep_ratio)
     for seen in range(cache.length, total + 1):

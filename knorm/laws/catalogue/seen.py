@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from knorm.laws import shown
-from knorm.laws.registry import Condition, Refuted, Vacuous, check
+from knorm.laws.reading import Reading
+from knorm.laws.registry import Condition, Refuted, Silent, Vacuous, check
 from knorm.laws.replay import replayed
 from knorm.laws.subjects import Subject
-from knorm.laws.witness import ASTRAY, IN_WORDS, MIXED, Look, Reading, Unanswered, Witnessed, witnessed
+from knorm.laws.witness import ASTRAY, IN_WORDS, MIXED, Look, Unanswered, Witnessed, witnessed
 
 ROUNDING = 1e-4  # relative, of float32
 CLOSE = 1e-3  # of logits of about 5
@@ -194,6 +195,39 @@ def check_sees_the_count(subject: Subject, reading: Reading) -> None:
             )
 
 
+@check("press", needs={"lossy": 0.0, "merges_values": False}, evicts=True)
+def check_reports_its_ratio(subject: Subject, reading: Reading) -> None:
+    """The ratio that a press reports after a prompt is the share that no later query sees, to a token and 2%."""
+    run = witnessed(subject, reading)
+    shares = [_earlier(look).float().mean() / run.prompt for look in run.looks if look.call == 1]
+    if run.reported is None or not shares:
+        raise Silent
+    removed, grain = 1 - float(torch.stack(shares).mean()), max(1, subject.traits.granularity)
+    if abs(run.reported - removed) > (grain + 0.01) / run.prompt + 0.02:  # rounded in each head, chunk or layer
+        subject.shows = shown.REPORTED
+        raise Refuted(
+            f"reports its ratio: compression_ratio is {run.reported:.4g} after a prompt of {run.prompt} tokens, but "
+            f"the share of it that later queries do not see is {removed:.4g}"
+        )
+
+
+@check("press", reads="half", evicts=True)
+def check_sees_by_numbers(subject: Subject, reading: Reading) -> None:
+    """In half precision too, and by large keys, what is seen is chosen by comparing numbers."""
+    try:
+        ranked = witnessed(subject, reading).ranked
+    except Unanswered as error:
+        if "not implemented for 'Half'" in str(error):  # torch's, on this device
+            raise Silent from error
+        raise
+    if ranked and ranked.nans:
+        subject.shows = shown.RANKED
+        raise Refuted(
+            f"sees by numbers: {ranked.operation} was given {ranked.nans} of {ranked.numbers} scores that are no "
+            "numbers"
+        )
+
+
 @check("witness", needs={"acts": "streaming"}, evicts=True)
 def check_keeps_the_budget(subject: Subject, reading: Reading) -> None:
     """A budget that holds after the prompt holds after each later token."""
@@ -235,6 +269,14 @@ def _differ(subject: Subject, one: Witnessed, other: Witnessed, row: int | None 
     return None
 
 
+@check("witness", needs={"deterministic": True}, evicts=True)
+def check_sees_again(subject: Subject, reading: Reading) -> None:
+    """Read again, with torch seeded alike, every query sees the same."""
+    first = witnessed(subject, reading)
+    if wrong := _differ(subject, first, witnessed(subject.again(), reading)):
+        raise Refuted(f"sees again: {wrong} when the same is read again")
+
+
 @check("witness", needs={"batch_independent": True, "deterministic": True}, reads="rows", evicts=True)
 def check_sees_alone(subject: Subject, reading: Reading) -> None:
     """A row sees the same, whatever the other rows of its batch are."""
@@ -243,14 +285,6 @@ def check_sees_alone(subject: Subject, reading: Reading) -> None:
     # in a batch of one shape: another shape may round otherwise
     if wrong := _differ(subject, first, witnessed(subject, replace(reading, row=row)), row):
         raise Refuted(f"sees alone: in a batch of {reading.rows} {wrong} where the other rows are drawn anew")
-
-
-@check("witness", needs={"deterministic": True}, evicts=True)
-def check_sees_again(subject: Subject, reading: Reading) -> None:
-    """Read again, with torch seeded alike, every query sees the same."""
-    first = witnessed(subject, reading)
-    if wrong := _differ(subject, first, witnessed(subject.again(), reading)):
-        raise Refuted(f"sees again: {wrong} when the same is read again")
 
 
 @check("witness", needs={"merges_values": False, "lossy": 0.0}, reads="real", evicts=True)

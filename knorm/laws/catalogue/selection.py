@@ -9,7 +9,7 @@ from torch import Tensor
 
 from knorm.laws.catalogue.provenance import first_place
 from knorm.laws.registry import Refuted, Vacuous, check
-from knorm.laws.strategies import WIDTH, Cache, larger_ratio
+from knorm.laws.strategies import Cache, larger_ratio
 from knorm.laws.subjects import Subject
 from knorm.laws.traits import Traits
 
@@ -138,7 +138,7 @@ def check_rotation(compressor: Subject, cache: Cache) -> None:
 @check(needs={**_BY_NORM, "protect_first": 0, "protect_recent": 0})
 def check_permutation(compressor: Subject, cache: Cache) -> None:
     """Where norms are distinct, permuting the tokens permutes the retained set."""
-    keys = torch.zeros(*cache.keys.shape[:3], WIDTH, dtype=cache.keys.dtype, device=cache.keys.device)
+    keys = torch.zeros_like(cache.keys)
     if cache.length > 200:
         raise Vacuous  # not so many whole numbers are distinct in every dtype
     keys[..., 0] = torch.arange(cache.length, device=keys.device).roll(cache.length // 2)

@@ -17,7 +17,7 @@ from knorm.laws.process.protocol import Board, Done, Message, Packed, Plan, Requ
 from knorm.laws.process.usage import promised
 from knorm.laws.registry import Check, find
 from knorm.laws.results import Result
-from knorm.laws.runner import _chosen, applies, run_check, unasked
+from knorm.laws.runner import _chosen, applies, run_check, settled, unasked
 from knorm.laws.snippets import MOST_NUMBERS, snippet
 from knorm.laws.strategies import Cache
 from knorm.laws.subjects import Call, Subject, in_words, takes_layer
@@ -49,7 +49,11 @@ def serve(
     for check, entry in zip(checks, plan, strict=True):
         if entry.verdict != "does not apply":
             board.given, board.size = b"", 0
-            result = _run(check, subject, board, request)
+            if applies(check, subject):
+                result = _run(check, subject, board, request)
+                subject = settled(subject, result)
+            else:  # by what became of a law before it
+                result = unasked(check, subject)
             with suppress(Exception):
                 sys.stdout.flush()
             send(Done(result, not cuda_is_broken()))
