@@ -198,7 +198,7 @@ def memory() -> str:
 def workers() -> str:
     """The same cells in one worker and in two, in turns."""
     pairs = []
-    settings = {"ratios": [0.5, 0.4, 0.3, 0.2], "windows": 24, "per_cell": 6, "window": 512}
+    settings = {"ratios": [0.5, 0.4, 0.3, 0.2], "windows": 12, "per_cell": 6, "window": 512}
     for _ in range(3):
         with folder(**settings) as place:
             pairs.append(tuple(in_cells(place, name, "--workers", str(n)) for n, name in ((1, "one"), (2, "two"))))

@@ -15,7 +15,7 @@ from knorm import __version__
 from knorm.sweep.cells import Study, outcome
 from knorm.sweep.drive import Unfit
 from knorm.sweep.inputs import sources_of
-from knorm.sweep.local import LOST, Work
+from knorm.sweep.local import LOST, Work, measured
 from knorm.sweep.plan import Plan
 
 _AHEAD = 2  # tasks for each place: the next one is there when one ends, and a cluster that grows sees what waits
@@ -169,13 +169,11 @@ def work(
     fields: Mapping[str, Any], hint: Mapping[str, Any] | None, where: str, run: Work | None = None
 ) -> dict[str, Any] | str:
     """Measure a cell on a node, in the plan's folder if the node has it, else in a copy of what it names."""
-    from knorm.sweep.measure import measure_cell
-
     if os.path.isdir(where):
         os.chdir(where)
     try:
         with _limited(fields["limit"]):
-            return (run or measure_cell)(fields, hint)
+            return (run or measured)(fields, hint)
     except ValueError as error:  # measure.Unusable
         return str(error)
     except _Late:

@@ -57,7 +57,7 @@ class Pool:
         folder: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self.device, self.work, self.folder = device, work or _measure, str(folder or Path.cwd())
+        self.device, self.work, self.folder = device, work or measured, str(folder or Path.cwd())
         self.env = {**(env or {}), **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))}
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[int, _Worker] = {}
@@ -145,8 +145,11 @@ class Pool:
     def close(self) -> None:
         """End all workers at once, whatever they are doing."""
         for worker in self._workers.values():
-            worker.process.kill()
+            if worker.job is not None:
+                worker.process.kill()
+            worker.pipe.close()  # which an idle one takes for the end
         for worker in self._workers.values():
+            worker.process.join(2)
             self._end(worker)
         self._workers.clear()
 
@@ -164,7 +167,8 @@ def _how(code: int | None) -> str:
     return f"ended with signal {-code} ({name}){', as when memory runs out' if name == 'SIGKILL' else ''}"
 
 
-def _measure(fields: Mapping[str, Any], hint: Mapping[str, Any] | None) -> dict[str, Any]:
+def measured(fields: Mapping[str, Any], hint: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Load what measures cells, and measure one."""
     from knorm.sweep.measure import measure_cell
 
     return measure_cell(fields, hint)
