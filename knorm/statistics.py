@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from knorm.limits import BLOCKS
 
@@ -112,7 +112,7 @@ def compare(
     if len(samples) == 2 and error:
         freedom = error**4 / sum(v**2 / (n - 1) for v, n in zip(variances, worth, strict=True))
     mean = float(samples[0].mean() - (samples[1].mean() if golden is not None else 0.0))
-    reach, power = (float(stats.t.ppf(level, freedom)) for level in (1 - alpha, POWER))
+    reach, power = (float(stdtrit(freedom, level)) for level in (1 - alpha, POWER))
     student = (mean - reach * error, mean + reach * error)
     widen = max(math.sqrt(len(values) / n) for values, n in zip(samples, worth, strict=True))
     resampled = _bootstrap(samples, mean, alpha, widen)
@@ -135,6 +135,8 @@ def _bootstrap(samples: list[Any], mean: float, alpha: float, widen: float) -> t
     def statistic(*parts: Any, axis: int = -1) -> Any:
         means = [values.mean(axis) for values in parts]
         return means[0] - means[1] if means[1:] else means[0]
+
+    from scipy import stats  # takes longer to load than all the rest here
 
     result = stats.bootstrap(
         samples,
@@ -215,7 +217,7 @@ def half_width(numbers: Any, level: float = 0.95) -> Any:
 
 @lru_cache(maxsize=256)
 def _student(level: float, freedom: int) -> float:
-    return float(stats.t.ppf((1 + level) / 2, freedom))
+    return float(stdtrit(freedom, (1 + level) / 2))
 
 
 def smallest_difference(deviation: float, count: int, level: float = 0.95, power: float = POWER) -> float:
@@ -234,5 +236,5 @@ def smallest_difference(deviation: float, count: int, level: float = 0.95, power
         >>> round(smallest_difference(1.0, 100), 3)
         0.364
     """
-    reach, more = (float(stats.t.ppf(share, count - 1)) for share in ((1 + level) / 2, power))
+    reach, more = (float(stdtrit(count - 1, share)) for share in ((1 + level) / 2, power))
     return (reach + more) * deviation / math.sqrt(count)

@@ -99,8 +99,9 @@ def _ready(file: Path, out: Path, expire: float, engine: str, workers: int | Non
         plan = read_plan(file.resolve(), file)
         study = study_of(plan, _device(plan, where, engine), targets)
         cells = {cell.name(): cell for cell in study.cells()}
-    folder.refuse_other(study.rows())
-    return Ready(file, where, study, cells, folder, targets, engine, workers)
+    rows = study.rows()
+    folder.refuse_other(rows)
+    return Ready(file, where, study, cells, rows, folder, targets, engine, workers)
 
 
 def _device(plan: Plan, where: Path, engine: str) -> str:
@@ -128,7 +129,6 @@ def _run(ready: Ready, out: Path, *, retry: bool, quiet: bool) -> None:
     from knorm.sweep.drive import drive
 
     folder = ready.folder
-    folder.begin(ready.study.rows(), ready.targets, ready.study.axes())
     alone = {name: cell for name, cell in ready.cells.items() if cell.measure == "latency"}
     phases = {name: cell for name, cell in ready.cells.items() if name not in alone}, alone
     states = folder.states()
@@ -136,6 +136,7 @@ def _run(ready: Ready, out: Path, *, retry: bool, quiet: bool) -> None:
         left = [name for name in cells if name not in states or (retry and states[name] == "failed")]
         if not left:
             continue
+        folder.begin(ready.rows, ready.targets, ready.study.axes())
         if out not in WRITTEN:
             WRITTEN.append(out)  # told where it is interrupted: what is finished stays
         with _stopping(), _engine(ready, alone=cells is alone) as engine, reporting(quiet) as report:
@@ -181,7 +182,7 @@ def _show(console: Console, ready: Ready, out: Path, json: Path | None, parquet:
     from knorm.cli.swept import show_table, table_fields, write_parquet
     from knorm.sweep.table import join
 
-    table = join(ready.folder, ready.cells)
+    table = join(ready.folder, ready.cells, rows=not console.quiet or bool(json or parquet))
     show_table(console, ready, table)
     if json or parquet:
         fields = table_fields(ready, table)

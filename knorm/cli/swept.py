@@ -37,6 +37,7 @@ class Ready:
     Attributes:
         name: of the plan's file, as it was given.
         where: the folder that paths in the plan are seen from.
+        rows: the names of its rows.
         targets: what loading the targets told.
         workers: cells that run at a time.
     """
@@ -45,6 +46,7 @@ class Ready:
     where: Path
     study: Study
     cells: dict[str, Cell]
+    rows: set[str]
     folder: Folder
     targets: dict[str, Any]
     engine: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from knorm.methods.known import NO_PRESS
@@ -208,7 +208,8 @@ class Study:
 
     def rows(self) -> set[str]:
         """Return a name for each row of the table that there will be."""
-        return {digest(cell.row) for cell in self.cells() if cell.first == 0}
+        plan = self.plan.model_copy(update={"windows": 1})  # one cell tells its row
+        return {digest(cell.row) for cell in replace(self, plan=plan).cells()}
 
     def axes(self) -> dict[str, list[Any]]:
         """Return the plan in words."""

@@ -163,12 +163,13 @@ def read_result(folder: Folder, name: str) -> Result | None:
         raise ValueError(f"{where} is damaged: remove it, and its cell is done again") from None
 
 
-def join(folder: Folder, cells: Mapping[str, Cell]) -> Table:
+def join(folder: Folder, cells: Mapping[str, Cell], *, rows: bool = True) -> Table:
     """Join results into a table; it is the same, to the bit, however often the study was interrupted.
 
     Args:
         folder: that the results are in.
         cells: of the plan, by name.
+        rows: False where only failures and laws are asked for: damage that is done is counted, and not read.
 
     Returns:
         The table.
@@ -177,16 +178,19 @@ def join(folder: Folder, cells: Mapping[str, Cell]) -> Table:
         ValueError: a result that is damaged.
     """
     table, there = Table(cells=len(cells)), folder.states()
-    rows: dict[tuple[Any, ...], list[str]] = {}
+    grouped: dict[tuple[Any, ...], list[str]] = {}
     for name, cell in cells.items():
-        rows.setdefault(cell.row, []).append(name)
-    for names in rows.values():  # one row's results at a time: all of them may be more than memory holds
+        if not rows and cell.measure == "damage" and there.get(name) == "done":
+            table.done += 1
+        else:
+            grouped.setdefault(cell.row, []).append(name)
+    for names in grouped.values():  # one row's results at a time: all of them may be more than memory holds
         parts = []
         for name in names:
             result = read_result(folder, name) if name in there else None
             if result is not None and _counted(table, cells[name], result) and result.damage is not None:
                 parts.append((cells[name], result.damage))
-        if parts:
+        if parts and rows:
             table.damage.append(_row(parts, sum(cells[name].last - cells[name].first for name in names)))
     return table
 
@@ -217,10 +221,10 @@ def _row(parts: list[tuple[Cell, DamageFields]], planned: int) -> DamageRow:
     fields = [values for _, values in parts]
     counts = [cell.last - cell.first for cell, _ in parts]
     names = [*SumsFields.model_fields]
-    columns = [torch.tensor([x for f in fields for x in getattr(f.sums, n)], dtype=torch.float64) for n in names]
+    values = np.array([[x for f in fields for x in getattr(f.sums, n)] for n in names])
     raw = b"".join(base64.b64decode(f.kl) for f in fields)
     tokens = torch.from_numpy(np.frombuffer(raw, dtype="<f8").copy()).view(sum(counts), -1)
-    sums = Sums(**dict(zip(names, columns, strict=True)), tokens=tokens)
+    sums = Sums(**dict(zip(names, torch.from_numpy(values), strict=True)), tokens=tokens)
     weights = np.array(counts) / sum(counts)
     seen = sum(np.array(f.tokens_seen) * weight for f, weight in zip(fields, weights, strict=True))
     return DamageRow(
