@@ -158,41 +158,47 @@ class Folder:
         Returns:
             True where it is ours until `release`, and nobody else's as long as the heart beats.
         """
-        path = self.claims / name
-        for _ in range(2):
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                if not self._taken_away(name):
-                    return False
-                continue
-            try:
-                os.write(descriptor, self._mine.encode())
-            finally:
-                os.close(descriptor)
-            with self._lock:
-                self._held.add(name)
-            return True
+        try:
+            self._create(self.claims / name)
+        except FileExistsError:
+            if not self._taken_over(name):
+                return False
+        with self._lock:
+            self._held.add(name)
+        return True
+
+    def _create(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        try:
+            os.write(descriptor, self._mine.encode())
+        finally:
+            os.close(descriptor)
+
+    def _expired(self, path: Path) -> bool:
+        with suppress(FileNotFoundError):
+            return self._now() - path.stat().st_mtime > self.expire
         return False
 
-    def _taken_away(self, name: str) -> bool:
-        """Move an expired claim aside; of those who try, one succeeds. False where it has not expired."""
-        path, aside = self.claims / name, self.claims / f".{name}.{self._mine}"
+    def _taken_over(self, name: str) -> bool:
+        """Put our claim in the place of one that has expired; of those who try at the same time, one succeeds."""
+        path, lock, ours = self.claims / name, self.claims / f".{name}.lock", self.claims / f".{name}.{self._mine}"
+        if not self._expired(path):
+            return False
         try:
-            judged = path.stat()
-            if self._now() - judged.st_mtime <= self.expire:
+            self._create(lock)
+        except FileExistsError:
+            if self._expired(lock):  # of one that was killed here
+                lock.unlink(missing_ok=True)
+            return False
+        try:
+            if not self._expired(path):  # another was faster
                 return False
-            path.rename(aside)
-            moved = aside.stat()
-        except FileNotFoundError:
-            return False
-        if (moved.st_ino, moved.st_mtime_ns) != (judged.st_ino, judged.st_mtime_ns):
-            with suppress(OSError):  # another's, or renewed in between: give it back, unless there is a new one
-                os.link(aside, path)
-            aside.unlink(missing_ok=True)
-            return False
-        aside.unlink(missing_ok=True)
-        return True
+            self._create(ours)
+            ours.replace(path)
+            return True
+        finally:
+            ours.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
 
     def release(self, name: str) -> None:
         """Give a claim back, if it is still ours."""

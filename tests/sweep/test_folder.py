@@ -85,7 +85,7 @@ def test_a_claim_expires_where_no_heart_beats_and_not_where_one_does(folder):
 
 
 def test_of_many_who_take_an_expired_claim_over_one_succeeds(folder):
-    for round in range(20):
+    for round in range(50):
         name = f"cell{round}"
         assert folder.claim(name)
         os.utime(folder.claims / name, (1, 1))
@@ -104,19 +104,29 @@ def test_of_many_who_take_an_expired_claim_over_one_succeeds(folder):
         assert sum(won) == 1
 
 
-def test_a_claim_renewed_while_it_is_taken_over_is_given_back(folder, monkeypatch):
+def test_a_claim_that_is_renewed_before_it_is_replaced_stays_its_holders(folder, monkeypatch):
     assert folder.claim("a")
     os.utime(folder.claims / "a", (1, 1))
-    rename = os.rename
+    create = Folder._create
 
-    def late(source, target):
-        os.utime(source)  # the holder's heart beats after all
-        rename(source, target)
+    def late(self, path):
+        create(self, path)
+        os.utime(folder.claims / "a")  # the holder's heart beats after all
 
-    monkeypatch.setattr(os, "rename", late)
+    monkeypatch.setattr(Folder, "_create", late)
     assert not Folder(folder.place, expire=0.3).claim("a")
+    monkeypatch.undo()
     folder.release("a")
     assert not (folder.claims / "a").exists(), "it was still the first one's"
+
+
+def test_one_that_was_killed_while_it_took_a_claim_over_is_in_nobodys_way(folder):
+    assert folder.claim("a")
+    for file in (folder.claims / "a", folder.claims / ".a.lock"):
+        file.touch()
+        os.utime(file, (1, 1))
+    other = Folder(folder.place, expire=0.3)
+    assert [other.claim("a"), other.claim("a")] == [False, True]
 
 
 def test_claims_do_not_depend_on_this_machines_clock(folder, monkeypatch):
