@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 _KINDS = (
@@ -91,3 +93,42 @@ def read_text(file: Path, most: int) -> str:
         return read_file(file, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from None
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> Path:
+    """Write a file whole or not at all: beside it first, then renamed.
+
+    Args:
+        file: where it is to stand; links are followed.
+        write: called with a path beside it, of the same suffix, which is renamed to `file` when it has been written.
+
+    Returns:
+        The file's path, links followed.
+
+    Raises:
+        OSError: the file could not be written; what was there is as it was.
+
+    Example:
+        >>> write_whole(Path("notes.txt"), lambda beside: beside.write_text("kept"))  # doctest: +SKIP
+        PosixPath('/home/me/notes.txt')
+    """
+    file = file.resolve()
+    handle, name = tempfile.mkstemp(prefix=f".{file.name[:100]}.", suffix=file.suffix, dir=file.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        write(beside)
+        with open(beside, "rb") as stream:
+            os.fsync(stream.fileno())
+        mode = file.stat().st_mode if file.exists() else 0o666 & ~_umask()
+        beside.chmod(mode & 0o777)
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+    return file
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

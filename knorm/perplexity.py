@@ -25,11 +25,11 @@ from knorm.model_attention import attention_through, cache_keyword
 from knorm.policy import Policy, whole
 from knorm.rounding import ROUNDING
 from knorm.schedule import never, schedule_scores
+from knorm.sources import MODELS
 from knorm.tensors import refuse_unreadable
 
 Schedule = Callable[[int, Tensor], Tensor]
 
-MODELS = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 _ROTATIONS = ("default", "linear", "llama3", "yarn")  # fixed for the run; others depend on the length of a call
 _LOGITS = 2**26  # at most so many at a time
 NEAR_TIE = 2.0**-20  # relative: norms this close may be ranked either way

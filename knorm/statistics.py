@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from knorm.limits import BLOCKS
 
@@ -111,7 +112,7 @@ def compare(
     if len(samples) == 2 and error:
         freedom = error**4 / sum(v**2 / (n - 1) for v, n in zip(variances, worth, strict=True))
     mean = float(samples[0].mean() - (samples[1].mean() if golden is not None else 0.0))
-    reach, power = (float(stats.t.ppf(level, freedom)) for level in (1 - alpha, POWER))
+    reach, power = (float(stdtrit(freedom, level)) for level in (1 - alpha, POWER))
     student = (mean - reach * error, mean + reach * error)
     widen = max(math.sqrt(len(values) / n) for values, n in zip(samples, worth, strict=True))
     resampled = _bootstrap(samples, mean, alpha, widen)
@@ -134,6 +135,8 @@ def _bootstrap(samples: list[Any], mean: float, alpha: float, widen: float) -> t
     def statistic(*parts: Any, axis: int = -1) -> Any:
         means = [values.mean(axis) for values in parts]
         return means[0] - means[1] if means[1:] else means[0]
+
+    from scipy import stats  # takes longer to load than all the rest here
 
     result = stats.bootstrap(
         samples,
@@ -189,5 +192,49 @@ def interval(numbers: Any, level: float = 0.95) -> tuple[float | None, float | N
     values = np.asarray(numbers, dtype=np.float64)
     if len(values) < 2:
         return None, None
-    reach = float(stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    reach = float(half_width(values, level))
     return float(values.mean()) - reach, float(values.mean()) + reach
+
+
+def half_width(numbers: Any, level: float = 0.95) -> Any:
+    """Compute half of the width of Student's interval of means.
+
+    Args:
+        numbers: [..., windows], at least two windows.
+        level: of the interval.
+
+    Returns:
+        The half width of each row, [...].
+
+    Example:
+        >>> half_width([[1.0, 2.0], [1.0, 1.0]]).round(2).tolist()
+        [6.35, 0.0]
+    """
+    values = np.asarray(numbers, dtype=np.float64)
+    count = values.shape[-1]
+    return _student(level, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
+
+
+@lru_cache(maxsize=256)
+def _student(level: float, freedom: int) -> float:
+    return float(stdtrit(freedom, (1 + level) / 2))
+
+
+def smallest_difference(deviation: float, count: int, level: float = 0.95, power: float = POWER) -> float:
+    """Compute the smallest mean difference that an interval of numbers, one for each window, is likely to tell from 0.
+
+    Args:
+        deviation: standard deviation of the windows' differences.
+        count: of windows, at least 2.
+        level: of the interval.
+        power: the probability that it excludes 0, where the mean difference is the one returned.
+
+    Returns:
+        The difference, in the unit of the deviation.
+
+    Example:
+        >>> round(smallest_difference(1.0, 100), 3)
+        0.364
+    """
+    reach, more = (float(stdtrit(count - 1, share)) for share in ((1 + level) / 2, power))
+    return (reach + more) * deviation / math.sqrt(count)

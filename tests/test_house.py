@@ -15,7 +15,7 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files sources git limits statistics tensors kernels core schedule masked_attention "
-    "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws verify "
+    "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep verify "
     "scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget restored watch targets method policies caches functions presses door",
@@ -30,9 +30,10 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
+    "sweep": "plan inputs cells folder drive measure local cluster table estimate",
     "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
-    "asked check ppl explain bench golden_log golden_shown golden init",
-    "cli.schemas": "parts quality timing verdicts",
+    "asked check ppl explain bench golden_log golden_shown golden swept sweep init",
+    "cli.schemas": "parts quality timing verdicts swept",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
@@ -109,6 +110,7 @@ COMMANDS = (
         "golden",
         "golden_log",
         "golden_shown",
+        "sweep",
         "init",
     ),
 )

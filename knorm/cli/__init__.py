@@ -8,7 +8,7 @@ import traceback
 import click
 
 from knorm import __version__
-from knorm.cli import bench, check, explain, golden, init, outputs, ppl, verify
+from knorm.cli import bench, check, explain, golden, init, outputs, ppl, sweep, verify
 from knorm.cli.options import BROKEN, WRONG_USAGE, visible
 
 
@@ -24,7 +24,9 @@ def cli(context: click.Context, verbose: bool) -> None:
     context.obj = verbose
 
 
-for command in (verify.verify, check.check, ppl.ppl, explain.explain, bench.bench, golden.golden, init.init):
+for command in (
+    verify.verify, check.check, ppl.ppl, explain.explain, bench.bench, golden.golden, sweep.sweep, init.init,
+):  # fmt: skip
     cli.add_command(command)
 
 

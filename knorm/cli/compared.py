@@ -55,6 +55,7 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
         ValueError: a target that does not exist, or takes no budget of this kind.
     """
     from knorm.methods.budget import TakesNoBudget
+    from knorm.methods.door import with_budgets
     from knorm.methods.policies import PolicyMethod
     from knorm.methods.targets import expanded
 
@@ -70,37 +71,11 @@ def methods_of(asked: Asked, policy_options: PolicyOptions) -> list[Method]:
                     raise TakesNoBudget("knorm keeps a share of the cache: give --keep-ratio, not --keep-tokens")
                 options = replace(policy_options, keep_ratio=asked.ratios or ("0.5",))
                 made += [PolicyMethod("knorm", policy) for policy in options.policies()]
-            elif budgets:
-                made += _with_budgets(pattern, target, asked.kind, budgets)
-            else:
-                made.append(_with_default(target, asked.kind))
+            else:  # one of the many that a pattern stands for may have a budget of its own
+                made += with_budgets(target, asked.kind, budgets, optional=pattern != target)
     if not made:
         raise ValueError(f"{', '.join(asked.targets)} stands for nothing")
     return made
-
-
-def _with_default(target: str, kind: str | None) -> Method:
-    """Make a method with half of the cache as its budget, if it wants one and none is written."""
-    from knorm.methods.budget import NeedsBudget
-    from knorm.methods.door import method
-
-    try:
-        return method(target, kind=kind)
-    except NeedsBudget:
-        return method(target, kind=kind, keep_ratio="0.5")
-
-
-def _with_budgets(pattern: str, target: str, kind: str | None, budgets: Sequence[dict[str, Any]]) -> list[Method]:
-    """Make a method for each budget; one of the many that a pattern stands for may have its own."""
-    from knorm.methods.budget import TakesNoBudget
-    from knorm.methods.door import method
-
-    try:
-        return [method(target, kind=kind, **budget) for budget in budgets]
-    except TakesNoBudget:
-        if pattern == target:
-            raise
-        return [_with_default(target, kind)]
 
 
 def compare_methods(

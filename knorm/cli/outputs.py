@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,7 +16,7 @@ from typing import Any
 import click
 
 from knorm import __version__
-from knorm.files import file_size
+from knorm.files import file_size, write_whole
 from knorm.paths import goldens
 
 MADE_BY = "made with knorm"  # in the metadata of each figure
@@ -121,26 +120,7 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
     Example:
         replace_file(Path("curve.svg"), figure.savefig)
     """
-    file = file.resolve()
-    handle, name = tempfile.mkstemp(prefix=f".{file.name[:100]}.", suffix=file.suffix, dir=file.parent)
-    os.close(handle)
-    beside = Path(name)
-    try:
-        write(beside)
-        with open(beside, "rb") as stream:
-            os.fsync(stream.fileno())
-        mode = file.stat().st_mode if file.exists() else 0o666 & ~_umask()
-        beside.chmod(mode & 0o777)
-        beside.replace(file)
-        WRITTEN.append(file)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+    WRITTEN.append(write_whole(file, write))
 
 
 def environment() -> dict[str, str]:

@@ -16,6 +16,7 @@ from knorm.cli.options import visible
 
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
+    from knorm.evaluation.damage import Damage
     from knorm.evaluation.doubts import Suspicion
     from knorm.evaluation.facts import Recall
     from knorm.evaluation.ways import Evaluation
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from knorm.golden.history import Entry
     from knorm.golden.noise import Passes, Seen
     from knorm.golden.verify import Outcome
+
+
+LETTERS = "Methods that share a letter cannot be told apart by KL (95%, paired by window)."
+UNCHANGED = "no token's prediction changed: was the cache ever read?"
 
 
 def curve_table(rows: Sequence[Row], title: str | None = None) -> Table:
@@ -95,35 +100,44 @@ def show_methods(
     full = first.bytes_full / first.tokens_before
     said = f"Full cache: PPL {math.exp(float(first.per_token.nll_full.mean())):.3f}, {full:,.0f} bytes per token"
     print_text(console, Text(f"{said}, {first.tokens_before:.0f} tokens seen by a query\n"))
-    table = Table(box=None, pad_edge=False, padding=(0, 1))
-    table.add_column("method, budget", overflow="fold", min_width=14)
-    for column in ("PPL", "ΔNLL", "±", "KL", "top", "B/token", "seen", ""):
-        table.add_column(column, justify="right", no_wrap=True)
     apart = letters([row.per_token.kl for row in rows], max(NOISE, 2 * first.damage.kl))
-    for row, letter in zip(rows, apart, strict=True):
-        d = row.damage
-        half = "-" if d.delta_nll_high is None else f"{d.delta_nll_high - d.delta_nll:.3f}"
-        table.add_row(
-            row.label, f"{d.ppl:.2f}", f"{d.delta_nll:+.3f}", half, _small(d.kl),
-            f"{d.same_top:.1%}", f"{row.bytes_per_token:.0f}", f"{float(row.tokens_seen.mean()):.0f}", letter,
-        )  # fmt: skip
-    console.print(table)
+    lines = [
+        damage_line(row.label, row.damage, row.bytes_per_token, float(row.tokens_seen.mean()), letter)
+        for row, letter in zip(rows, apart, strict=True)
+    ]
+    console.print(damage_table(lines))
     if any(apart):
-        print_text(
-            console, Text("Methods that share a letter cannot be told apart by KL (95%, paired by window).", "dim")
-        )
+        print_text(console, Text(LETTERS, "dim"))
     print_text(console, Text(""))
     for row in rows:
         note = row.how + (f"; {row.check}" if row.check else "")
         print_wrapped(console, f"{row.label}: {note}", "dim")
         if not row.changed and row is not first:
-            print_wrapped(console, "  no token's prediction changed: was the cache ever read?", "bold yellow")
+            print_wrapped(console, f"  {UNCHANGED}", "bold yellow")
         if verbose:
             print_wrapped(console, f"  {_tails(row)}", "dim")
     for reason in failed.values():
         print_wrapped(console, f"FAILED  {reason}", "bold red")
     if recalls:
         _show_recalls(console, recalls)
+
+
+def damage_table(lines: Sequence[tuple[str, ...]]) -> Table:
+    """Make a table of what methods cost, of the lines of damage_line."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
+    table.add_column("method, budget", overflow="fold", min_width=14)
+    for column in ("PPL", "ΔNLL", "±", "KL", "top", "B/token", "seen", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def damage_line(label: str, damage: Damage, bytes_per_token: float, seen: float, letter: str) -> tuple[str, ...]:
+    """Write what a method costs as the cells of a line: its label, losses, memory, and the letters of its equals."""
+    half = "-" if damage.delta_nll_high is None else f"{damage.delta_nll_high - damage.delta_nll:.3f}"
+    losses = f"{damage.ppl:.2f}", f"{damage.delta_nll:+.3f}", half, _small(damage.kl), f"{damage.same_top:.1%}"
+    return label, *losses, f"{bytes_per_token:.0f}", f"{seen:.0f}", letter
 
 
 def print_wrapped(console: Console, text: str, style: str = "") -> None:

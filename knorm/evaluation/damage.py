@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from knorm.statistics import interval
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutputWithPast
 
 _LOGITS = 2**22  # at most so many at a time, in float64
 
@@ -78,6 +80,44 @@ class Damage:
     delta_p_rms: float
 
 
+class Sums(NamedTuple):
+    """Hold what a comparison adds up to in each window, from which any windows' Damage follows.
+
+    nll, nll_full, kl, same_top, correct, delta_p are sums over the window's tokens of what PerToken holds, delta_nll of
+    nll - nll_full, delta_p_squared of its square: float64 [windows]. tokens is PerToken's kl, for its quantiles.
+    """
+
+    nll: Tensor
+    nll_full: Tensor
+    delta_nll: Tensor
+    kl: Tensor
+    same_top: Tensor
+    correct: Tensor
+    delta_p: Tensor
+    delta_p_squared: Tensor
+    tokens: Tensor
+
+
+def sums_of(tokens: PerToken) -> Sums:
+    """Add up a comparison, window by window.
+
+    Args:
+        tokens: those of one run and the full cache, [windows, scored].
+
+    Returns:
+        The sums.
+
+    Example:
+        >>> ones = torch.ones(2, 3, dtype=torch.float64)
+        >>> sums_of(PerToken(ones, ones, ones, ones == 1, ones == 1, ones)).nll
+        tensor([3., 3.], dtype=torch.float64)
+    """
+    change, delta = tokens.nll - tokens.nll_full, tokens.delta_p
+    columns = (tokens.nll, tokens.nll_full, change, tokens.kl, tokens.same_top, tokens.correct, delta, delta.square())
+    sums = [column.double().sum(1) for column in columns]
+    return Sums(*sums, tokens.kl)  # type: ignore[call-arg]
+
+
 def summed(tokens: PerToken) -> Damage:
     """Sum up a comparison.
 
@@ -92,31 +132,43 @@ def summed(tokens: PerToken) -> Damage:
         >>> summed(PerToken(zero, zero, zero, zero == 0, zero == 0, zero)).same_top
         1.0
     """
-    change = tokens.nll - tokens.nll_full
-    low, high = interval(change.mean(1))
-    kl_low, kl_high = interval(tokens.kl.mean(1))
-    ordered = tokens.kl.flatten().sort().values
-    at = [float(ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]) for share in (0.5, 0.99, 0.999)]
-    mean = float(tokens.nll.mean())
+    return damage_of(sums_of(tokens))
+
+
+def damage_of(sums: Sums) -> Damage:
+    """Compute means, quantiles and intervals from the sums of windows, in their order.
+
+    Args:
+        sums: of all windows that are to be summed up, of equally many tokens each.
+
+    Returns:
+        What `summed` returns for the same windows at once, to the bit.
+    """
+    count, each = sums.tokens.numel(), sums.tokens.shape[1]
+    low, high = interval(sums.delta_nll / each)
+    kl_low, kl_high = interval(sums.kl / each)
+    ordered = sums.tokens.flatten().sort().values
+    at = [float(ordered[min(count - 1, math.ceil(share * count) - 1)]) for share in (0.5, 0.99, 0.999)]
+    mean = float(sums.nll.sum()) / count
     return Damage(
-        windows=len(change),
-        tokens=change.numel(),
+        windows=len(sums.nll),
+        tokens=count,
         nll=mean,
         ppl=math.exp(mean) if mean < 700 else math.inf,
-        delta_nll=float(change.mean()),
+        delta_nll=float(sums.delta_nll.sum()) / count,
         delta_nll_low=low,
         delta_nll_high=high,
-        kl=float(tokens.kl.mean()),
+        kl=float(sums.kl.sum()) / count,
         kl_low=kl_low,
         kl_high=kl_high,
         kl_median=at[0],
         kl_99=at[1],
         kl_999=at[2],
         kl_largest=float(ordered[-1]),
-        accuracy=float(tokens.correct.double().mean()),
-        same_top=float(tokens.same_top.double().mean()),
-        delta_p=float(tokens.delta_p.mean()),
-        delta_p_rms=float(tokens.delta_p.square().mean().sqrt()),
+        accuracy=float(sums.correct.sum()) / count,
+        same_top=float(sums.same_top.sum()) / count,
+        delta_p=float(sums.delta_p.sum()) / count,
+        delta_p_rms=math.sqrt(float(sums.delta_p_squared.sum()) / count),
     )
 
 
@@ -135,6 +187,8 @@ def head_of(model: PreTrainedModel) -> Iterator[Head]:
     Raises:
         ValueError: a model without a language-model head.
     """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
     base: Any = model.base_model
     given: dict[str, Tensor] = {}
     if base is model:

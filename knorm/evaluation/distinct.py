@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import ascii_lowercase
 
+import torch
 from torch import Tensor
 
-from knorm.statistics import interval
+from knorm.statistics import half_width
 
 NOISE = 1e-8  # nats: KL that rounding alone can make
 
@@ -36,19 +37,21 @@ def letters(values: Sequence[Tensor], least: float = 0.0) -> list[str]:
     order = sorted(range(len(means)), key=lambda run: float(means[run].mean()))
     if len(means) < 2 or len(means[0]) < 2:
         return [""] * len(means)
-    groups = [set(order)]
+    groups, table = [set(order)], torch.stack(means)
     for place, first in enumerate(order):
+        apart = _apart(table[first] - table, least)
         for second in order[place + 1 :]:
-            if _apart(means[first] - means[second], least):
+            if apart[second]:
                 groups = _without_pair(groups, first, second)
     groups.sort(key=lambda group: [order.index(run) for run in sorted(group, key=order.index)])
     return ["".join(_letter(i) for i, group in enumerate(groups) if run in group) for run in range(len(means))]
 
 
-def _apart(difference: Tensor, least: float) -> bool:
-    low, high = interval(difference)
-    certain = low is not None and high is not None and not low <= 0 <= high
-    return certain and abs(float(difference.mean())) > least
+def _apart(differences: Tensor, least: float) -> list[bool]:
+    """Tell which rows of differences [runs, windows] have a mean that is certainly not 0, and beyond noise."""
+    means = differences.mean(1)
+    reach = torch.from_numpy(half_width(differences.numpy()))
+    return ((means.abs() > reach) & (means.abs() > least)).tolist()
 
 
 def _without_pair(groups: list[set[int]], first: int, second: int) -> list[set[int]]:

@@ -26,7 +26,6 @@ from knorm.schedule import cache_lengths
 
 How = Literal["auto", "schedule", "two calls", "loop"]
 HOWS = ("auto", "schedule", "two calls", "loop")
-_SEED = 0
 
 
 class Pass(NamedTuple):
@@ -101,6 +100,7 @@ class Ways:
         batch: windows at a time.
         scored: tokens at the end of each window that are scored; by default all after the prompt.
         tokenizer: of the model, for methods that read text.
+        seed: of PyTorch's generators, before each run of a method.
 
     Raises:
         ValueError: for a prompt that leaves nothing to score, and for what no model can run.
@@ -119,6 +119,7 @@ class Ways:
         batch: int = 1,
         scored: int | None = None,
         tokenizer: Tokenizer | None = None,
+        seed: int = 0,
     ) -> None:
         refuse_unready(model)
         check_ids(model, windows.input_ids)
@@ -133,7 +134,7 @@ class Ways:
         if self.scored > after:
             raise ValueError(f"scored={scored}, but only {after} tokens follow a prompt of {prompt_length}")
         self.model, self.windows, self.prompt_length = model, windows, prompt_length
-        self.batch, self.tokenizer = whole("batch", batch, 1), tokenizer
+        self.batch, self.tokenizer, self.seed = whole("batch", batch, 1), tokenizer, seed
         self.ids = windows.input_ids.to(model.device, torch.int64)
         self._full: list[Pass] = []
         self._noise: dict[str, tuple[Rounding, float]] = {}  # by the way of the run
@@ -244,10 +245,8 @@ class Ways:
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
         targets = ids[:, -self.scored :].split([len(run.states) for run in runs])
         with torch.no_grad(), head_of(self.model) as head:
-            parts = [
-                compare(head, ours.states, run.states, true, vocabulary)
-                for run, ours, true in zip(runs, full, targets, strict=True)
-            ]
+            given = zip(runs, full, targets, strict=True)
+            parts = [compare(head, ours.states, run.states, true, vocabulary) for run, ours, true in given]
         return PerToken(*map(torch.cat, zip(*parts, strict=True)))
 
     def _evaluation(
@@ -320,7 +319,7 @@ class Ways:
             torch.random.fork_rng(devices),
             method.session(self.model, length=length, batch=len(ids), tokenizer=self.tokenizer) as session,
         ):
-            torch.manual_seed(_SEED)
+            torch.manual_seed(self.seed)
             return self._calls(session, ids, cuts, beside or Beside())
 
     @torch.no_grad()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from knorm.methods.budget import Budget
+from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
 from knorm.methods.caches import CacheMethod
 from knorm.methods.functions import CacheFunctionMethod, ClassMethod, FunctionMethod, LegacyMethod
 from knorm.methods.kinds import CALLED_AS, KINDS, kind_of, signature_of
@@ -74,6 +74,38 @@ def method(
     if unknown := _unknown(target, options):
         raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(_parameters(target))}")
     return _MADE[kind](name, target, budget, options)
+
+
+def with_budgets(target: str, kind: str | None, budgets: Sequence[dict[str, Any]], *, optional: bool) -> list[Method]:
+    """Make a method for each budget; where there is none, one that keeps half of the cache if it wants to be told.
+
+    Args:
+        target: as a command line has it, no pattern.
+        kind: as `method` takes it.
+        budgets: keywords of `method`, each keep_ratio or keep_tokens.
+        optional: a method that has a budget of its own is made once, with that one.
+
+    Returns:
+        The methods.
+
+    Raises:
+        TakesNoBudget: a method that has a budget of its own, where budgets are not optional.
+        ValueError, TypeError: as `method`.
+
+    Example:
+        >>> [made.label for made in with_budgets("transformers:DynamicCache", None, [], optional=True)]
+        ['transformers:DynamicCache']
+    """
+    try:
+        if budgets:
+            return [method(target, kind=kind, **budget) for budget in budgets]
+    except TakesNoBudget:
+        if not optional:
+            raise
+    try:
+        return [method(target, kind=kind)]
+    except NeedsBudget:
+        return [method(target, kind=kind, keep_ratio="0.5")]
 
 
 def _shown(target: Any) -> str:

@@ -41,3 +41,5 @@ WEIGHTS: Mapping[str, str] = {
 
 # Caches of transformers that keep all that they are given, and those that do not.
 CACHES = ("DynamicCache", "StaticCache", 'QuantizedCache(backend="fp8")')
+
+NO_PRESS = ("gpt_neox",)  # architectures, as configurations name them, that presses cannot be hooked into

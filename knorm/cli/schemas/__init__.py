@@ -5,7 +5,7 @@ A name means the same in all of them: losses are in nats per token, times in sec
 
 from __future__ import annotations
 
-from knorm.cli.schemas import quality, timing, verdicts
+from knorm.cli.schemas import quality, swept, timing, verdicts
 from knorm.cli.schemas.parts import Result
 
 VERSION = 1  # raised where a field changes its name or meaning
@@ -26,5 +26,7 @@ FORMS: dict[str, type[Result]] = {  # the name of a schema -> its form
     "knorm-golden-diff": verdicts.Differences,
     "knorm-golden-accept": verdicts.Accepted,
     "knorm-golden-log": verdicts.GoldenLog,
+    "knorm-sweep": swept.Swept,
+    "knorm-sweep-plan": swept.Planned,
     "knorm-init": verdicts.Initialised,
 }

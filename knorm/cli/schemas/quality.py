@@ -46,7 +46,7 @@ class Reported(Result):
     suspicious: list[Doubt]
 
 
-class MethodRow(Part):
+class DamageFields(Part):
     """Hold a method's damage beside the full cache on the same tokens."""
 
     method: str
@@ -77,6 +77,11 @@ class MethodRow(Part):
     bytes_per_token_full: float
     tokens_seen: list[list[float]] = said("tokens that a query sees on average, by layer and key/value head")
     tokens_before: float = said("the same of the full cache")
+
+
+class MethodRow(DamageFields):
+    """Hold a method's damage, and what it took."""
+
     seconds: float
 
 
