@@ -1,4 +1,4 @@
-"""Law by mutant, and how fast: python tools/bench_laws.py matrix | speed | correct | cuda. Writes its part of docs/laws.md.
+"""Law by mutant, and how fast: python tools/bench_laws.py matrix | speed | correct | cuda; writes into docs/laws.md.
 
 `matrix` runs every check that applies on every mutant of tests/mutants, at seed 0, and fails where a check has no
 mutant that it alone refutes. `speed` runs each mutant against its check with 20 seeds, `correct` the correct

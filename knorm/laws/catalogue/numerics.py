@@ -49,10 +49,10 @@ def check_ranks_numbers(compressor: Subject, cache: Cache) -> None:
     """Finite keys, large ones too, are ranked by numbers: nothing is chosen by comparing what is none."""
     if cache.keys.double().abs().amax() > 8:
         raise Vacuous  # larger than any model's
-    for scale in (1.0, LARGE):
-        keys = cache.keys * scale
+    half = [torch.float16] if torch.float16 in made_for(compressor.traits)[0] else []
+    for keys in (cache.keys, cache.keys * LARGE, *((cache.keys * LARGE).to(dtype) for dtype in half)):
         with Ranked() as ranked:
-            compressor(keys, cache.values, cache.keep_ratio)
+            compressor(keys, cache.values.to(keys.dtype), cache.keep_ratio)
         if ranked.nans:
             dtype = str(keys.dtype).removeprefix("torch.")
             raise Refuted(
