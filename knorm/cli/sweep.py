@@ -63,7 +63,7 @@ def sweep(
     json: Path | None,
     quiet: bool,
 ) -> None:
-    """Measure what PLAN asks for, a cell at a time, and keep the results in the folder OUT.
+    """Measure the cells of PLAN, and keep the results in OUT.
 
     The same command again does what is left: after an interruption, or when methods, budgets or windows were added to
     the plan. Any number of processes may run it on one folder at the same time: they share the cells.
