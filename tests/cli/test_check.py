@@ -120,7 +120,7 @@ def test_a_correct_compressor_holds_however_it_treats_its_process(run_knorm):
     assert [written[name] for name in ("target", "profile", "seed", "device")] == [
         "target.py:compress", "quick", 3, "cpu",
     ]  # fmt: skip
-    assert all([*result] == [field.name for field in fields(Result)] for result in written["results"])
+    assert all({*result} == {field.name for field in fields(Result)} for result in written["results"])
     assert [result["check"] for result in written["results"]] == [
         name for name, check in CHECKS.items() if name in ("nonfinite", "sees_once", "crop")
         or check.family in ("count", "order")

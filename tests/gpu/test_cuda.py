@@ -17,7 +17,11 @@ from knorm.perplexity import agreement, exact_run
 STREAMING = Policy(0.5, prune_after=8, protocol="streaming", skip_layers=(0,))
 
 
-@pytest.mark.parametrize("correct", CORRECT, ids=lambda correct: correct.name)
+# caches as people write them differ in what they keep, not in where it lies: tools/bench_laws.py tries them all
+SUBJECTS = [each for each in CORRECT if getattr(each.subject.make_cache, "__module__", "") != "mutants.real"]
+
+
+@pytest.mark.parametrize("correct", SUBJECTS, ids=lambda correct: correct.name)
 def test_the_catalogue_holds_on_cuda(correct):
     results = list(iter_results(correct.subject, expected_failures=correct.expected, device="cuda"))
     assert not [describe(result) for result in results if result.failed]
