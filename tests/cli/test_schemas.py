@@ -30,6 +30,9 @@ def test_the_schemas_under_docs_are_those_of_today(tool):
         assert (tool.FOLDER / name).read_text(encoding="utf-8") == text, "python tools/schemas.py"
 
 
+REPOSITORY = ("--golden-dir", str(Path(__file__).parents[2] / "golden"))  # an installed package has no history
+
+
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
@@ -41,7 +44,7 @@ def test_the_schemas_under_docs_are_those_of_today(tool):
         (("check", "knorm:compress", "--select", "dtype,ties"), "knorm-check"),
         (("golden", "list"), "knorm-golden-list"),
         (("golden", "verify", "selections"), "knorm-golden-verify"),
-        (("golden", "log", "selections", "--device-class", "nvidia-h200"), "knorm-golden-log"),
+        (("golden", "log", "selections", "--device-class", "nvidia-h200", *REPOSITORY), "knorm-golden-log"),
     ],
 )
 def test_a_result_is_what_its_schema_says(arguments, name, tmp_path, monkeypatch):

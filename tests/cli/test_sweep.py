@@ -159,7 +159,7 @@ def test_laws_are_cells_too_and_a_refuted_one_is_shown(sweep):
     found = strict_json("swept.json")
     assert [row["method"] for row in found["laws"]] == ["mine.py:newest", "mine.py:breaks"]
     refuted = [[r["check"] for r in row["results"] if r["verdict"] == "refuted"] for row in found["laws"]]
-    assert len(refuted[0]) < len(refuted[1])
+    assert refuted == [["own_bytes"], ["accepts"]], "a slice of the whole, and an error at every call"
     assert found["failures"] == []
     assert "Laws of mine.py:newest: " in said
     assert "  REFUTED  " in said
@@ -256,7 +256,14 @@ def test_ctrl_c_stops_at_once_and_the_same_command_goes_on(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "plan.toml").write_text(PLAN.replace("windows = 4", "windows = 40"))
     command = [sys.executable, "-m", "knorm", "sweep", "plan.toml", "out"]
-    run = subprocess.Popen(command, cwd=tmp_path, env=new_environment(), stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=new_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  it may be ignored here
+    )
     end = time.monotonic() + 120
     while len([*(tmp_path / "out").glob("results/[!.]*")]) < 3 and time.monotonic() < end:
         time.sleep(0.05)
