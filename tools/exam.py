@@ -143,7 +143,10 @@ def section(heading: str, names: list[str], declared: dict[str, dict[str, object
         judged: Any = verdicts.get(re.sub(r".*?:(\w+).*", r"\1", target), {})
         notes += sentences(target, results, judged)
         unshown = [result.check for result in results if result.failed and not shown(result)]
-        notes += [f"- {target}: the snippets of {', '.join(unshown)} do not show it."] if unshown else []
+        named = (
+            ":".join([Path(target.partition(":")[0]).stem, target.rpartition(":")[2]]) if ".py:" in target else target
+        )
+        notes += [f"- {named}: the snippet of {', '.join(unshown)} does not show it without knorm."] if unshown else []
         wrong += len(unshown)
         ran += bool(results)
         evicting += any(result.evicted >= 20 for result in results)
