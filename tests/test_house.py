@@ -18,7 +18,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep verify "
     "scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
-    "methods": "kinds known budget restored watch targets method policies caches functions presses door",
+    "methods": "kinds known budget written restored watch targets method policies caches functions presses door",
     "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
     "facts published",
     "evaluation.published": "schema measure judge",

@@ -85,7 +85,9 @@ def timed(place: Path, *arguments: str) -> float:
     begin = time.perf_counter()
     run = subprocess.run(command(place, *arguments), cwd=place, env=environment(), capture_output=True, check=False)
     if run.returncode:
-        raise SystemExit(f"{' '.join(arguments)} ended with {run.returncode}: {run.stderr.decode()}")
+        failed = next(place.glob("*/results/*.failed.json"), None)  # of which -q says nothing
+        said = f"; {json.loads(failed.read_text())['failed']}" if failed else ""
+        raise SystemExit(f"{' '.join(arguments)} ended with {run.returncode}: {run.stderr.decode()}{said}")
     return time.perf_counter() - begin
 
 
@@ -293,8 +295,8 @@ def gpus() -> str:
     name, pairs = torch.cuda.get_device_name(0), []
     settings = {
         "ratios": [0.5, 0.4, 0.3, 0.2],
-        "windows": 64,
-        "per_cell": 8,
+        "windows": 28,  # the text has 30
+        "per_cell": 2,
         "window": 512,
         "device": "cuda",
         "how": "auto",

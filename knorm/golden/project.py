@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from knorm.files import read_text
+from knorm.methods.written import Budgets
 from knorm.paths import REPORTED
-from knorm.policy import exact_ratio
 
 CONFIG, PYPROJECT = "knorm.toml", "pyproject.toml"
 METRICS = ("nll", "kl", "same_top", "counts", "bytes")
@@ -30,7 +30,7 @@ MetricName = Literal["nll", "kl", "same_top", "counts", "bytes", "latency"]
 Device = Literal["cpu", "cuda"]
 
 
-class Declared(BaseModel):
+class Declared(Budgets):
     """Hold one case as it is declared.
 
     Attributes:
@@ -51,12 +51,8 @@ class Declared(BaseModel):
         what: what the case pins, in a few words.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
     target: str = Field(min_length=1)
     kind: str | None = None
-    keep_ratio: list[str] = Field(default_factory=list)
-    keep_tokens: list[int] = Field(default_factory=list)
     model: str | None = None
     text: str = "narrative"
     column: str = "text"
@@ -85,25 +81,6 @@ class Declared(BaseModel):
         """Return how many windows are used: of a case that a clock measures one, if nobody says otherwise."""
         return 1 if self.timed and "windows" not in self.model_fields_set else self.windows
 
-    @field_validator("keep_ratio", mode="before")
-    @classmethod
-    def _ratios(cls, given: Any) -> list[str]:
-        ratios = _several(given)
-        for ratio in ratios:
-            if isinstance(ratio, bool) or not isinstance(ratio, int | float | str):
-                raise ValueError(f"is {ratio!r}, but should be a number in (0, 1], or several in brackets")
-            exact_ratio(ratio)
-        return [str(ratio) for ratio in ratios]
-
-    @field_validator("keep_tokens", mode="before")
-    @classmethod
-    def _tokens(cls, given: Any) -> list[int]:
-        tokens = _several(given)
-        for number in tokens:
-            if type(number) is not int or number < 1:
-                raise ValueError(f"is {number!r}, but should be a whole number from 1 up, or several in brackets")
-        return tokens
-
     @field_validator("thresholds")
     @classmethod
     def _bounds(cls, given: dict[str, float]) -> dict[str, float]:
@@ -114,11 +91,6 @@ class Declared(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Declared:
-        if self.keep_ratio and self.keep_tokens:
-            raise ValueError("keep_ratio and keep_tokens are two budgets: give one of them")
-        budgets = [*self.keep_ratio, *map(str, self.keep_tokens)]
-        if twice := next((budget for budget in budgets if budgets.count(budget) > 1), None):
-            raise ValueError(f"the budget {twice} stands there twice")
         if self.prompt >= self.window:
             raise ValueError(
                 f"prompt_length is {self.prompt}, but should be below window = {self.window}: only tokens after the "
@@ -323,11 +295,3 @@ def _problems(error: ValidationError) -> Iterator[str]:
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int for number in value)
-
-
-def _several(given: Any) -> list[Any]:
-    if isinstance(given, list):
-        if not given:
-            raise ValueError("is empty, but should name a budget")
-        return given
-    return [given]

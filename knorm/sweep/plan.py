@@ -9,11 +9,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from knorm.files import read_text
 from knorm.limits import BLOCKS
-from knorm.policy import Policy, exact_ratio
+from knorm.methods.written import Budgets
+from knorm.policy import Policy
 from knorm.sources import find_model, find_text
 
 Measure = Literal["damage", "laws", "counters", "latency"]
@@ -33,39 +34,7 @@ class Misplanned(ValueError):
         super().__init__("\n".join(f"{where}: {problem}" for problem in problems))
 
 
-class _Budgets(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    keep_ratio: list[str] = Field(default_factory=list)
-    keep_tokens: list[int] = Field(default_factory=list)
-
-    @field_validator("keep_ratio", mode="before")
-    @classmethod
-    def _ratios(cls, given: Any) -> list[str]:
-        ratios = given if isinstance(given, list) else [given]
-        for ratio in ratios:
-            if isinstance(ratio, bool) or not isinstance(ratio, int | float | str):
-                raise ValueError(f"is {ratio!r}, but should be a number in (0, 1], or several in brackets")
-            exact_ratio(ratio)
-        return [str(ratio) for ratio in ratios]
-
-    @field_validator("keep_tokens", mode="before")
-    @classmethod
-    def _tokens(cls, given: Any) -> list[int]:
-        tokens = given if isinstance(given, list) else [given]
-        for number in tokens:
-            if type(number) is not int or number < 1:
-                raise ValueError(f"is {number!r}, but should be a whole number from 1 up, or several in brackets")
-        return tokens
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> _Budgets:
-        if self.keep_ratio and self.keep_tokens:
-            raise ValueError("keep_ratio and keep_tokens are two budgets: give one of them")
-        return self
-
-
-class Entry(_Budgets):
+class Entry(Budgets):
     """Hold one method of a plan that is written as a table.
 
     Attributes:
@@ -97,7 +66,7 @@ class Entry(_Budgets):
         return given
 
 
-class Plan(_Budgets):
+class Plan(Budgets):
     """Hold what is to be measured: each of `measure`, for each model, method, budget, text, prompt length, dtype, seed.
 
     Attributes:
