@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from knorm.laws import Result, iter_results
+from knorm.laws.catalogue.seen import listed
 from knorm.laws.loading import load_target
 from knorm.methods.known import WEIGHTS
 from knorm.methods.targets import expanded
@@ -92,17 +93,36 @@ def shown(result: Result) -> bool:
 
 def confirms(printed: str, counterexample: str) -> bool:
     """Tell whether what a snippet printed, or raised, is what the counterexample says."""
-    lines = printed.strip().splitlines()
-    last = lines[-1] if lines else ""
+    last = (printed.strip().splitlines() or [""])[-1]
     said = " ".join(counterexample.split())
-    if seen := re.findall(r"the query at \d+ sees (\[.*\])", printed):  # in the order of slots, of one run or two
-        tokens = [ast.literal_eval(listed) for listed in seen]
-        return len(tokens) == 1 or tokens[0] != tokens[1]
+    if seen := re.findall(r"the query at \d+ sees (\[.*\])", printed):
+        return _seen(list(map(ast.literal_eval, seen)), said)
     if number := re.search(r"(?:differ by|mask by|is off by) ([\d.e+-]+|nan|inf)$", last):
-        return f"{float(number[1]):.3g}" in said or "bytes" in said
+        return f"{float(number[1]):.3g}" in said
+    if held := re.match(r"(\d+) bytes are held", last):
+        return f"{int(held[1]):,} bytes are held" in said
+    if length := re.match(r"(\d+) is its length after (\d+) tokens", last):
+        return f"is {length[1]} after {length[2]} tokens" in said
     if error := re.match(r"([\w.]*(?:Error|Exception|Interrupt))\b", last):
         return error[1].rpartition(".")[2] in said
-    return bool(last)
+    for words in (r"was given \d+ of \d+ scores", r"slot \d+ holds", "was not refused", "compression_ratio is"):
+        if found := re.search(words, printed):
+            return found[0].removesuffix(" holds") in said
+    return bool(last)  # what a function returned: numbers for a reader
+
+
+def _seen(tokens: list[list[int]], said: str) -> bool:
+    """Tell whether lists of tokens that a query sees, of one run or of two, are those that a counterexample names."""
+    if len(tokens) == 2:  # by chance, what is seen is another each time
+        named = "is read again" in said or all(_named(sorted(each)) in said for each in tokens)
+        return tokens[0] != tokens[1] and named
+    (one,) = tokens
+    count = re.search(rf"sees {len(one) - 1} (?:of the prompt's|earlier)", said)
+    return _named(one) in said or bool(count)
+
+
+def _named(tokens: list[int]) -> str:
+    return listed(tokens).removesuffix(", ...")
 
 
 def row(target: str, variant: str | None, results: list[Result], why: str, seconds: float) -> str:

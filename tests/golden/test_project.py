@@ -87,7 +87,10 @@ REFUSED = {
         'golden_dri = "x"\n' + CASE,
         "unknown key 'golden_dri'; did you mean golden_dir?",
     ),
-    "a key like no other": (CASE + "zzz = 1", "case a: unknown key 'zzz'; there are keep_ratio, keep_tokens, target, kind"),
+    "a key like no other": (
+        CASE + "zzz = 1",
+        "case a: unknown key 'zzz'; there are keep_ratio, keep_tokens, target, kind",
+    ),
     "two cases of one name": (CASE + CASE, "two cases are named 'a' (line 3)"),
     "no TOML": ("[case.a", "is not TOML: Expected ']'"),
     "no target": ("[case.a]\nkeep_ratio = 0.5", "case a: target is missing, which names the method"),

@@ -108,6 +108,11 @@ def test_a_program_runs_where_there_is_no_knorm(target, check):
         ("IndexError: 9", "runs: raised IndexError: 9", True),
         ("ImportError: no knorm", "runs: raised IndexError: 9", False),
         ("the query at 3 sees [1, 3]\nthe query at 3 sees [1, 3]", "sees again: ...", False),
+        ("the query at 3 sees [1, 3]", "sees itself: the query at 3 sees 0-2", False),
+        ("the query at 3 sees [0, 1, 2]", "sees itself: the query at 3 sees 0-2", True),
+        ("the query at 3 sees [1, 3]", "keeps the budget: sees 2 earlier tokens", False),
+        ("6144 bytes are held, but", "sees what is held: 4,096 bytes are held", False),
+        ("topk was given 2 of 9 scores that are not numbers", "sees by numbers: topk was given 1 of 9 scores", False),
     ],
 )
 def test_a_program_that_shows_nothing_confirms_nothing(printed, counterexample, confirmed):

@@ -28,8 +28,12 @@ def _where(look: Look, row: int, head: int) -> str:
     return f"in {call}, layer {look.layer}, row {row}, key/value head {head}"
 
 
-def _short(tokens: list[int], most: int = 24) -> str:
-    """Write token positions, runs as 4-9."""
+def listed(tokens: list[int], most: int = 24) -> str:
+    """Write token positions, runs as 4-9.
+
+    >>> listed([0, 1, 2, 7])
+    '0-2, 7'
+    """
     parts: list[list[int]] = []
     for token in tokens:
         if parts and token >= 0 and parts[-1][-1] == token - 1:
@@ -97,7 +101,7 @@ def check_sees_once(subject: Subject, reading: Reading) -> None:
             subject.shows = shown.READ + _sees(look, row, head, query, group)
             raise Refuted(
                 f"sees once: {_query(look, query)} sees token {int(ordered[row, head, group, query, slot])} twice "
-                f"{_where(look, row, head)}: {_short(look.seen_tokens(row, head, query, group))}"
+                f"{_where(look, row, head)}: {listed(look.seen_tokens(row, head, query, group))}"
             )
 
 
@@ -109,7 +113,7 @@ def check_sees_in_order(subject: Subject, reading: Reading) -> None:
             tokens = [token for token in look.seen_tokens(row, head, -1) if token >= 0]
             if tokens != sorted(tokens):
                 subject.shows = shown.READ + _sees(look, row, head, len(look.positions) - 1)
-                raise Refuted(f"sees in order: the last query sees {_short(tokens)} {_where(look, row, head)}")
+                raise Refuted(f"sees in order: the last query sees {listed(tokens)} {_where(look, row, head)}")
 
 
 def _heads(look: Look) -> list[tuple[int, int]]:
@@ -127,7 +131,7 @@ def check_sees_no_future(subject: Subject, reading: Reading) -> None:
             raise Refuted(
                 f"sees no future: {_query(look, query)}, one of {len(look.positions)}, sees token "
                 f"{int(look.tokens[row, head, slot])} {_where(look, row, head)}: "
-                f"{_short(look.seen_tokens(row, head, query, group))}"
+                f"{listed(look.seen_tokens(row, head, query, group))}"
             )
 
 
@@ -143,7 +147,7 @@ def check_sees_itself(subject: Subject, reading: Reading) -> None:
             subject.shows = shown.READ + _sees(look, row, head, query, group)
             raise Refuted(
                 f"sees itself: {_query(look, query)} does not see its own token {_where(look, row, head)}, but sees "
-                f"{_short(look.seen_tokens(row, head, query, group))}"
+                f"{listed(look.seen_tokens(row, head, query, group))}"
             )
 
 
@@ -168,7 +172,7 @@ def check_sees_protected(subject: Subject, reading: Reading) -> None:
             subject.shows = shown.READ + _sees(look, row, head, 0, group)
             raise Refuted(
                 f"sees protected: {_query(look, 0)} does not see token {wanted[index]} {_where(look, row, head)}, "
-                f"but {_short(look.seen_tokens(row, head, 0, group))}; it should see {_short(wanted)}"
+                f"but {listed(look.seen_tokens(row, head, 0, group))}; it should see {listed(wanted)}"
             )
 
 
@@ -265,7 +269,7 @@ def _differ(subject: Subject, one: Witnessed, other: Witnessed, row: int | None 
             again = "" if row is None else f"row={row}"
             lines = [_sees(first, at, head, query, group, name) for name in ("one", "other")]
             subject.shows = "\n".join(["one, *_ = read()", f"other, *_ = read({again})", *lines])
-            return f"{_query(first, query)} sees {_short(both[0])} {_where(first, at, head)}, but {_short(both[1])}"
+            return f"{_query(first, query)} sees {listed(both[0])} {_where(first, at, head)}, but {listed(both[1])}"
     return None
 
 
