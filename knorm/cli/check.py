@@ -198,7 +198,10 @@ def _check_tried(asked: Asked, results: list[Result]) -> None:
     """Raise ValueError where nothing was tried, or not what was expected to fail."""
     tried = {result.check for result in results if result.verdict != "does not apply"}
     if not tried:
-        raise _NothingApplies("none of the checks chosen applies to it: drop --select, or promise more by --trait")
+        first = f" ({results[0].check} {results[0].reason})" if results else ""
+        raise _NothingApplies(
+            f"none of the checks chosen applies to it{first}: drop --select, or promise more by --trait"
+        )
     idle = sorted({name for name, _ in asked.request.expected} - tried)
     if idle and not asked.in_part:
         raise ValueError(f"--expect-failure names {', '.join(idle)}, but that was not tried on this target")

@@ -33,13 +33,14 @@ def applies(check: Check, subject: Subject) -> bool:
         "nll": subject.method is None and _has_nll(subject),
         "evaluator": subject.evaluate is not None,
     }
-    models = {"witness": _WITNESS, "press": _WITNESS, "cache": _SMALL, "nll": _SMALL}.get(check.surface)
-    if models and not subject.traits.fits(*models):
+    model = _MODELS.get(check.surface)
+    if model and not subject.traits.fits(*model):
         return False
     return surfaces[check.surface] and not check.missing(subject.traits)
 
 
-_WITNESS, _SMALL = ("float32", WIDTH), ("float64", CONFIG["hidden_size"] // CONFIG["num_attention_heads"])  # of models
+_WITNESS, _SMALL = ("float32", WIDTH), ("float64", CONFIG["hidden_size"] // CONFIG["num_attention_heads"])
+_MODELS = {"witness": _WITNESS, "press": _WITNESS, "cache": _SMALL, "nll": _SMALL}  # what laws on models run through
 RANDOM = ("repeatable", "sees_again")  # what these refute draws by chance: others that compare runs say nothing more
 
 
@@ -172,6 +173,9 @@ def unasked(check: Check, subject: Subject) -> Result:
         "evaluator": "an evaluator of token NLLs",
     }
     needs = check.missing(subject.traits)
+    model = _MODELS.get(check.surface)
+    if model and not subject.traits.fits(*model):
+        needs, surface[check.surface] = (), f"a method that is made for {model[0]} and heads {model[1]} wide"
     reason = f"needs {check.in_words(needs) if needs else surface.get(check.surface, 'a compressor')}"
     return Result(check.name, check.law, check.family, "does not apply", reason=reason, needs=needs)
 
