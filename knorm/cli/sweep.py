@@ -92,11 +92,12 @@ def _ready(file: Path, out: Path, expire: float, engine: str, workers: int | Non
     from knorm.sweep.folder import Folder
     from knorm.sweep.plan import read_plan
 
-    folder, where = Folder(out.resolve(), expire), file.resolve().parent
+    whole = file.resolve()  # before the folder is another
+    folder, where = Folder(out.resolve(), expire), whole.parent
     targets = dict(folder.known().get("targets", {}))
     file_size(file)  # refuses what is no file, in the words that it was given
     with contextlib.chdir(where):
-        plan = read_plan(file.resolve(), file)
+        plan = read_plan(whole, file)
         study = study_of(plan, _device(plan, where, engine), targets)
         cells = {cell.name(): cell for cell in study.cells()}
     rows = study.rows()

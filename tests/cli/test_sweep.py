@@ -288,3 +288,14 @@ def test_the_example_of_the_documentation_runs_in_three_minutes(tmp_path):
 
 def test_durations_are_for_people():
     assert [lasting(seconds) for seconds in (0.2, 59.6, 3600, 90061)] == ["0 s", "1 min 0 s", "1 h 0 min", "25 h 1 min"]
+
+
+def test_a_plan_in_another_folder_is_read_as_seen_from_there(run_knorm):
+    Path("study").mkdir()
+    Path("study/mine.py").write_text(MINE)
+    Path("study/plan.toml").write_text(PLAN)
+    code, said, errors = run_knorm("sweep", "study/plan.toml", "out", "--dry-run")
+    assert code == 0, errors
+    assert "study/plan.toml: " in said
+    code, _, errors = run_knorm("sweep", "study/gone.toml", "out")
+    assert (code, errors) == (2, "knorm: study/gone.toml cannot be read: it is not there\n")
