@@ -184,7 +184,9 @@ def stored(folder: Folder) -> tuple[dict[str, Any], Table, dict[str, str]]:
     except (KeyError, TypeError, ValueError):
         said = "does not say which cells were planned: run the same knorm sweep on it again"
         raise ValueError(f"{folder.place / 'plan.json'} {said}") from None
-    there, cells, environment = folder.states(), {}, {}
+    there = folder.states()
+    cells: dict[str, Cell] = {}
+    environment: dict[str, str] = {}
     for name in names:
         if name in there and (result := read_result(folder, name)) is not None:
             try:

@@ -98,7 +98,8 @@ def test_its_folder_tells_the_same_table_without_the_plan_and_without_pytorch(sw
     sweep(plan, "--json", "swept.json")
     swept = strict_json("swept.json")
     told, version, loaded = json.loads(in_a_new_process(STORED, "out", check=True).stdout)
-    assert (version.partition("+")[0], loaded) == (swept["environment"]["torch"], False)
+    assert version.startswith(swept["environment"]["torch"])
+    assert not loaded
     again = schemas.FORMS["knorm-sweep"].model_validate({**swept, **told}).model_dump(mode="json", by_alias=True)
     assert again == swept
     for file in [*Path("out/results").iterdir()][::2]:
