@@ -158,6 +158,44 @@ def write_programs(folder: Path, target: str, programs: Mapping[str, str]) -> No
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
+_PAGE = ("index.html", "results.json")
+
+
+def check_page(folder: Path) -> None:
+    """Raise ValueError, before the work, for a folder in which no page can be written: one that holds something else.
+
+    A folder that is new, empty or holds a page of knorm's is fine; with --force, any.
+    """
+    force = bool(click.get_current_context().meta.get(_FORCE, False))
+    try:
+        there = sorted(entry.name for entry in os.scandir(folder)) if folder.exists() else []
+        ours = all((folder / name).is_file() and is_ours(folder / name) for name in _PAGE)
+        if not folder.exists() and not folder.absolute().parent.is_dir():
+            raise ValueError(f"cannot write {folder}: there is no folder {folder.absolute().parent}")
+        if there and not ours and not force:
+            raise ValueError(f"cannot write {folder}: it holds {there[0]}, and no page: give a new or an empty folder")
+    except NotADirectoryError:
+        raise ValueError(f"cannot write {folder}: it is no folder") from None
+    except OSError as error:
+        raise ValueError(f"cannot write {folder}: {error.strerror or error}") from None
+    for name in _PAGE if folder.exists() else ():
+        if problem := _problem(folder / name, force=force):
+            raise ValueError(f"cannot write {folder / name}: {problem}")
+
+
+def write_page(folder: Path, html: str, parts: Mapping[str, Any]) -> None:
+    """Write a page and the JSON beside it, each whole or not at all.
+
+    Args:
+        folder: that check_page has let pass; it is made where it is not there.
+        html: the page.
+        parts: the same as page.form.Page holds it.
+    """
+    folder.mkdir(exist_ok=True)
+    replace_file(folder / _PAGE[0], partial(_write_text, html))
+    write_json(folder / _PAGE[1], parts)
+
+
 def _write_text(text: str, file: Path) -> None:
     file.write_text(text, encoding="utf-8")
 
