@@ -19,8 +19,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "verify scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget written restored watch targets method policies caches functions presses door",
-    "evaluation": "windows sums damage recovery distinct ways runner curve interventions explain explain_methods "
-    "doubts facts published",
+    "evaluation": "windows sums damage recovery distinct ways runner curve interventions tokens explain "
+    "explain_methods doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "declared verify values workspace history",

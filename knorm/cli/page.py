@@ -27,9 +27,9 @@ TITLE = "KV-cache compression: is it correct, and what does it cost?"
 def page(results: tuple[Path, ...], out: Path, title: str, quiet: bool) -> None:
     """Show RESULTS as one static page, OUT/index.html.
 
-    Its data is written to OUT/results.json. RESULTS: files that --json of check, ppl, explain or sweep wrote, and folders of sweeps. The page has the laws as a
-    matrix with counterexamples, the costs as a frontier, and the text with what each token lost. It loads nothing, and
-    can be read without a script.
+    Its data is written to OUT/results.json. RESULTS: files that --json of check, ppl, explain or sweep wrote, and
+    folders of sweeps. The page has the laws as a matrix with counterexamples, the costs as a frontier, and the text
+    with what each token lost. It loads nothing, and can be read without a script.
     """
     check_page(out)
     from knorm.page.render import check_jinja, render

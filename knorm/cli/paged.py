@@ -166,5 +166,5 @@ def _explained(at: int, result: Any) -> Explained:
         interventions=[
             Change(**{name: getattr(effect, name) for name in Change.model_fields}) for effect in result.effects
         ],
-        per_token=None,
+        per_token=result.per_token,
     )  # fmt: skip

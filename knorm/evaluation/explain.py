@@ -6,14 +6,14 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from knorm.evaluation.curve import NEWEST, Row, mean_recent, measure_row
 from knorm.evaluation.interventions import (
@@ -25,8 +25,8 @@ from knorm.evaluation.interventions import (
     stored_positions,
 )
 from knorm.evaluation.runner import Changes, Runner
-from knorm.masked_attention import attend_seen
-from knorm.perplexity import Run, exact_run
+from knorm.evaluation.tokens import TokenView, WindowTokens, check_window, window_tokens, worst_tokens
+from knorm.perplexity import Run
 from knorm.policy import Policy
 from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
@@ -68,23 +68,6 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class TokenView:
-    """Show a token that got worse, and the evicted token that it would have attended to most.
-
-    attention   that token's share of the full model's attention, mean over compressed layers and heads
-    """
-
-    window: int
-    position: int
-    token: str
-    nll_full: float
-    nll: float
-    evicted: str
-    evicted_position: int
-    attention: float
-
-
-@dataclass(frozen=True)
 class Explanation:
     """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and of no cache; None where that is not run."""
 
@@ -97,6 +80,7 @@ class Explanation:
     effects: tuple[Effect, ...]
     worst: tuple[TokenView, ...]
     verdict: tuple[str, ...]
+    per_token: WindowTokens | None = None
 
     @property
     def loss(self) -> float:
@@ -260,6 +244,7 @@ def explain(
     newest: int = NEWEST,
     stored: bool = False,
     worst: int = 8,
+    tokens: int | None = None,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> Explanation:
     """Evaluate a policy's run, then every single change to it, all exactly and on the same tokens.
@@ -271,6 +256,7 @@ def explain(
         newest: how many of the newest tokens one intervention protects (half the budget, if that is less).
         stored: explain the run of a loop that takes positions from the stored length; what corrects them is tried.
         worst: how many tokens to show of those that got worse.
+        tokens: the window, from 0, of which each token is told.
         on_step: called with the name of each evaluation before it begins.
 
     Returns:
@@ -284,6 +270,7 @@ def explain(
     """
     length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
     layers = runner.model.config.num_hidden_layers
+    check_window(runner.model, runner.windows.input_ids, tokens)
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
@@ -309,71 +296,10 @@ def explain(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
         mean_recent(run, policy, prompt_length), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
+        window_tokens(runner, tokenizer, tokens, own, full, run.evicted_at, policy),
     )  # fmt: skip
     worse = "" if policy.score == "random" else "Norms choose worse than chance here."
     return replace(found, verdict=verdict_of(found, worse))
-
-
-def worst_tokens(
-    runner: Runner,
-    tokenizer: PreTrainedTokenizerFast,
-    run: Run,
-    full: Tensor,
-    most: int,
-    policy: Policy,
-    rounding: Rounding,
-) -> Iterator[TokenView]:
-    """Find the tokens whose NLL rose most, each with the evicted token that the full model attends to most there.
-
-    Args:
-        runner: the model, its windows and their prompt.
-        tokenizer: of the model.
-        run: the compressed run.
-        full: NLLs of the full cache, float64 [windows, scored].
-        most: how many tokens.
-        policy: of the run.
-        rounding: a rise within it is none.
-
-    Yields:
-        The tokens, the worst first.
-    """
-    own, all_ids = run.nll.double().cpu(), runner.windows.input_ids
-    rise = own - full
-    for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
-        window, at = divmod(flat, rise.shape[1])
-        if rise[window, at] <= rounding.largest:
-            return
-        query = at + runner.prompt_length - 1
-        weights = _attention_of(runner.model, all_ids[window : window + 1], query)
-        lost = torch.zeros(query + 1, dtype=torch.float64)
-        for layer, weight in enumerate(weights):  # [heads, query + 1]
-            if layer not in policy.skip_layers:
-                gone = run.evicted_at[layer][window, :, : query + 1] <= query
-                lost += (weight * gone.repeat_interleave(len(weight) // len(gone), 0)).mean(0).double().cpu()
-        source = int(lost.argmax())
-        if not lost[source]:  # nothing that it would have seen was evicted: it got worse by what others lost
-            continue
-        ids = all_ids[window]
-        compressed = max(1, len(weights) - len(policy.skip_layers))
-        yield TokenView(
-            window, query + 1, str(tokenizer.decode(ids[query + 1 : query + 2])), float(full[window, at]),
-            float(own[window, at]), str(tokenizer.decode(ids[source : source + 1])), source,
-            float(lost[source]) / compressed,
-        )  # fmt: skip
-
-
-def _attention_of(model: PreTrainedModel, ids: Tensor, query_position: int) -> list[Tensor]:
-    """The full model's attention weights at one query, per layer: [heads, query_position + 1]."""
-    weights: list[Tensor] = []
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-        keys = key[0, :, : query_position + 1].repeat_interleave(query.shape[1] // key.shape[1], 0)
-        scores = query[0, :, query_position, None] @ keys.mT
-        weights.append((scores[:, 0] * (scale or query.shape[-1] ** -0.5)).softmax(-1))
-        return attend_seen(query, key, value, evicted, scale)
-
-    exact_run(model, ids, Policy(), attend=attend)
-    return weights
 
 
 def curves_around(

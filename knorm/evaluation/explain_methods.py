@@ -24,11 +24,11 @@ from knorm.evaluation.explain import (
     rank_effects,
     sentence_of,
     verdict_of,
-    worst_tokens,
 )
 from knorm.evaluation.interventions import SINKS, Intervention, Kind, sees_itself
 from knorm.evaluation.recovery import Beside, Exact, Recovery, Unrecoverable
 from knorm.evaluation.runner import Changes, Runner
+from knorm.evaluation.tokens import check_window, window_tokens, worst_tokens
 from knorm.evaluation.ways import Evaluation, Ways
 from knorm.methods.budget import Budget
 from knorm.methods.method import Method
@@ -64,7 +64,13 @@ class MethodExplanation:
 
 
 def explain_method(
-    ways: Ways, method: Method, *, newest: int = NEWEST, worst: int = 8, on_step: Step = lambda name: None
+    ways: Ways,
+    method: Method,
+    *,
+    newest: int = NEWEST,
+    worst: int = 8,
+    tokens: int | None = None,
+    on_step: Step = lambda name: None,
 ) -> MethodExplanation:
     """Run a method, recover what its queries saw, and evaluate every single change to it on the same tokens.
 
@@ -73,6 +79,7 @@ def explain_method(
         method: made by `knorm.method`.
         newest: how many of the newest tokens one intervention protects.
         worst: how many tokens to show of those that got worse.
+        tokens: the window, from 0, of which each token is told.
         on_step: called with the name of each evaluation before it begins.
 
     Returns:
@@ -89,9 +96,10 @@ def explain_method(
     tokenizer, after = ways.tokenizer, ways.ids.shape[1] - ways.prompt_length
     if tokenizer is None or ways.scored != after:
         raise ValueError("explaining shows tokens, and scores all after the prompt: give Ways a tokenizer, not scored")
+    check_window(ways.model, ways.ids, tokens)
+    runner = Runner(ways.model, ways.windows, ways.prompt_length, ways.batch)
     if method.policy is not None:
-        runner = Runner(ways.model, ways.windows, ways.prompt_length, ways.batch)
-        found = explain(runner, tokenizer, method.policy, newest=newest, worst=worst, on_step=on_step)
+        found = explain(runner, tokenizer, method.policy, newest=newest, worst=worst, tokens=tokens, on_step=on_step)
         said = "its schedule follows from its keys"
         return MethodExplanation(method.name, method.budget, "schedule", "", "evicts", said, found)
     on_step(method.label)
@@ -110,6 +118,9 @@ def explain_method(
             found = _explained_changes(ways, method, row, on_step)
     except Unrecoverable as error:
         raise ValueError(f"{row.label}: which tokens its queries see cannot be recovered: {error}") from None
+    own = row.per_token
+    told = window_tokens(runner, tokenizer, tokens, own.nll, own.nll_full, table, Policy(), own.kl)
+    found = replace(found, per_token=told)
     changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
     said = _shares(ways, table) if evicts else f"every query sees every token; changed: {' and '.join(changed)}"
     acts: Literal["evicts", "changes"] = "evicts" if evicts else "changes"

@@ -5,33 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from commands import command
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--window", "64", "--windows", "2", "-q")
 PLAN = 'methods = ["knorm", "mended.py:compress"]\nwindow = 64\nwindows = 4\nwindows_per_cell = 2\ndevice = "cpu"\n'
 
 
-def command(*arguments):
-    """Run a command in this process; returns its exit code."""
-    from knorm.cli import main
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["knorm", *map(str, arguments)])
-    try:
-        return main() or 0
-    except SystemExit as ended:
-        return ended.code
-    finally:
-        patch.undo()
-
-
 @pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    """A folder with check.json, ppl.json, two.json of two methods, curve.json, explain.json, fp8.json, own.json, and a
+    """A folder with check.json, ppl.json, two.json of two methods, curve.json, explain.json, and a
     sweep's folder, study."""
     import sweeping
 
@@ -60,7 +46,7 @@ def results(tmp_path_factory):
             command("check", "mine.py:compress", "--select", "order", *declared, *quiet("declared")),
             command("ppl", "mended.py:compress", fp8, *SMALL, "--json", "ppl.json"),
             command("ppl", "--keep-ratio", "0.9,0.5", "--prune-after", "16", *SMALL, "--json", "curve.json"),
-            command("explain", "mended.py:compress", *SMALL, "--json", "explain.json"),
+            command("explain", "mended.py:compress", *SMALL, "--tokens", "0", "--json", "explain.json"),
             command("sweep", "plan.toml", "study", "-q"),
         ]  # fmt: skip
     patch.undo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -210,6 +211,35 @@ def test_the_same_results_give_the_same_bytes_and_the_page_follows_from_its_json
     assert form.model_validate(told).model_dump(mode="json", by_alias=True) == told
 
 
+def test_the_text_is_there_with_what_each_token_lost(page, loaded):
+    html, _ = page("explain.json")
+    window = loaded("explain.json")["per_token"]
+    tokens, heads = window["shown_tokens"], [head for layer in window["evicted_at"] for head in layer]
+    spans = re.findall(
+        r'<a href="#token-0-(\d+)" class="t ([^"]*)" data-at="\1"(?: data-gone="(\d+)")?>([^<]*)</a>', html
+    )
+    assert [unescape(text) for *_, text in spans] == [token["token"] for token in tokens]
+    rows = {given["id"]: (cells, numbers) for given, cells, numbers in Read(html).rows if "id" in given}
+    some_gone = False
+    for at, (_, classes, gone, _) in enumerate(spans):
+        times = sorted(head[at] for head in heads if head[at] < len(tokens))
+        most = len(times) > len(heads) / 2
+        assert ("gone" in classes.split()) == most == (gone != "")
+        if most:  # by then more than half of the heads had evicted it, a token earlier half of them or fewer
+            some_gone = True
+            assert sum(time <= int(gone) for time in times) > len(heads) / 2 >= sum(time < int(gone) for time in times)
+        token, (_, numbers) = tokens[at], rows[f"token-0-{at}"]
+        expected = [at, token["nll"], token["nll_full"], token["kl"], len(times), *times[:1]]
+        assert {*expected} - {None} <= {*numbers}
+        if token["nll"] is not None:
+            change = token["nll"] - token["nll_full"]
+            assert change in numbers
+            depth = sum(change >= edge for edge in (0.1, 0.5, 1, 2))
+            assert (f"w{depth}" in classes.split()) == (depth > 0)
+    assert some_gone
+    assert html.count('class="kept"') == len(heads)
+
+
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
 
@@ -225,6 +255,7 @@ def test_what_was_read_is_text_and_no_markup(page, loaded, tmp_path):
     for row in ppl["rows"]:
         row |= {"method": f"{row['method']}{EVIL}", "checked": EVIL, "how": EVIL}
     explain |= {"method": EVIL, "conclusions": [EVIL]}
+    explain["per_token"]["shown_tokens"][40]["token"] = EVIL
     ppl["environment"]["torch"] = EVIL
     for effect in explain["effects"]:
         effect |= {"name": EVIL, "sentence": EVIL}
