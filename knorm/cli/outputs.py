@@ -17,6 +17,7 @@ import click
 
 from knorm import __version__
 from knorm.files import file_size, write_whole
+from knorm.methods.known import version_of
 from knorm.paths import goldens
 
 MADE_BY = "made with knorm"  # in the metadata of each figure
@@ -123,7 +124,7 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
     WRITTEN.append(write_whole(file, write))
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, str | None]:
     """Collect what results depend on."""
     packages = ("torch", "transformers", "numpy")
     return {
@@ -131,6 +132,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         **{p: metadata.version(p) for p in packages},
+        "kvpress": version_of("kvpress"),
     }
 
 

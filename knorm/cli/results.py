@@ -70,7 +70,7 @@ def _file(path: Path) -> Read:
     except (ValidationError, RecursionError) as error:
         why = first_error(error) if isinstance(error, ValidationError) else "too deep"
         raise ValueError(f"{path} is not what {name} should be: {why}") from None
-    versions = result.environment.model_dump()
+    versions = {name: version for name, version in result.environment.model_dump().items() if version}
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Read(name, result, _source(path, name, digest, versions, result))
 

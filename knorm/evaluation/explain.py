@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from knorm.statistics import interval
 
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
+_WORSE = "Norms choose worse than chance here."
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,11 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
     return tuple(said)
 
 
+def _refuse_idle(run: Run, policy: Policy, layers: int, length: int, prompt_length: int) -> None:
+    if all(bool((lost == length).all()) for lost in run.evicted_at):
+        raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
+
+
 def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: int) -> str:
     """Say why nothing was evicted."""
     unexplained = "nothing to explain: no token was evicted; "
@@ -268,9 +274,10 @@ def explain(
     Example:
         explain(Runner(model, cut_windows(tokenizer, text, 512, 8)), tokenizer, policy).verdict
     """
+    check_window(runner.model, runner.windows.input_ids, tokens)
     length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
     layers = runner.model.config.num_hidden_layers
-    check_window(runner.model, runner.windows.input_ids, tokens)
+    of_run: dict[str, Any] = {"layers": layers, "length": length, "prompt_length": prompt_length}
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
@@ -282,13 +289,10 @@ def explain(
 
     places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
     own, run = measured("the run", policy, prompt_length, places)
-    if all(bool((lost == length).all()) for lost in run.evicted_at):
-        raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
+    _refuse_idle(run, policy, **of_run)
     full, _ = measured("full cache", Policy(), prompt_length, {})
     empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
-    changes = interventions(
-        policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
-    )
+    changes = interventions(policy, **of_run, newest=newest, stored=stored)
     evaluated = [(change, partial(nlls, change)) for change in changes]
     ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
@@ -298,8 +302,7 @@ def explain(
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
         window_tokens(runner, tokenizer, tokens, own, full, run.evicted_at, policy),
     )  # fmt: skip
-    worse = "" if policy.score == "random" else "Norms choose worse than chance here."
-    return replace(found, verdict=verdict_of(found, worse))
+    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE))
 
 
 def curves_around(

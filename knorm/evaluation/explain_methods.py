@@ -104,9 +104,7 @@ def explain_method(
         return MethodExplanation(method.name, method.budget, "schedule", "", "evicts", said, found)
     on_step(method.label)
     row = ways.evaluate(method)
-    if not row.changed:
-        check = f"; {row.check}" if row.check else ""
-        raise ValueError(f"nothing to explain: {row.label}: no token's prediction changed{check}")
+    _refuse_unchanged(row)
     on_step("what its queries saw")
     try:
         recoveries = _recovered(ways, method, row)
@@ -120,11 +118,16 @@ def explain_method(
         raise ValueError(f"{row.label}: which tokens its queries see cannot be recovered: {error}") from None
     own = row.per_token
     told = window_tokens(runner, tokenizer, tokens, own.nll, own.nll_full, table, Policy(), own.kl)
-    found = replace(found, per_token=told)
     changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
     said = _shares(ways, table) if evicts else f"every query sees every token; changed: {' and '.join(changed)}"
     acts: Literal["evicts", "changes"] = "evicts" if evicts else "changes"
-    return MethodExplanation(row.method, row.budget, row.how, row.check, acts, said, found)
+    return MethodExplanation(row.method, row.budget, row.how, row.check, acts, said, replace(found, per_token=told))
+
+
+def _refuse_unchanged(row: Evaluation) -> None:
+    if not row.changed:
+        check = f"; {row.check}" if row.check else ""
+        raise ValueError(f"nothing to explain: {row.label}: no token's prediction changed{check}")
 
 
 def _recovered(ways: Ways, method: Method, row: Evaluation) -> list[Recovery]:

@@ -109,7 +109,7 @@ def window_tokens(
         full: of the full cache, the same.
         evicted_at: for each layer int64 [windows, kv_heads, T]; empty where every query saw every token.
         policy: of the run; layers that it skips do not count.
-        kl: KL(full || run), as nll, where it is known.
+        kl: KL(full || run), float64 [windows, scored], where it is known.
 
     Returns:
         The window; None where none is asked for.

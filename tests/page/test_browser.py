@@ -18,12 +18,13 @@ def _missing():
         import selenium  # noqa: F401
     except ImportError:
         return "selenium is not installed"
-    for program in ("chromium", "chromedriver"):
-        if shutil.which(program) is None:
-            return f"there is no {program}: apt-get install chromium chromium-driver"
+    for program, there in (("chromium", BROWSER), ("chromedriver", shutil.which("chromedriver"))):
+        if there is None:
+            return f"there is no {program}: on Debian, apt-get install chromium chromium-driver"
     return None
 
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = _missing()
 REQUIRED = os.environ.get("KNORM_REQUIRE_CHROMIUM") == "1"
 if not REQUIRED:
@@ -44,7 +45,7 @@ def chromium(tmp_path_factory):
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.add_argument(f"--user-data-dir={profile}")
-    options.binary_location = str(shutil.which("chromium"))
+    options.binary_location = str(BROWSER)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     yield driver
@@ -70,8 +71,16 @@ def opened(chromium, made, request):
     chromium.get("about:blank")
     for kind in ("browser", "performance"):
         chromium.get_log(kind)  # what was before
-    chromium.get((made / "index.html").as_uri())
+    open_file(chromium, made / "index.html")
     return chromium
+
+
+def open_file(driver, file):
+    """Open a file, and wait until its script has run."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    driver.get(file.as_uri())
+    WebDriverWait(driver, 20).until(lambda _: driver.execute_script("return document.readyState") == "complete")
 
 
 def every(driver, selector):
@@ -213,7 +222,7 @@ def test_without_its_script_all_of_it_can_be_read(opened, made, tmp_path):
     html = (made / "index.html").read_text()
     start, stop = html.rindex("<script>"), html.rindex("</script>")
     Path(tmp_path, "index.html").write_text(html[:start] + html[stop + len("</script>") :])
-    opened.get(Path(tmp_path, "index.html").as_uri())
+    open_file(opened, tmp_path / "index.html")
     cell = one(opened, "a.open")
     opened.execute_script("arguments[0].click()", cell)
     assert one(opened, ".evidence:target").is_displayed()
