@@ -276,8 +276,7 @@ def explain(
     """
     check_window(runner.model, runner.windows.input_ids, tokens)
     length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
-    layers = runner.model.config.num_hidden_layers
-    of_run: dict[str, Any] = {"layers": layers, "length": length, "prompt_length": prompt_length}
+    of_run: Any = {"layers": runner.model.config.num_hidden_layers, "length": length, "prompt_length": prompt_length}
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
