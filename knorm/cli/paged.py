@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from knorm.cli.results import Read
 from knorm.evaluation.distinct import NOISE
@@ -21,7 +23,10 @@ from knorm.page.form import (
     Page,
     Point,
 )
+from knorm.strict import first_error
 from knorm.sweep.cells import CONTROL
+
+T = TypeVar("T")
 
 
 def page_of(results: Sequence[Read], title: str) -> Page:
@@ -42,9 +47,11 @@ def page_of(results: Sequence[Read], title: str) -> Page:
         sources=[read.source for read in results],
         matrices=_matrices(results),
         frontiers=_frontiers(results),
-        curves=[_curve(at, read.result) for at, read in enumerate(results) if read.form == "knorm-ppl"],
+        curves=[_fitting(read, _curve, at, read.result) for at, read in enumerate(results) if read.form == "knorm-ppl"],
         explained=[
-            _explained(at, read.result) for at, read in enumerate(results) if read.form.startswith("knorm-explain")
+            _fitting(read, _explained, at, read.result)
+            for at, read in enumerate(results)
+            if read.form.startswith("knorm-explain")
         ],
     )
     if not (page.matrices or page.frontiers or page.curves or page.explained):
@@ -53,12 +60,26 @@ def page_of(results: Sequence[Read], title: str) -> Page:
     return page
 
 
+def _fitting(read: Read, make: Callable[..., T], *arguments: Any) -> T:
+    """Make a part; raise ValueError, naming the results, for numbers that no page can show."""
+    try:
+        return make(*arguments)
+    except ValidationError as error:
+        raise ValueError(f"{read.source.name} holds what no page can show: {first_error(error)}") from None
+
+
+def _planned(plan: dict[str, Any], name: str, otherwise: T) -> T:
+    """Return what a plan says, where it is of the kind that it should be."""
+    value = plan.get(name, otherwise)
+    return value if type(value) is type(otherwise) else otherwise
+
+
 def _matrices(results: Sequence[Read]) -> list[Matrix]:
     """Put verdicts of one suite revision into one matrix, and those of another into another."""
     methods: dict[str, list[MethodVerdicts]] = {}
     laws: dict[str, dict[str, Law]] = {}
     for at, read in enumerate(results):
-        for suite, method, rows in _tried(at, read):
+        for suite, method, rows in _fitting(read, _tried, at, read):
             methods.setdefault(suite, []).append(method)
             for row in rows:
                 laws.setdefault(suite, {}).setdefault(
@@ -68,20 +89,24 @@ def _matrices(results: Sequence[Read]) -> list[Matrix]:
             for suite in methods]  # fmt: skip
 
 
-def _tried(at: int, read: Read) -> Iterable[tuple[str, MethodVerdicts, list[Any]]]:
-    result = read.result
+def _tried(at: int, read: Read) -> list[tuple[str, MethodVerdicts, list[Any]]]:
+    """Return (suite, verdicts, the rows that they are from) of each method."""
+    result, found = read.result, []
     if read.form == "knorm-check":
         for target in result.targets:
-            yield result.suite, MethodVerdicts(
+            verdicts = MethodVerdicts(
                 name=target.name, source=at, seed=result.seed, profile=result.profile, device=result.device,
                 not_run=target.not_run, results=[_judged(row) for row in target.results],
-            ), target.results  # fmt: skip
+            )  # fmt: skip
+            found.append((result.suite, verdicts, target.results))
     elif read.form == "knorm-sweep":
         for target in result.laws:
-            yield target.suite, MethodVerdicts(
-                name=target.method, source=at, seed=target.seed, profile=str(result.plan.get("profile", "")),
+            verdicts = MethodVerdicts(
+                name=target.method, source=at, seed=target.seed, profile=_planned(result.plan, "profile", ""),
                 device=result.device, not_run=None, results=[_judged(row) for row in target.results],
-            ), target.results  # fmt: skip
+            )  # fmt: skip
+            found.append((target.suite, verdicts, target.results))
+    return found
 
 
 def _judged(row: Any) -> Judged:
@@ -107,15 +132,16 @@ def _frontiers(results: Sequence[Read]) -> list[Frontier]:
                 result.rows[0].windows if result.rows else 0, result.prompt_length, 0,
             )  # fmt: skip
             for row in result.rows:
-                points.setdefault(key, []).append(_point(at, row, result.device, True, ""))
+                points.setdefault(key, []).append(_fitting(read, _point, at, row, result.device, True, ""))
         elif read.form == "knorm-sweep":
             plan = result.plan
             for row in result.rows:
                 key = (
-                    row.model, row.dtype, row.text, plan.get("column", "text"), row.window,
-                    plan.get("windows", row.windows), row.prompt_length, row.seed,
+                    row.model, row.dtype, row.text, _planned(plan, "column", "text"), row.window,
+                    _planned(plan, "windows", row.windows), row.prompt_length, row.seed,
                 )  # fmt: skip
-                points.setdefault(key, []).append(_point(at, row, row.device, row.complete, row.letters))
+                point = _fitting(read, _point, at, row, row.device, row.complete, row.letters)
+                points.setdefault(key, []).append(point)
     names = ("model", "dtype", "text", "column", "window", "windows", "prompt_length", "seed")
     return [
         Frontier(**dict(zip(names, key, strict=True)), noise_kl=_noise(found), points=found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from knorm.page.form import Source
 from knorm.strict import first_error
 
 MOST_BYTES = 2**26  # of a file
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 SHOWN = ("knorm-check", "knorm-ppl", "knorm-ppl-methods", "knorm-explain", "knorm-explain-method", "knorm-sweep")
 
 
@@ -91,6 +94,8 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
         _refuse(path, why)
     if not isinstance(fields, dict):
         _refuse(path, "is no result of knorm's")
+    if _HALF.search(text):  # no page can hold half of a surrogate pair
+        fields = json.loads(json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace"))
     return fields
 
 
@@ -110,14 +115,22 @@ def _folder(path: Path) -> Read:
     from knorm.sweep.folder import Folder
     from knorm.sweep.table import stored
 
-    study, table, versions = stored(Folder(path))
-    if not table.done and not table.failures and not table.faults:
-        raise ValueError(f"{path} has no results yet: {table.cells:,} cells are to do")
-    fields = table_fields(study, table)
     try:
-        result = Swept.model_construct(**Swept.__pydantic_validator__.validate_python(
-            {"schema": "knorm-sweep", "schema_version": VERSION, "environment": _as_environment(versions), **fields}
-        ).__dict__)  # fmt: skip
+        study, table, versions = stored(Folder(path))
+        if not table.done and not table.failures and not table.faults:
+            raise ValueError(f"{path} has no results yet: {table.cells:,} cells are to do")
+        fields = table_fields(study, table)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        binascii.Error,
+    ) as error:  # of results that nobody's sweep wrote
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): give another folder") from None
+    try:
+        head = {"schema": "knorm-sweep", "schema_version": VERSION, "environment": _as_environment(versions)}
+        result = Swept.model_validate({**head, **fields})
     except ValidationError as error:
         raise ValueError(f"{path} holds other results than this knorm writes: {first_error(error)}") from None
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
@@ -134,7 +147,7 @@ def _source(path: Path, form: str, digest: str, versions: dict[str, str], result
     name = path.resolve().name
     if form != "knorm-sweep":
         return Source(name=name, form=form, digest=digest, versions=versions)
-    missing = result.cells - result.done - len(result.failures)
+    missing = max(0, result.cells - result.done - len(result.failures))
     failed = [f"{cell.measure} of {cell.method}{_on(cell.model)}: {cell.reason}" for cell in result.failures]
     return Source(
         name=name, form=form, digest=digest, versions=versions, cells=result.cells, missing=missing, failed_cells=failed

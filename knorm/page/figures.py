@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from knorm.page.axes import Axis, Tick, linear_axis, log_axis, signed_axis
+from knorm.page.axes import Tick, linear_axis, log_axis, signed_axis
 from knorm.page.form import Frontier, Point
 
 WIDTH, HEIGHT = 760, 440
@@ -13,7 +13,8 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 744, 14, 372
 BOX = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 STRIP = 24  # height of the band at the bottom, in which nothing can be told from the full cache
 _RADIUS, _LETTER = 5, 6.6  # of a marker; width of a digit
-_AROUND = ((0, -11), (12, -7), (12, 10), (0, 19), (-12, 10), (-12, -7), (19, 2), (-19, 2))
+_AROUND = ((12, 4), (0, -9), (-12, 4), (0, 17), (12, -5), (12, 13), (-12, -5), (-12, 13))
+_ASIDE, _APART = 24, 13  # between points of one size that lose nearly the same
 
 
 @dataclass(frozen=True)
@@ -123,25 +124,39 @@ def _figure(
     x_ticks = [(Tick(axis.place(value), f"{value:,.0f}"), f"{value / full:.0%}" if full else "") for value in values]
     floor = [max(loss, frontier.noise_kl) if view == "kl" else loss for loss in losses]
     front = front_of(points, lambda point: floor[next(i for i, p in enumerate(points) if p is point)])
+    outline = _outline([(xs[i], places[i]) for i in front])
+    xs = _side_by_side(xs, places, front)
     numbers = _labels([*zip(xs, places, strict=True)])
     marks = [
         Mark(i + 1, xs[i], places[i], *ranges[i], *numbers[i], i in front, within[i], point)
         for i, point in enumerate(points)
     ]
-    return Figure(view, title, marks, x_ticks, ticks, band, _outline(marks), _full(axis, full))
+    return Figure(view, title, marks, x_ticks, ticks, band, outline, None if full is None else axis.place(full))
 
 
-def _full(axis: Axis, full: float | None) -> float | None:
-    return None if full is None else axis.place(full)
-
-
-def _outline(marks: Sequence[Mark]) -> str:
+def _outline(places: Sequence[tuple[float, float]]) -> str:
     """Join the front by steps: between two of its points, the smaller one is what there is."""
-    ordered = sorted((mark for mark in marks if mark.front), key=lambda mark: (mark.x, mark.y))
-    if not ordered:
+    if not places:
         return ""
-    first, *rest = ordered
-    return f"M{first.x:g} {first.y:g}" + "".join(f"H{mark.x:g}V{mark.y:g}" for mark in rest)
+    (x, y), *rest = sorted(places)
+    return f"M{x:g} {y:g}" + "".join(f"H{x:g}V{y:g}" for x, y in rest)
+
+
+def _side_by_side(xs: Sequence[float], ys: Sequence[float], front: set[int]) -> list[float]:
+    """Move points aside that would cover others, those of the front the least."""
+    moved, placed = [*xs], list[tuple[float, float]]()
+    steps = [0, *(sign * step for step in range(1, 9) for sign in (1, -1))]
+    for index in sorted(range(len(xs)), key=lambda i: (i not in front, xs[i], ys[i])):
+        tried = [xs[index] + _ASIDE * step for step in steps]
+        free = [
+            x
+            for x in tried
+            if LEFT + _RADIUS <= x <= RIGHT - _RADIUS
+            and all(abs(x - other) >= _ASIDE - 1 or abs(ys[index] - y) >= _APART for other, y in placed)
+        ]
+        moved[index] = round(free[0] if free else xs[index], 1)
+        placed.append((moved[index], ys[index]))
+    return moved
 
 
 def _labels(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from knorm.strict import Strict
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+CheckName = Annotated[str, Field(pattern=r"^\w+$")]
+Verdict = Literal["holds", "refuted", "expected failure", "unexpectedly holds", "untested", "does not apply"]
+Nats = Annotated[float, Field(ge=-1e6, le=1e6)]
+Divergence = Annotated[float, Field(ge=0, le=1e6)]
+Size = Annotated[float, Field(gt=0, le=1e18)]
 
 
 class Part(Strict):
@@ -41,7 +46,7 @@ class Source(Part):
 class Law(Part):
     """Name a check, and the law that it tries to refute."""
 
-    check: str
+    check: CheckName
     law: str
     family: str
 
@@ -49,8 +54,8 @@ class Law(Part):
 class Judged(Part):
     """Hold what became of one check on one method, as `knorm check` says it."""
 
-    check: str
-    verdict: str
+    check: CheckName
+    verdict: Verdict
     examples: Count
     answered: Count
     evicted: Count
@@ -107,19 +112,19 @@ class Point(Part):
     letters: str
     tokens: Count
     ppl: float | None
-    delta_nll: float
-    delta_nll_low: float | None
-    delta_nll_high: float | None
-    kl: float
-    kl_low: float | None
-    kl_high: float | None
-    kl_99: float
-    kl_largest: float
+    delta_nll: Nats
+    delta_nll_low: Nats | None
+    delta_nll_high: Nats | None
+    kl: Divergence
+    kl_low: Nats | None
+    kl_high: Nats | None
+    kl_99: Divergence
+    kl_largest: Divergence
     accuracy: float
     same_top: float
     delta_p_rms: float
-    bytes_per_token: float
-    bytes_per_token_full: float
+    bytes_per_token: Size
+    bytes_per_token_full: Size
     mean_seen: float
 
     @property
@@ -213,6 +218,16 @@ class WindowShown(Part):
     window: Count
     shown_tokens: list[TokenShown]
     evicted_at: list[list[list[Count]]] | None
+
+    @model_validator(mode="after")
+    def _fits(self) -> WindowShown:
+        length = len(self.shown_tokens)
+        heads = [head for layer in self.evicted_at or () for head in layer]
+        if any(len(head) != length or max(head, default=0) > length for head in heads):
+            raise ValueError(f"evicted_at should have a time from 0 to {length} for each of {length} tokens")
+        if any(lost.position >= length for token in self.shown_tokens for lost in token.lost):
+            raise ValueError(f"lost should name one of {length} tokens")
+        return self
 
 
 class Explained(Part):

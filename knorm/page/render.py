@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 MOST_BYTES = 2_000_000  # of a page
+_PLAIN = 1e12  # larger numbers are written with a power of ten
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -94,7 +95,8 @@ def number(value: float | None, form: str = "") -> Any:
 
     if value is None:
         return Markup('<span class="none">–</span>')
-    return Markup('<data value="{}">{}</data>').format(repr(value), format(value, form).replace("-", "−"))
+    shown = format(value, form if abs(value) < _PLAIN else ".3g").replace("-", "−")
+    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
 
 
 def visible(text: str) -> str:

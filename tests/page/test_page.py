@@ -358,6 +358,34 @@ def test_what_is_not_there_is_a_device_or_is_given_twice_is_refused(refused, tmp
     assert "holds holiday.jpg, and no sweep" in refused(str(tmp_path / "folder"))
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("ppl.json", lambda told: told["rows"][1].update(bytes_per_token_full=0.0), "field bytes_per_token_full"),
+        ("ppl.json", lambda told: told["rows"][1].update(kl=1e300), "field kl: "),
+        ("check.json", lambda told: told["targets"][0]["results"][0].update(verdict="fine"), "field verdict: "),
+        ("check.json", lambda told: told["targets"][0]["results"][0].update(check='a" b'), "field check: "),
+        ("explain.json", lambda told: told["per_token"]["evicted_at"][0][0].pop(), "evicted_at should have a time"),
+        ("explain.json", lambda told: told["per_token"]["shown_tokens"].pop(), "evicted_at should have a time"),
+        ("explain.json", lambda told: told["effects"][0].update(change=None), "field effects.0.change"),
+    ],
+)
+def test_numbers_that_no_page_can_show_are_refused_with_their_field(refused, loaded, tmp_path, name, change, words):
+    told = loaded(name)
+    change(told)
+    (tmp_path / "bad.json").write_text(json.dumps(told))
+    said = refused(str(tmp_path / "bad.json"))
+    assert "bad.json" in said
+    assert words in said
+
+
+def test_half_a_surrogate_pair_is_shown_as_what_it_is(page, loaded, tmp_path):
+    told = loaded("check.json")
+    told["targets"][0]["results"][0]["law"] = "a \ud800 b \U0001f600"
+    (tmp_path / "half.json").write_text(json.dumps(told))
+    assert "a ? b \U0001f600" in page(tmp_path / "half.json")[0]
+
+
 def test_results_in_which_there_is_nothing_are_refused(refused, loaded, tmp_path):
     nothing = loaded("check.json") | {"targets": []}
     (tmp_path / "nothing.json").write_text(json.dumps(nothing))
