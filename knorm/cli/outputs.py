@@ -160,7 +160,7 @@ def write_programs(folder: Path, target: str, programs: Mapping[str, str]) -> No
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-_PAGE = ("index.html", "results.json")
+_PAGE = {"index.html": MADE_BY.encode(), "results.json": b'"schema": "knorm-page"'}  # file -> what one of ours has
 
 
 def check_page(folder: Path) -> None:
@@ -171,7 +171,8 @@ def check_page(folder: Path) -> None:
     force = bool(click.get_current_context().meta.get(_FORCE, False))
     try:
         there = sorted(entry.name for entry in os.scandir(folder)) if folder.exists() else []
-        ours = all((folder / name).is_file() and is_ours(folder / name) for name in _PAGE)
+        parts = [name for name in _PAGE if (folder / name).exists()]
+        ours = bool(parts) and all(_PAGE[name] in _ends(folder / name) for name in parts)
         if not folder.exists() and not folder.absolute().parent.is_dir():
             raise ValueError(f"cannot write {folder}: there is no folder {folder.absolute().parent}")
         if there and not ours and not force:
@@ -194,8 +195,9 @@ def write_page(folder: Path, html: str, parts: Mapping[str, Any]) -> None:
         parts: the same as page.form.Page holds it.
     """
     folder.mkdir(exist_ok=True)
-    replace_file(folder / _PAGE[0], partial(_write_text, html))
-    write_json(folder / _PAGE[1], parts)
+    page, data = (folder / name for name in _PAGE)
+    replace_file(page, partial(_write_text, html))
+    write_json(data, parts)
 
 
 def _write_text(text: str, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -144,7 +145,10 @@ def _frontiers(results: Sequence[Read]) -> list[Frontier]:
                 points.setdefault(key, []).append(point)
     names = ("model", "dtype", "text", "column", "window", "windows", "prompt_length", "seed")
     return [
-        Frontier(**dict(zip(names, key, strict=True)), noise_kl=_noise(found), points=found)
+        _fitting(
+            results[found[0].source],
+            partial(Frontier, **dict(zip(names, key, strict=True)), noise_kl=_noise(found), points=found),
+        )
         for key, found in points.items()
     ]
 

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import stat
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -162,3 +163,15 @@ def test_a_figure_is_known_as_knorms_own(tmp_path, suffix):
     assert outputs.is_ours(file)
     figure.savefig(file)
     assert not outputs.is_ours(file), "drawn by somebody else"
+
+
+def test_the_environment_names_kvpress_where_it_is_installed(monkeypatch):
+    def version(name):
+        if name == "kvpress":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(metadata, "version", lambda name: "1.2.3")
+    assert outputs.environment()["kvpress"] == "1.2.3"
+    monkeypatch.setattr(metadata, "version", version)
+    assert outputs.environment()["kvpress"] is None

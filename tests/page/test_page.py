@@ -406,6 +406,11 @@ def test_a_folder_that_holds_something_else_is_left_alone(refused, page, tmp_pat
     assert "holds index.html, and no page" in refused_by_hand(run_knorm, results, "made")
     assert (tmp_path / "made" / "index.html").read_text() == "<h1>mine</h1>"
     assert run_knorm("page", str(results / "ppl.json"), "made", "--force")[0] == 0
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "results.json").write_bytes((results / "check.json").read_bytes())
+    assert "holds results.json, and no page" in refused_by_hand(run_knorm, results, "kept")
+    (tmp_path / "made" / "results.json").unlink()  # as where a full disk kept it from being written
+    assert run_knorm("page", str(results / "ppl.json"), "made")[0] == 0
 
 
 def refused_by_hand(run_knorm, results, out):
