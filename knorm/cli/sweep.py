@@ -196,4 +196,9 @@ def _show(console: Console, ready: Ready, out: Path, json: Path | None, parquet:
             f"knorm: a fault of knorm's own, in {cell.measure} of {cell.method.label}:\n{trace.rstrip()}", err=True
         )
         return BROKEN
+    if console.quiet and table.failures:
+        cell, reason = table.failures[0]
+        where = f"{cell.method.label} on {cell.model}" if cell.model else cell.method.label
+        count = f"{len(table.failures)} cells failed, the first" if table.failures[1:] else "a cell failed"
+        click.echo(f"knorm: {count} {where}: {reason}", err=True)
     return REFUTED if table.failures or table.refuted else HOLDS
