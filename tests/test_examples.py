@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import doctest
 import inspect
 import re
@@ -11,7 +13,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from test_house import SOURCES, module
+from test_house import SOURCES, module, tree
 
 import knorm
 from knorm import laws
@@ -22,8 +24,8 @@ MODULES = [name for name in map(module, SOURCES) if name != "__main__"]
 
 
 def sections(thing):
-    """The sections of a docstring, title -> text."""
-    said = inspect.getdoc(thing) or ""
+    """The sections of a docstring, or of that of a thing, title -> text."""
+    said = thing if isinstance(thing, str) else inspect.getdoc(thing) or ""
     parts = re.split(r"^(Args|Returns|Yields|Raises|Attributes|Example):\n", said, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -73,6 +75,118 @@ def test_a_gap_in_a_docstring_is_noticed():
         """
 
     assert [words.rpartition(".")[2] for words in lacking(gap)] == ["gap: arguments {'values'}", "gap: what it returns"]
+
+
+ELSEWHERE = {"property", "cached_property", "model_validator", "field_validator", "check", "jit"}
+BRIEF = 2  # arguments that a sentence may name in place of a list
+
+
+def defined(top, home):
+    """The functions without underscore, methods and constructors of a syntax tree: (name, node, docstring).
+
+    Left out is what keeps to an interface that is documented elsewhere: methods that a base class has too, pydantic's
+    validators, laws (of a compressor and a cache), pytest's hooks, Triton's kernels.
+    """
+    for node in top.body:
+        inside = isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        bases = getattr(home, node.name).__mro__[1:] if inside else ()
+        for part in node.body if inside else [node]:
+            if not isinstance(part, ast.FunctionDef):
+                continue
+            marks = {word for mark in part.decorator_list for word in re.findall(r"\w+", ast.unparse(mark))}
+            if inside and part.name == "__init__":
+                yield node.name, part, ast.get_docstring(node) or ""
+            inherited = any(hasattr(base, part.name) for base in bases)
+            if not (inherited or part.name.startswith(("_", "pytest_")) or marks & ELSEWHERE):
+                yield f"{node.name}.{part.name}" if inside else part.name, part, ast.get_docstring(part) or ""
+
+
+def raised(function, home):
+    """The errors of a wrong call that a function's own statements raise: the names of each and of its bases."""
+    waiting = [*function.body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            name = ast.unparse(node.exc.func)
+            kind = getattr(home, name, getattr(builtins, name, None))
+            if isinstance(kind, type) and issubclass(kind, (ValueError, TypeError, LookupError, ImportError)):
+                yield [base.__name__ for base in kind.__mro__[:-3]]
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+
+
+def unsaid(top, home, brief=BRIEF):
+    """What the docstrings of a module do not say of arguments, results and errors.
+
+    Args, Returns (or Yields) and Raises list them. Where there are few arguments, sentences do that name each in
+    backticks. A docstring that begins with "Return" or "Yield" needs no section that says it again.
+    """
+    for name, node, said in defined(top, home):
+        parts, given = sections(said), node.args
+        taken = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
+        names = [arg.arg for arg in taken if arg and arg.arg not in ("self", "cls")]
+        if len(names) > brief or "Args" in parts:
+            listed = re.findall(r"^ {4}\*{0,2}(\w+): ", parts.get("Args", ""), re.MULTILINE)
+            if listed != names:
+                yield f"{name}: arguments {[arg for arg in names if arg not in listed] or listed}"
+            silent = node.returns is None or ast.unparse(node.returns) in ("None", "NoReturn")
+            if not silent and not {"Returns", "Yields"} & {*parts} and said.split()[0] not in ("Return", "Yield"):
+                yield f"{name}: what it returns"
+        elif missing := [arg for arg in names if not re.search(rf"`{arg}\b[^`]*`", said)]:
+            yield f"{name}: arguments {missing}"
+        for error, *bases in raised(node, home):
+            if not {error, *bases} & {*re.findall(r"\w+", said)}:
+                yield f"{name}: raises {error}"
+
+
+LATER = ("sweep/", "page/", "golden/", "laws/", "methods/", "model_attention", "models", "perplexity", "plugin")
+LATER += ("rounding", "scaffold", "statistics", "strict", "verify", "weights")
+COMMANDS = "cli/"  # say it in their --help
+SPARE = {"core.py": 4}  # 200 lines at most, so sentences
+
+
+@pytest.mark.parametrize("source", [source for source in SOURCES if not source.startswith((COMMANDS, *LATER))])
+def test_what_others_call_says_what_it_takes_gives_and_raises(source):
+    home = import_module(f"knorm.{module(source)}".rstrip("."))
+    assert not [*unsaid(tree(source), home, SPARE.get(source, BRIEF))]
+
+
+def test_an_argument_a_result_and_an_error_that_are_not_named_are_noticed():
+    source = """
+def brief(a: int, b: int) -> int:
+    '''Add `a` and another.'''
+
+def long(a: int, b: int, *, c: int) -> int:
+    '''Add.
+
+    Args:
+        b: one.
+        a: another.
+        c: a third.
+    '''
+    if a:
+        raise ValueError("a")
+
+class Held:
+    '''Hold `a`.'''
+
+    def __init__(self, a: int, b: int) -> None: ...
+
+    def held(self) -> int:
+        '''Return it, or raise KeyError.'''
+        raise KeyError("a")
+
+    def keys(self, other: int) -> int:
+        '''Keep to another's interface.'''
+"""
+    home = types.SimpleNamespace(Held=type("Held", (dict,), {}))
+    assert [*unsaid(ast.parse(source), home)] == [
+        "brief: arguments ['b']",
+        "long: arguments ['b', 'a', 'c']",
+        "long: what it returns",
+        "long: raises ValueError",
+        "Held: arguments ['b']",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if callable(thing)])

@@ -49,7 +49,10 @@ class Series:
 
 
 def fall(ppl: dict[str, float]) -> tuple[str, str] | None:
-    """Find the ratio below 1 of highest perplexity and the smaller one of lowest, if perplexity falls between them."""
+    """Find where perplexity falls although less is kept, in `ppl`: keep_ratio as written -> perplexity.
+
+    Returns the ratio below 1 and the smaller one between which it falls most, by more than 1%; None without a fall.
+    """
     ratios = sorted((r for r in ppl if exact_ratio(r) < 1), key=exact_ratio, reverse=True)
     pairs = [(a, b) for i, a in enumerate(ratios) for b in ratios[i + 1 :] if ppl[b] < ppl[a] * (1 - TOLERANCE)]
     return max(pairs, key=lambda pair: ppl[pair[0]] / ppl[pair[1]], default=None)

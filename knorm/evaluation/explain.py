@@ -6,7 +6,7 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from knorm.evaluation.curve import NEWEST, Row, mean_recent, measure_row
+from knorm.evaluation.curve import NEWEST, mean_recent
 from knorm.evaluation.interventions import (
     Intervention,
     Kind,
     interventions,
-    newest_to_protect,
     sees_itself,
     stored_positions,
 )
@@ -105,7 +104,18 @@ class Explanation:
 
 
 def sentence_of(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
-    """Say what one intervention proves; `order` has judged in float64 what the run computes in `dtype`."""
+    """Say what one intervention proves.
+
+    Args:
+        change: the intervention.
+        effect: what it changed.
+        policy: of the run that is explained.
+        order: has judged in float64 whether attention sees slot order.
+        dtype: that the run computes in.
+
+    Returns:
+        A sentence without its full stop, nats to three digits.
+    """
     none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
     share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
@@ -180,6 +190,9 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
     Args:
         found: all but its verdict.
         worse_than_chance: what is to be said where a random choice does better; empty: the choice is random.
+
+    Returns:
+        Sentences, the cause first.
     """
     if found.loss > NO_LOSS:
         said = [_cause(found)]
@@ -374,20 +387,3 @@ def _attention_of(model: PreTrainedModel, ids: Tensor, query_position: int) -> l
 
     exact_run(model, ids, Policy(), attend=attend)
     return weights
-
-
-def curves_around(
-    runner: Runner, policy: Policy, ratios: Sequence[str], *, on_step: Callable[[str], None] = lambda name: None
-) -> dict[str, list[Row]]:
-    """Measure the policy at other ratios, and with the newest half of the budget protected: what to draw beside it."""
-    curves: dict[str, list[Row]] = {"as given": [], "newest half of the budget protected": []}
-    for ratio in ratios:
-        own = replace(policy, keep_ratio=ratio)
-        try:
-            count = newest_to_protect(own, runner.prompt_length, NEWEST) or own.protect_recent
-        except ValueError:  # a budget that does not cover what is protected
-            continue
-        for name, each in zip(curves, (own, replace(own, protect_recent=count)), strict=True):
-            on_step(f"ratio {ratio}")
-            curves[name].append(measure_row(runner, each))
-    return curves

@@ -90,7 +90,10 @@ class Runner:
         return self._joined(runs)
 
     def agreement(self, policy: Policy, *, on_batch: Callable[[], None] = lambda: None) -> Agreement:
-        """Run a policy by the loop too, and compare: its two runs are joined as those of `run`."""
+        """Run `policy` by the loop too, and compare; the two runs are joined as those of `run`.
+
+        `on_batch` is called after each batch. Returns the runs, and how far their tokens' NLLs lie apart.
+        """
         parts = []
         for ids in self._batches():
             parts.append(agreement(self.model, ids, policy, prompt_length=self.prompt_length))

@@ -214,7 +214,7 @@ class Ways:
         return [loop], "loop", f"{why}: {said}"
 
     def covers(self, change: Tensor, how: str) -> bool:
-        """Tell whether rounding alone may change tokens' NLLs so between two runs, one of them made in the way `how`.
+        """Tell whether rounding alone may explain `change`, in tokens' NLLs, to a run that is made in the way `how`.
 
         What it does here is measured on the full cache, one pass against the same way, where the usual bound of float32
         is exceeded; and always in half precision.
