@@ -29,11 +29,11 @@ class Results:
 
     @classmethod
     def of(cls, golden: Golden, tensors: Tensors) -> Results:
-        """Take the results of a golden, or of a candidate, and its tensors."""
+        """Take the results of `golden`, which may be a candidate, and its `tensors` by metric."""
         return cls(golden.metrics, tensors, golden.environment)
 
     def metric(self, name: str) -> Metric | None:
-        """Find the metric of that name, if there is one."""
+        """Look up the metric `name`; None where there is none."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
 
@@ -63,7 +63,7 @@ class Finding:
 
 
 def where(then: Environment, now: Environment) -> Where:
-    """Tell how near two environments are: the "same", others of the same "versions", or "elsewhere"."""
+    """Tell how near `then` and `now` are: the "same", others of the same "versions", or "elsewhere"."""
     if not environment_changes(then, now):
         return "same"
     was, will = ((_release(e.torch), e.transformers, e.packages) for e in (then, now))

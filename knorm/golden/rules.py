@@ -70,10 +70,10 @@ class Rule(ABC):
 
     @abstractmethod
     def judge(self, pair: Pair) -> Judgement:
-        """Judge one metric as if its gate spoke in this environment."""
+        """Judge the metric of `pair` as if its gate spoke in this environment."""
 
     def slack(self, before: Metric) -> float:
-        """Return by how much the metric may become worse without permission, in its own unit."""
+        """Return by how much the metric may become worse than `before` without permission, in its own unit."""
         return 0.0
 
 

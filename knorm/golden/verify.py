@@ -130,7 +130,16 @@ def _threads_of(case: Case, device: str) -> Iterator[None]:
 
 
 def environment_of(case: Case, device: str, how: How | None) -> Environment:
-    """Collect what a case's numbers may depend on here, the packages that its method comes from included."""
+    """Collect what a case's numbers may depend on here.
+
+    Args:
+        case: the case; one that names its environment has that.
+        device: to measure on.
+        how: the way to run it; None for the usual one.
+
+    Returns:
+        The environment, with versions of the packages that the case's method comes from.
+    """
     if case.environment is not None:
         return case.environment
     here = environment(device, how)
