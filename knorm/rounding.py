@@ -108,9 +108,9 @@ class Rounding(NamedTuple):
 
     @classmethod
     def measured(cls, change: Tensor) -> Rounding:
-        """Measure rounding as a change of tokens' NLLs [windows, tokens] shows it, where it is the only cause."""
+        """Measure rounding by a `change` of tokens' NLLs [windows, tokens] that it is the only cause of."""
         return cls(max(ROUNDING, float(change.abs().max())), max(ROUNDING, float(change.abs().mean())))
 
     def covers(self, change: Tensor) -> bool:
-        """Tell whether a change of tokens' NLLs is no larger than this, in its largest token and on average."""
+        """Tell whether a `change` of tokens' NLLs is no larger than this, in its largest token and on average."""
         return float(change.abs().max()) <= self.largest and float(change.abs().mean()) <= self.typical

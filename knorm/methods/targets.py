@@ -160,6 +160,9 @@ def _is_there(package: str) -> bool:
 def load_target(target: Target) -> tuple[Any, dict[str, Any]]:
     """Import what a target names.
 
+    Args:
+        target: as parse_target read it.
+
     Returns:
         The object, and the keywords that it is to be called with: for a class or function with (arguments). A call with
         positional arguments, of a press, is made here, and its result returned without keywords.
