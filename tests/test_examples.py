@@ -259,6 +259,13 @@ def test_a_missing_shape_is_noticed():
     assert [*shapeless(here)] == ["listed: values", "listed: what it returns", "named: values"]
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_example_is_one_that_runs(source):
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    said = {node.name: ast.get_docstring(node) or "" for node in ast.walk(tree(source)) if isinstance(node, kinds)}
+    assert not [name for name, text in said.items() if ">>> " not in sections(text).get("Example", ">>> ")]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_docstrings_run(name):
     home = import_module(f"knorm.{name}".rstrip("."))

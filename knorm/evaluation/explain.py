@@ -293,7 +293,12 @@ def explain(
         ValueError: where no token is evicted, and what perplexity.exact_nll raises.
 
     Example:
-        explain(Runner(model, cut_windows(tokenizer, text, 512, 8)), tokenizer, policy).verdict
+        >>> from knorm.evaluation.windows import Windows
+        >>> model, tokenizer = load_embedded()
+        >>> runner = Runner(model, Windows(torch.arange(96).view(2, 48)))
+        >>> found = explain(runner, tokenizer, Policy(0.5, prune_after=32, protocol="streaming"))
+        >>> "recency" in {effect.kind for effect in found.effects}
+        True
     """
     length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
     layers = runner.model.config.num_hidden_layers

@@ -106,8 +106,9 @@ class Ways:
         ValueError: for a prompt that leaves nothing to score, and for what no model can run.
 
     Example:
-        ways = Ways(model, cut_windows(tokenizer, text, 512, 8), prompt_length=256)
-        ways.evaluate(knorm.method("kvpress:SnapKVPress", keep_ratio=0.5)).damage.kl
+        >>> ways = Ways(load_embedded()[0], Windows(torch.arange(64).view(2, 32)), prompt_length=16)
+        >>> ways.evaluate(method(Policy(0.5))).damage.kl > 0
+        True
     """
 
     def __init__(
