@@ -419,6 +419,13 @@ def exact_run(
     Raises:
         ValueError: as exact_nll.
         TypeError: as exact_nll.
+
+    Example:
+        >>> model, tokenizer = load_embedded()
+        >>> ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
+        >>> run = exact_run(model, ids, Policy(0.5), prompt_length=4)
+        >>> run.evicted_at[0].shape == (1, model.config.num_attention_heads, ids.shape[1])
+        True
     """
     begin = time.perf_counter()
     hidden = exact_hidden(

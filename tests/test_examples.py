@@ -262,8 +262,8 @@ def test_a_missing_shape_is_noticed():
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_example_is_one_that_runs(source):
     kinds = (ast.FunctionDef, ast.ClassDef)
-    said = {node.name: ast.get_docstring(node) or "" for node in ast.walk(tree(source)) if isinstance(node, kinds)}
-    assert not [name for name, text in said.items() if ">>> " not in sections(text).get("Example", ">>> ")]
+    said = [(node.name, ast.get_docstring(node) or "") for node in ast.walk(tree(source)) if isinstance(node, kinds)]
+    assert not [name for name, text in said if ">>> " not in sections(text).get("Example", ">>> ")]
 
 
 @pytest.mark.parametrize("name", MODULES)

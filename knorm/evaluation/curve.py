@@ -101,6 +101,13 @@ def measure_row(
 
     Raises:
         ValueError: what perplexity.exact_nll raises; for a mean NLL beyond all guessing; for windows of no text.
+
+    Example:
+        >>> from knorm.evaluation.windows import cut_windows
+        >>> model, tokenizer = load_embedded()
+        >>> windows = cut_windows(tokenizer, "The cat sat on the mat. " * 30, length=32, most=2)
+        >>> measure_row(Runner(model, windows), Policy(0.5, prune_after=16, protocol="streaming")).tokens
+        62
     """
     both = runner.agreement(policy, on_batch=on_batch) if stream else None
     run = both.exact if both else runner.run(policy, on_batch=on_batch)

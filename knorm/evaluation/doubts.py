@@ -52,6 +52,9 @@ def fall(ppl: dict[str, float]) -> tuple[str, str] | None:
     """Find where perplexity falls although less is kept, in `ppl`: keep_ratio as written -> perplexity.
 
     Returns the ratio below 1 and the smaller one between which it falls most, by more than 1%; None without a fall.
+
+    >>> fall({"1.0": 15.0, "0.9": 20.0, "0.5": 12.0})
+    ('0.9', '0.5')
     """
     ratios = sorted((r for r in ppl if exact_ratio(r) < 1), key=exact_ratio, reverse=True)
     pairs = [(a, b) for i, a in enumerate(ratios) for b in ratios[i + 1 :] if ppl[b] < ppl[a] * (1 - TOLERANCE)]
@@ -66,6 +69,10 @@ def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
 
     Returns:
         The doubts; none where nothing is suspicious by itself.
+
+    Example:
+        >>> judge_reported([Series("ppl", {"1.0": 15.0, "0.9": 20.0, "0.5": 12.0}, {})])[0].what
+        'perplexity falls from 20 at 0.9 to 12 at 0.5, while less is kept'
     """
     doubts = []
     for series in table:

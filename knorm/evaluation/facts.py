@@ -66,6 +66,10 @@ def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named
 
     Raises:
         ValueError: windows shorter than two passages.
+
+    Example:
+        >>> fact_windows(load_embedded()[1], 256).input_ids.shape
+        torch.Size([33, 256])
     """
     if length < 2 * PASSAGE:
         raise ValueError(

@@ -45,6 +45,10 @@ def shift_of(measured: np.ndarray[Any, Any], golden: np.ndarray[Any, Any], alpha
 
     Returns:
         The shift, measured minus golden.
+
+    Example:
+        >>> shift_of(np.array([[1.0, 2.5], [3.0, 4.0]]), np.array([[1.0, 2.0], [3.0, 4.0]])).place
+        'window 0, token 1'
     """
     difference = measured.astype(np.float64) - golden.astype(np.float64)
     difference = np.where(np.isnan(difference), np.inf, difference)

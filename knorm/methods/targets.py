@@ -267,6 +267,10 @@ def expanded(spec: str) -> list[str]:
 
     Raises:
         ValueError: the package is not installed, or * stands for another's.
+
+    Example:
+        >>> expanded("knorm")
+        ['knorm']
     """
     where, _, name = spec.partition(":")
     if name != "*":
