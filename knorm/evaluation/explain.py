@@ -31,6 +31,7 @@ from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
+_WORSE_THAN_CHANCE = "Norms choose worse than chance here."
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
 
 
@@ -293,14 +294,12 @@ def explain(
         ValueError: where no token is evicted, and what perplexity.exact_nll raises.
 
     Example:
-        >>> from knorm.evaluation.windows import Windows
-        >>> model, tokenizer = load_embedded()
-        >>> runner = Runner(model, Windows(torch.arange(96).view(2, 48)))
-        >>> found = explain(runner, tokenizer, Policy(0.5, prune_after=32, protocol="streaming"))
-        >>> "recency" in {effect.kind for effect in found.effects}
-        True
+        >>> (model, tokenizer), ids = load_embedded(), torch.arange(64).view(2, 32)
+        >>> runner = Runner(model, knorm.evaluation.windows.Windows(ids), prompt_length=16)
+        >>> explain(runner, tokenizer, Policy(0.5)).tokens
+        32
     """
-    length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
+    length, prompt = runner.windows.input_ids.shape[1], runner.prompt_length
     layers = runner.model.config.num_hidden_layers
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
@@ -311,25 +310,22 @@ def explain(
     def nlls(change: Intervention, **options: Unpack[Changes]) -> Tensor:
         return measured(change.name, change.policy, change.prompt_length, options)[0]
 
-    places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
-    own, run = measured("the run", policy, prompt_length, places)
+    places: Changes = {"position_ids": stored_positions(policy, length, prompt)} if stored else {}
+    own, run = measured("the run", policy, prompt, places)
     if all(bool((lost == length).all()) for lost in run.evicted_at):
-        raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
-    full, _ = measured("full cache", Policy(), prompt_length, {})
-    empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
-    changes = interventions(
-        policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
-    )
+        raise ValueError(_nothing_evicted(policy, layers, length, prompt))
+    full, _ = measured("full cache", Policy(), prompt, {})
+    empty, _ = measured("no cache", Policy(), prompt, {"schedule": sees_itself})
+    changes = interventions(policy, layers=layers, length=length, prompt_length=prompt, newest=newest, stored=stored)
     evaluated = [(change, partial(nlls, change)) for change in changes]
     ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt_length), ranked,
+        mean_recent(run, policy, prompt), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
-    worse = "" if policy.score == "random" else "Norms choose worse than chance here."
-    return replace(found, verdict=verdict_of(found, worse))
+    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE_THAN_CHANCE))
 
 
 def worst_tokens(

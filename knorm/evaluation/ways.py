@@ -106,9 +106,8 @@ class Ways:
         ValueError: for a prompt that leaves nothing to score, and for what no model can run.
 
     Example:
-        >>> ways = Ways(load_embedded()[0], Windows(torch.arange(64).view(2, 32)), prompt_length=16)
-        >>> ways.evaluate(method(Policy(0.5))).damage.kl > 0
-        True
+        >>> Ways(load_embedded()[0], Windows(torch.arange(64).view(2, 32)), 16).evaluate(method(Policy(0.5))).label
+        'Policy 0.5'
     """
 
     def __init__(
