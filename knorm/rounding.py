@@ -95,7 +95,7 @@ def _order_bound(query: Tensor, key: Tensor, scale: float | None) -> float:
 
 
 class Rounding(NamedTuple):
-    """Hold what rounding does to a token's NLL, in nats: at most, and on average.
+    """Hold what rounding does to a token's NLL, in nats: `largest` of any, `typical` on average.
 
     By default what it may do in float32. In half precision it is measured in the run itself, as the change from
     attention summed in the model's dtype to attention summed in float64 and rounded once. Its size depends on the

@@ -32,7 +32,17 @@ CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hold one line of the main job: a claim, whether it holds, the evidence; compared=False: there was no golden."""
+    """Hold one line of the main job: a claim, whether it holds, the evidence.
+
+    Attributes:
+        claim: in words.
+        holds: False refutes it.
+        evidence: numbers in words.
+        seconds: that it took.
+        rows: the curve, where it is one.
+        doubts: what makes no sense in that.
+        compared: False where there was no golden to compare with.
+    """
 
     claim: str
     holds: bool

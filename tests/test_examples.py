@@ -8,8 +8,9 @@ import doctest
 import inspect
 import re
 import types
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
+from typing import Literal
 
 import pytest
 import torch
@@ -145,6 +146,19 @@ def unsaid(top, home, brief=BRIEF):
 
 
 LATER = ("sweep/", "page/", "laws/known", "laws/probe", "laws/shown", "laws/snippets", "methods/presses")
+
+
+def unnamed(home):
+    """The fields of a module's dataclasses and named tuples that their docstrings do not name anywhere."""
+    for name, kind in inspect.getmembers(home, inspect.isclass):
+        if kind.__module__ == home.__name__ and not name.startswith("_"):
+            kept = {field.name: str(field.type) for field in fields(kind)} if is_dataclass(kind) else {}
+            kept |= dict.fromkeys(getattr(kind, "_fields", ()) if issubclass(kind, tuple) else (), "")
+            words = {*re.findall(r"\w+", inspect.getdoc(kind) or "")}
+            marks = {field for field, type in kept.items() if re.search(r"\bLiteral\[['\"]\w+['\"]\]$", type)}
+            yield from (f"{name}.{field}" for field in {*kept} - words - marks if not field.startswith("_"))
+
+
 COMMANDS = "cli/"  # say it in their --help
 SPARE = {"core.py": 4}  # 200 lines at most, so sentences
 
@@ -152,7 +166,7 @@ SPARE = {"core.py": 4}  # 200 lines at most, so sentences
 @pytest.mark.parametrize("source", [source for source in SOURCES if not source.startswith((COMMANDS, *LATER))])
 def test_what_others_call_says_what_it_takes_gives_and_raises(source):
     home = import_module(f"knorm.{module(source)}".rstrip("."))
-    assert not [*unsaid(tree(source), home, SPARE.get(source, BRIEF))]
+    assert not [*unsaid(tree(source), home, SPARE.get(source, BRIEF)), *unnamed(home)]
 
 
 def test_an_argument_a_result_and_an_error_that_are_not_named_are_noticed():
@@ -199,6 +213,19 @@ class Held:
         "Held: arguments ['b']",
         "Held.caught: raises IndexError",
     ]
+
+
+def test_a_field_that_is_not_named_is_noticed():
+    @dataclass
+    class Kept:
+        """Hold `first`."""
+
+        first: int
+        second: str
+        kind: Literal["kept"] = "kept"
+
+    Kept.__module__ = "here"
+    assert [*unnamed(types.SimpleNamespace(__name__="here", Kept=Kept))] == ["Kept.second"]
 
 
 @pytest.mark.parametrize("name", [name for name, thing in PUBLIC.items() if callable(thing)])

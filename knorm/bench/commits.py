@@ -117,9 +117,13 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
 class Setup:
     """Hold what both commits are to do, as their processes receive it.
 
-    model      a folder
-    prompts    ids [batch][tokens] and new_tokens each
-    policies   fields of each Policy
+    Attributes:
+        model: a folder.
+        dtype: of the weights, as torch names it: "float32".
+        device: "cpu", "cuda:1".
+        threads: of a CPU.
+        prompts: ids [batch][tokens] and new_tokens each.
+        policies: fields of each Policy.
     """
 
     model: str

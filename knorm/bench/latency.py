@@ -35,7 +35,7 @@ METRICS = ("ttft", "tpot", "throughput")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold what is generated from: int64 [batch, tokens] on the model's device, and how many tokens are new."""
+    """Hold what is generated from: `ids`, int64 [batch, tokens] on the model's device, and how many `new_tokens`."""
 
     ids: Tensor
     new_tokens: int
@@ -144,7 +144,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold one arm's times in one block: for each prompt, seconds of each prompt pass and of each decode step."""
+    """Hold one arm's times in one block: for each prompt, seconds of the `first` passes and of the decode `steps`."""
 
     first: tuple[tuple[float, ...], ...]
     steps: tuple[tuple[float, ...], ...]

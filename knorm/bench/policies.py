@@ -64,7 +64,17 @@ def summarise(samples: Sequence[Sample], prompts: Sequence[tuple[int, int]]) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one arm; policy: None for the uncompressed cache, which has no comparisons; logs: a log-ratio a block."""
+    """Hold what one arm took.
+
+    Attributes:
+        name: as tables have it.
+        policy: None for the uncompressed cache, and for a method.
+        times: over all blocks.
+        counters: of one generation.
+        peak: bytes allocated at most while decoding; None on a CPU.
+        logs: by metric, a log-ratio to the uncompressed cache for each block; empty for that itself.
+        comparisons: by metric, the verdict on them.
+    """
 
     name: str
     policy: Policy | None
@@ -82,10 +92,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Hold what a run gave: its arms, the uncompressed one first; how long it measured, warm-up included.
+    """Hold what a run gave.
 
-    samples       [block][arm], as measured
-    interrupted   steps that took over 1.5 times their usual time, and count as that (latency.without_interruptions)
+    Attributes:
+        rows: one for each arm, the uncompressed one first.
+        samples: [block][arm], as measured.
+        interrupted: steps that took over 1.5 times their usual time, and count as that
+            (latency.without_interruptions).
+        warm_up: generations of each arm that were run before, and discarded.
+        seconds: how long it measured, warm-up included.
     """
 
     rows: tuple[Row, ...]

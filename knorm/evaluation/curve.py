@@ -22,14 +22,25 @@ NEWEST = 16  # tokens whose presence in the cache is reported
 class Row:
     """Hold one policy's costs on one text. Every row of a curve scores the same tokens: those after the prompt.
 
-    ppl             exp of the mean NLL per token; standard_error of it, clustered by window (None for one window)
-    bits_per_byte   of the scored text's UTF-8
-    accuracy        share of tokens that were the likeliest
-    mean_cache      tokens that a scored query sees in a compressed layer, itself included; final_cache: the last query
-    recent          how many of the newest 16 tokens are among them, itself included (None in shorter windows)
-    seconds         wall time; of which scheduling
-    stream_*        the loop, where it was run: its PPL, the largest difference of a token's NLL from the one pass,
-                    evictions that differ, and the widest relative gap of norms where they first do
+    Attributes:
+        keep_ratio: as it was written.
+        windows: how many were scored.
+        tokens: how many were.
+        nll: their mean, in nats.
+        ppl: exp of that.
+        standard_error: of ppl, clustered by window; None for one window.
+        bits_per_byte: of the scored text's UTF-8.
+        accuracy: share of tokens that were the likeliest.
+        mean_cache: tokens that a scored query sees in a compressed layer, itself included.
+        final_cache: tokens that the last query sees.
+        recent: how many of the newest 16 tokens are among those of mean_cache; None in shorter windows.
+        seconds: wall time.
+        scheduling: seconds of it that schedules took.
+        stream_ppl: that of the loop; None, as all below, where it was not run.
+        stream_seconds: wall time of the loop.
+        stream_difference: the largest difference of a token's NLL from the one pass, in nats.
+        stream_evictions: how many evictions differ.
+        stream_gap: the widest relative gap of norms where they first do.
     """
 
     keep_ratio: str

@@ -30,7 +30,7 @@ JUMP = 2.0  # a first step that multiplies perplexity by more
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Say what does not make sense, and its cause or the command that would show it."""
+    """Say `what` does not make sense, and `then` its cause or the command that would show it."""
 
     what: str
     then: str
@@ -41,7 +41,12 @@ class Suspicion:
 
 @dataclass(frozen=True)
 class Series:
-    """Hold a column of a table: keep_ratio as written -> perplexity; and how many tokens each scored, if it says so."""
+    """Hold the column `name` of a table.
+
+    Attributes:
+        ppl: keep_ratio as written -> perplexity.
+        tokens: keep_ratio as written -> how many tokens were scored; empty where the table does not say.
+    """
 
     name: str
     ppl: dict[str, float]

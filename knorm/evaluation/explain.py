@@ -71,6 +71,8 @@ class Effect:
 class TokenView:
     """Show a token that got worse, and the evicted token that it would have attended to most.
 
+    token       stands at position of window; nll_full, nll: in nats, with the full cache and in the run
+    evicted     stood at evicted_position
     attention   that token's share of the full model's attention, mean over compressed layers and heads
     """
 
@@ -86,7 +88,13 @@ class TokenView:
 
 @dataclass(frozen=True)
 class Explanation:
-    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and of no cache; None where that is not run."""
+    """Hold why a run's NLL moved; NLLs are means in nats a token.
+
+    nll        of the run; nll_full: of the full cache; nll_empty: of no cache, None where that is not run
+    windows    how many were scored, and tokens in all; recent: as in a curve's row
+    effects    of single changes, ranked by what they take back; worst: tokens that got worse
+    verdict    sentences, the cause first
+    """
 
     nll: float
     nll_full: float

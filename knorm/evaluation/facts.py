@@ -41,9 +41,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Recall:
-    """Hold what became of the names' tokens alone: mean NLL in nats, perplexity, share that were the likeliest, count.
+    """Hold what became of the names' tokens alone.
 
-    others   perplexity of all other tokens of the same windows, after the passage
+    Attributes:
+        nll: their mean, in nats.
+        ppl: exp of that.
+        accuracy: share that were the likeliest.
+        tokens: how many there are.
+        others: perplexity of all other tokens of the same windows, after the passage.
     """
 
     nll: float

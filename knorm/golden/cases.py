@@ -41,7 +41,7 @@ NOISE = {
 
 @dataclass(frozen=True)
 class Case:
-    """Define one case: what it pins in a sentence, its configuration, and the kinds of device that measure it.
+    """Define the case `id`: what it pins in a sentence, its configuration, and the `devices` that measure it.
 
     optional     it needs what is not in the box: without that, or without a golden, it is not compared
     timed        it is measured by a clock: only where it is asked for by name, with the machine to itself

@@ -21,7 +21,7 @@ _WORST = 1e9  # per cent; what was 0 and is something, or is not finite, is wors
 
 @dataclass(frozen=True)
 class Results:
-    """Hold what a case gave, and in which environment: a golden, a candidate or a run."""
+    """Hold the `metrics` and `tensors` of a golden, a candidate or a run, and the `environment` that they come from."""
 
     metrics: tuple[Metric, ...]
     tensors: Tensors
@@ -41,10 +41,17 @@ class Results:
 class Finding:
     """Hold the verdict on one metric, and the evidence.
 
-    verdict      "holds"; "moved"; "shown": it differs where its gate does not speak; "inconclusive": noise hides it
-    difference   measured minus golden; None where they are no numbers
-    low, high    interval of the difference, in the metric's unit: clustered by window, or by block
-    worse        per cent by which the metric is worse than its gate lets pass; 0 where it is not
+    Attributes:
+        metric: its name.
+        verdict: "holds"; "moved"; "shown": it differs where its gate does not speak; "inconclusive": noise hides it.
+        golden: the accepted value; None for a metric that is new.
+        measured: the value found here; None for one that is gone.
+        anchor: the value accepted first.
+        evidence: in one line.
+        difference: measured minus golden; None where they are no numbers.
+        low: lower end of the difference's interval, in the metric's unit: clustered by window, or by block.
+        high: upper end.
+        worse: per cent by which the metric is worse than its gate lets pass; 0 where it is not.
     """
 
     metric: str

@@ -43,7 +43,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Hold what a rule says of a pair: the verdict, the evidence, and the interval of the difference if it has one."""
+    """Hold what a rule says of a pair: verdict, evidence, and `low` and `high` of the difference if it has them."""
 
     verdict: Literal["holds", "moved", "inconclusive"]
     evidence: str = ""

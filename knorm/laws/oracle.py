@@ -25,7 +25,10 @@ _WORD = 2**64 - 1
 
 @dataclass(frozen=True)
 class Rules:
-    """Hold what a Policy is asked for, as plain values: the oracle reads these, never what a Policy makes of them."""
+    """Hold what a Policy is asked for, as plain values: the oracle reads these, never what a Policy makes of them.
+
+    They are keep_ratio, prune_after, skip_layers, protect_first, protect_recent, score, protocol and seed.
+    """
 
     keep_ratio: Any = 1.0
     prune_after: int = 0

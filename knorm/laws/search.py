@@ -28,7 +28,7 @@ MOST_ROUNDS = 8  # of drawing, until enough cases are answered
 
 @dataclass(frozen=True)
 class Effort:
-    """Say how hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
+    """Say how hard a check tries: `examples` drawn at most, `shrinks` to make one smaller, and `long` ones or not."""
 
     examples: int
     shrinks: int

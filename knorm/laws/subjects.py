@@ -38,7 +38,15 @@ class Kept(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Record one call: the arguments as they were given."""
+    """Record one call: the arguments as they were given.
+
+    Attributes:
+        keys: a copy, [batch, kv_heads, length, head_dim].
+        values: the same.
+        keep_ratio: the share to keep.
+        layer: index of the layer; None where none was named.
+        strides: of the keys and of the values that were given, in elements.
+    """
 
     keys: Tensor
     values: Tensor

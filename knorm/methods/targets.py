@@ -25,7 +25,7 @@ _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", r
 
 @dataclass(frozen=True)
 class Call:
-    """Hold a name of the target's package, and the arguments in its parentheses."""
+    """Hold the `path` of a name in the target's package, and the `positional` and `named` arguments in parentheses."""
 
     path: str
     positional: tuple[Any, ...] = ()

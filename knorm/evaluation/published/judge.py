@@ -21,7 +21,16 @@ _SUFFIXES = {"nats": " nats", "ratio": "x", "s": " s", "tokens/s": " /s"}
 
 @dataclass(frozen=True)
 class Judged:
-    """Hold the verdict on a claim: the reported number, the measured one (None without one), and why, in few words."""
+    """Hold the verdict on a claim.
+
+    Attributes:
+        claim: what is said.
+        verdict: "holds", "does not hold" or "cannot be tested".
+        reported: the number that is claimed.
+        measured: the number found here; None without one.
+        tolerance: by how much they may differ, as the claim's kind has it.
+        why: in few words.
+    """
 
     claim: Claim
     verdict: Verdict

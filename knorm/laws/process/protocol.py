@@ -42,6 +42,7 @@ class Request:
     traits         NAME=VALUE, each in front of what is promised otherwise
     select         names of checks or families; None: all
     expected       check -> why it may fail
+    profile, seed  how hard to try, and with which draws; device: where drawn tensors lie
     quiet          the target's stdout is dropped
     verbose        tracebacks of what knorm itself stumbled over
     folder         where the worker begins, and from where a target's path is read; None: here
@@ -63,7 +64,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Start:
-    """Start a worker: the parent's only message, with a token, the descriptors that it inherits, and what to do."""
+    """Start a worker: the parent's only message.
+
+    Attributes:
+        token: with which each of the worker's messages is to begin, in hexadecimal digits.
+        channel: descriptor to send them through.
+        board: descriptor of the board's file.
+        request: what to do.
+    """
 
     token: str
     channel: int
@@ -73,7 +81,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Answer a wrong request, or one whose target cannot be loaded."""
+    """Answer a wrong request, or one whose target cannot be loaded: a `message` of one line, and the `trace` of it."""
 
     message: str
     trace: str
@@ -86,7 +94,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Plan:
-    """Describe a loaded target: its traits, the code that imports it, and an entry for each check, tried or not."""
+    """Describe a loaded target: its traits, the code that imports it, and in `checks` an entry each, tried or not."""
 
     traits: Traits
     code: str
@@ -214,7 +222,7 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True)
 class Packed:
-    """Hold a call whose tensors are bytes: (dtype, shape, data) of keys and of values."""
+    """Hold a call: `keep_ratio`, `layer`, and as `tensors` (dtype, shape, data) of keys and of values."""
 
     keep_ratio: float
     layer: int | None
