@@ -145,7 +145,7 @@ def unsaid(top, home, brief=BRIEF):
                 yield f"{name}: raises {error[0]}"
 
 
-LATER = ("sweep/", "page/", "laws/known", "laws/probe", "laws/shown", "laws/snippets", "methods/presses")
+LATER = ("sweep/", "page/", "methods/presses")
 
 
 def unnamed(home):
