@@ -105,7 +105,8 @@ def explain(
 
     from knorm.cli.explained import show_explanation
     from knorm.cli.figures import plot_explanation
-    from knorm.evaluation.explain import curves_around, explain
+    from knorm.evaluation.explain import explain
+    from knorm.evaluation.interventions import curves_around
 
     runner, (policy,) = setting.runner, setting.policies
     with progress_bar(quiet) as progress:

@@ -6,7 +6,7 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from knorm.evaluation.curve import NEWEST, Row, mean_recent, measure_row
+from knorm.evaluation.curve import NEWEST, mean_recent
 from knorm.evaluation.interventions import (
     Intervention,
     Kind,
     interventions,
-    newest_to_protect,
     sees_itself,
     stored_positions,
 )
@@ -32,6 +31,7 @@ from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
+_WORSE_THAN_CHANCE = "Norms choose worse than chance here."
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
 
 
@@ -71,6 +71,8 @@ class Effect:
 class TokenView:
     """Show a token that got worse, and the evicted token that it would have attended to most.
 
+    token       stands at position of window; nll_full, nll: in nats, with the full cache and in the run
+    evicted     stood at evicted_position
     attention   that token's share of the full model's attention, mean over compressed layers and heads
     """
 
@@ -86,7 +88,13 @@ class TokenView:
 
 @dataclass(frozen=True)
 class Explanation:
-    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and of no cache; None where that is not run."""
+    """Hold why a run's NLL moved; NLLs are means in nats a token.
+
+    nll        of the run; nll_full: of the full cache; nll_empty: of no cache, None where that is not run
+    windows    how many were scored, and tokens in all; recent: as in a curve's row
+    effects    of single changes, ranked by what they take back; worst: tokens that got worse
+    verdict    sentences, the cause first
+    """
 
     nll: float
     nll_full: float
@@ -105,7 +113,18 @@ class Explanation:
 
 
 def sentence_of(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
-    """Say what one intervention proves; `order` has judged in float64 what the run computes in `dtype`."""
+    """Say what one intervention proves.
+
+    Args:
+        change: the intervention.
+        effect: what it changed.
+        policy: of the run that is explained.
+        order: has judged in float64 whether attention sees slot order.
+        dtype: that the run computes in.
+
+    Returns:
+        A sentence without its full stop, nats to three digits.
+    """
     none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
     share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
@@ -180,6 +199,9 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
     Args:
         found: all but its verdict.
         worse_than_chance: what is to be said where a random choice does better; empty: the choice is random.
+
+    Returns:
+        Sentences, the cause first.
     """
     if found.loss > NO_LOSS:
         said = [_cause(found)]
@@ -280,9 +302,12 @@ def explain(
         ValueError: where no token is evicted, and what perplexity.exact_nll raises.
 
     Example:
-        explain(Runner(model, cut_windows(tokenizer, text, 512, 8)), tokenizer, policy).verdict
+        >>> (model, tokenizer), ids = load_embedded(), torch.arange(64).view(2, 32)
+        >>> runner = Runner(model, knorm.evaluation.windows.Windows(ids), prompt_length=16)
+        >>> explain(runner, tokenizer, Policy(0.5)).tokens
+        32
     """
-    length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
+    length, prompt = runner.windows.input_ids.shape[1], runner.prompt_length
     layers = runner.model.config.num_hidden_layers
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
@@ -293,25 +318,22 @@ def explain(
     def nlls(change: Intervention, **options: Unpack[Changes]) -> Tensor:
         return measured(change.name, change.policy, change.prompt_length, options)[0]
 
-    places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
-    own, run = measured("the run", policy, prompt_length, places)
+    places: Changes = {"position_ids": stored_positions(policy, length, prompt)} if stored else {}
+    own, run = measured("the run", policy, prompt, places)
     if all(bool((lost == length).all()) for lost in run.evicted_at):
-        raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
-    full, _ = measured("full cache", Policy(), prompt_length, {})
-    empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
-    changes = interventions(
-        policy, layers=layers, length=length, prompt_length=prompt_length, newest=newest, stored=stored
-    )
+        raise ValueError(_nothing_evicted(policy, layers, length, prompt))
+    full, _ = measured("full cache", Policy(), prompt, {})
+    empty, _ = measured("no cache", Policy(), prompt, {"schedule": sees_itself})
+    changes = interventions(policy, layers=layers, length=length, prompt_length=prompt, newest=newest, stored=stored)
     evaluated = [(change, partial(nlls, change)) for change in changes]
     ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt_length), ranked,
+        mean_recent(run, policy, prompt), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
     )  # fmt: skip
-    worse = "" if policy.score == "random" else "Norms choose worse than chance here."
-    return replace(found, verdict=verdict_of(found, worse))
+    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE_THAN_CHANCE))
 
 
 def worst_tokens(
@@ -374,20 +396,3 @@ def _attention_of(model: PreTrainedModel, ids: Tensor, query_position: int) -> l
 
     exact_run(model, ids, Policy(), attend=attend)
     return weights
-
-
-def curves_around(
-    runner: Runner, policy: Policy, ratios: Sequence[str], *, on_step: Callable[[str], None] = lambda name: None
-) -> dict[str, list[Row]]:
-    """Measure the policy at other ratios, and with the newest half of the budget protected: what to draw beside it."""
-    curves: dict[str, list[Row]] = {"as given": [], "newest half of the budget protected": []}
-    for ratio in ratios:
-        own = replace(policy, keep_ratio=ratio)
-        try:
-            count = newest_to_protect(own, runner.prompt_length, NEWEST) or own.protect_recent
-        except ValueError:  # a budget that does not cover what is protected
-            continue
-        for name, each in zip(curves, (own, replace(own, protect_recent=count)), strict=True):
-            on_step(f"ratio {ratio}")
-            curves[name].append(measure_row(runner, each))
-    return curves

@@ -84,7 +84,13 @@ def explain_method(
             schedules cannot be run in one pass.
 
     Example:
-        explain_method(ways, knorm.method("kvpress:SnapKVPress", keep_ratio=0.5)).explanation.verdict
+        >>> from knorm.evaluation.windows import Windows
+        >>> model, tokenizer = load_embedded()
+        >>> ways = Ways(model, Windows(torch.arange(96).view(2, 48)), 24, tokenizer=tokenizer)
+        >>> def newest(keys, values, keep_ratio):
+        ...     return keys[:, :, -12:], values[:, :, -12:]
+        >>> explain_method(ways, method(newest, keep_ratio=0.5)).explanation.windows
+        2
     """
     tokenizer, after = ways.tokenizer, ways.ids.shape[1] - ways.prompt_length
     if tokenizer is None or ways.scored != after:

@@ -189,7 +189,7 @@ class Project:
 
 
 class Misdeclared(ValueError):
-    """Say everything that is wrong with a project's cases, one line a problem; nothing was measured."""
+    """Say which `problems` the cases have that the file `where` declares, a line for each; nothing was measured."""
 
     def __init__(self, where: str, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)

@@ -25,7 +25,7 @@ _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", r
 
 @dataclass(frozen=True)
 class Call:
-    """Hold a name of the target's package, and the arguments in its parentheses."""
+    """Hold the `path` of a name in the target's package, and the `positional` and `named` arguments in parentheses."""
 
     path: str
     positional: tuple[Any, ...] = ()
@@ -160,6 +160,9 @@ def _is_there(package: str) -> bool:
 def load_target(target: Target) -> tuple[Any, dict[str, Any]]:
     """Import what a target names.
 
+    Args:
+        target: as parse_target read it.
+
     Returns:
         The object, and the keywords that it is to be called with: for a class or function with (arguments). A call with
         positional arguments, of a press, is made here, and its result returned without keywords.
@@ -264,6 +267,10 @@ def expanded(spec: str) -> list[str]:
 
     Raises:
         ValueError: the package is not installed, or * stands for another's.
+
+    Example:
+        >>> expanded("knorm")
+        ['knorm']
     """
     where, _, name = spec.partition(":")
     if name != "*":
