@@ -96,7 +96,8 @@ PLANS = [PLAN] + [
         "dtypes = []", "keep_ratio = [0.5, 0.5]", "keep_ratio = [2]", "keep_ratio = ['x']", "keep_tokens = [0]",
         "keep_tokens = [9223372036854775808]", "seeds = [-1]", "limit = nan", "limit = -1", "measure = []",
         'measure = ["laws", "counters", "latency"]', 'measure = ["x"]', "windows_per_cell = 0", "batch = 3",
-        "prompts = [40]", "prompts = []", "threads = 0", "a = 1", 'how = "loop"', "window = 64", "[[methods]]", "\0",
+        "prompt_lengths = [40]", "prompt_lengths = []", "threads = 0", "a = 1", 'how = "loop"', "window = 64",
+        "[[methods]]", "\0",
     )
 ] + [
     PLAN.replace(old, new) for old, new in (
@@ -213,7 +214,8 @@ def line(command: str, *groups: list[Any], targets: int = 0, most: int = 3) -> s
     """Command lines that mostly work: a few options that the command takes, now and then one that it does not."""
     given = st.lists(st.one_of(*(one for group in groups for one in group)), max_size=most)
     strange = st.integers(0, 9).flatmap(lambda drawn: st.just(()) if drawn else st.tuples(st.one_of(*ANY)))
-    named = st.lists(mostly(st.sampled_from(TARGETS), nasty), max_size=targets, min_size=min(1, targets))
+    known = st.sampled_from(TARGETS)
+    named = st.lists(mostly(known, mostly(known, nasty)), max_size=targets, min_size=min(1, targets))
     base = ("--model", "model", "--text", "text.txt", "--prune-after", "4", *WINDOW)
 
     def joined(parts: Any) -> tuple[str, ...]:
