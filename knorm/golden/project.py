@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from knorm.files import read_text
 from knorm.methods.written import Budgets
-from knorm.paths import REPORTED
+from knorm.paths import REPORTED, resolved
 
 CONFIG, PYPROJECT = "knorm.toml", "pyproject.toml"
 METRICS = ("nll", "kl", "same_top", "counts", "bytes")
@@ -215,7 +215,7 @@ def find_project(start: Path) -> Project | None:
         >>> find_project(Path("/")) is None
         True
     """
-    start = start.resolve()
+    start = resolved(start)
     for folder in (start, *start.parents):
         own, shared = folder / CONFIG, folder / PYPROJECT
         table = _tool(shared) if shared.is_file() else None

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from knorm.methods.known import ABSTRACT, CACHES, PRESSES
+from knorm.paths import resolved
 
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
 KVPRESS = "install it with pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
@@ -86,7 +87,7 @@ def parse_target(spec: str) -> Target:
         raise ValueError(f"target {spec!r}, but should be {FORMS}")
     where, path = match["where"], match["path"]
     call = _call(spec, f"{path}{match['call']}") if match["call"] else None
-    file = Path(where).resolve() if where.endswith(".py") or os.sep in where else None
+    file = resolved(Path(where)) if where.endswith(".py") or os.sep in where else None
     if file and (file.suffix != ".py" or not file.is_file()):
         raise ValueError(f"target {spec!r}: there is no Python file {file}; it should be {FORMS}")
     package = where.partition(".")[0]

@@ -162,3 +162,29 @@ def test_a_figure_is_known_as_knorms_own(tmp_path, suffix):
     assert outputs.is_ours(file)
     figure.savefig(file)
     assert not outputs.is_ours(file), "drawn by somebody else"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sweep loop out --dry-run",
+        "sweep plan.toml loop --dry-run",
+        "check loop.py:f",
+        "check ./loop:f",
+        "ppl --reported loop",
+        "ppl --reported table.csv --json loop",
+        "golden list --golden-dir loop",
+        "golden verify prefill --json loop",
+        "check knorm:compress --baseline loop",
+        "ppl --text loop.txt",
+        "ppl --model loop",
+    ],
+)
+def test_links_that_lead_round_are_wrong_usage_wherever_they_are_given(line, run_knorm):
+    for name in ("loop", "loop.py", "loop.txt"):
+        Path(name).symlink_to(name)
+    Path("plan.toml").write_text('methods = ["knorm"]\n')
+    Path("table.csv").write_text("keep_ratio,ppl\n1.0,30.5\n0.9,31\n")
+    code, out, err = run_knorm(*line.split())
+    assert (code, out) == (2, ""), err
+    assert "loop" in err.splitlines()[-1]
