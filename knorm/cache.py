@@ -20,7 +20,7 @@ from knorm.tensors import refuse_unlike
 
 
 class KnormLayer(DynamicLayer):
-    """Hold what is retained of the tokens that one layer has seen, and their positions in the sequence.
+    """Hold what `policy` retains of the tokens that the layer `index` has seen, and their positions in the sequence.
 
     Attributes:
         keys: [batch, kv_heads, stored, head_dim].
@@ -360,7 +360,7 @@ class KnormCache(Cache):
             )
 
     def positions(self, layer: int) -> Tensor:
-        """Return the positions in the sequence of what the layer retains: int64 [batch, kv_heads, kept], ascending.
+        """Return the positions in the sequence of what `layer` retains: int64 [batch, kv_heads, kept], ascending.
 
         In a padded batch they count from each row's first token, and padding that fills a row up is -1. Raises
         IndexError for a layer that the cache does not hold.

@@ -46,10 +46,10 @@ class Compressed(NamedTuple):
 
 
 def squared_norms(keys: Tensor, layer: int | None = None) -> Tensor:
-    """Compute the squared L2 norm of each key: floating [..., length, head_dim] -> [..., length].
+    """Compute the squared L2 norm of each of `keys`: floating [..., length, head_dim] -> [..., length].
 
     Accumulates in float32; in float64 for float64 keys, and where float32 would underflow (norms down to 1e-154).
-    Raises ValueError at the first key that is not finite or whose squared norm exceeds float32.
+    Raises ValueError at the first key that is not finite or whose squared norm exceeds float32; it names the `layer`.
     """
     refuse_mapped("keys", keys)
     wide = torch.promote_types(keys.dtype, torch.float32)
@@ -80,15 +80,18 @@ def _hash(seed: int, layer: int, positions: Tensor) -> Tensor:
 
 
 def token_scores(keys: Tensor, policy: Policy, positions: Tensor, layer: int | None = None) -> Tensor:
-    """Score each token by its key and position alone, low ones to stay: [..., length, head_dim] -> [..., length]."""
+    """Score each token by its key and position alone, low ones to stay: [..., length, head_dim] -> [..., length].
+
+    `policy` names the score; `keys` are floating, `positions` int64 [..., length]; `layer` varies the random score.
+    """
     norms = squared_norms(keys, layer)
     return SCORES[policy.score](norms, positions, lambda: _hash(policy.seed, layer or 0, positions).expand_as(norms))
 
 
 def select(scores: Tensor, count: int, protect_first: int = 0, protect_recent: int = 0) -> Tensor:
-    """Find the indices of the `count` lowest scores, ascending: floating [..., length] -> int64 [..., count].
+    """Find the indices of the `count` lowest `scores`, ascending: floating [..., length] -> int64 [..., count].
 
-    Protected tokens at either end come first; of equal scores, the earlier position is kept.
+    The `protect_first` and `protect_recent` tokens at the ends come first; of equal scores, the earlier one is kept.
     """
     if protect_first or protect_recent:
         scores = scores.clone()
@@ -184,8 +187,7 @@ def compress(
     count = length if layer in policy.skip_layers else _budget(policy, length)
     if count < length and policy.score in _RANKED_BY_KERNELS and kernels.available(keys, values):
         protected = policy.protect_first, policy.protect_recent
-        highest = _RANKED_BY_KERNELS[policy.score]
-        fast = kernels.compress(keys, values, positions, count, *protected, highest=highest)
+        fast = kernels.compress(keys, values, positions, count, *protected, highest=_RANKED_BY_KERNELS[policy.score])
         if fast is not None:  # otherwise a key has no norm, or one that wants float64
             return Compressed(*fast)
     if positions is None:

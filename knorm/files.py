@@ -85,9 +85,9 @@ def read_file(file: Path, most: int) -> bytes:
 
 
 def read_text(file: Path, most: int) -> str:
-    """Read a UTF-8 file, its byte-order mark left out.
+    """Read the UTF-8 `file`, of at most `most` bytes, its byte-order mark left out.
 
-    Arguments as `read_file`. Raises ValueError as it does, and for what is not UTF-8.
+    Raises ValueError as `read_file`, and for what is not UTF-8.
     """
     try:
         return read_file(file, most).decode("utf-8-sig")

@@ -36,7 +36,10 @@ _SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
 
 @dataclass(frozen=True)
 class Tensor:
-    """Say where a tensor lies: `kind` is GGML's number of a format, `offset` counts bytes from the first tensor on."""
+    """Say where the tensor `name`, of so many `numbers`, lies.
+
+    `kind` is GGML's number of a format, `offset` counts bytes from the first tensor on.
+    """
 
     name: str
     numbers: int

@@ -10,6 +10,10 @@ from pathlib import Path
 def git(folder: Path, *arguments: str) -> str:
     """Return what git prints in a folder, whatever repository a hook's environment names.
 
+    Args:
+        folder: where it runs.
+        arguments: of git: a command and its options.
+
     Raises:
         ValueError: git is not installed, or failed; with what it said.
     """

@@ -78,7 +78,7 @@ def _context_of(config: object) -> _Context | None:
 
 
 def implementation_of(config: PreTrainedConfig) -> str:
-    """Name the implementation that a configuration came with, which knorm may have switched for now."""
+    """Name the attention that `config` came with, "sdpa" or another: knorm may have switched it for now."""
     switched = _switched.get(id(config))
     return str(switched.own if switched else config._attn_implementation)
 
@@ -214,9 +214,6 @@ def attention_through(model: PreTrainedModel, attention: Attention | None) -> It
     Args:
         model: a model of transformers.
         attention: as transformers' attention functions; None: PyTorch's SDPA.
-
-    Yields:
-        None.
     """
     with _open(model, attention):
         yield
@@ -308,7 +305,7 @@ def attention_beside(model: PreTrainedModel, change: Callable[..., tuple[Tensor,
 
 
 def not_a_row_of_ones(mask: Tensor) -> ValueError:
-    """Return the error for a mask [batch, 1, queries, keys] that somebody has made, where knorm makes one a layer."""
+    """Return the error for a `mask` [batch, 1, queries, keys] that somebody has made, where knorm makes one a layer."""
     return ValueError(
         f"attention_mask is {list(mask.shape)}, but should be [batch, length], 1 for each token: knorm.attention makes "
         "the masks of the layers itself"
@@ -355,9 +352,6 @@ def attention(model: PreTrainedModel) -> Iterator[None]:
 
     Args:
         model: one that attends by "sdpa" or "eager".
-
-    Yields:
-        None.
 
     Raises:
         ValueError: another implementation; inside, padding that is not on the left, before a cache is written to.

@@ -109,7 +109,7 @@ def random_gpt_neox(positions: int = 2048) -> PreTrainedModel:
     """Build a GPT-NeoX of Pythia-70M's exact shape, 70,426,624 parameters, in eval mode: float32, never trained.
 
     Its weights are integers of NumPy's PCG64 scaled by powers of two, the same bits on every machine (torch's own
-    generators differ between CPUs). positions: tokens of a text at most.
+    generators differ between CPUs). A text may have `positions` tokens.
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -269,7 +269,7 @@ def load_text(source: str, column: str = "text") -> str:
 
 
 def hub_files(source: str) -> list[str]:
-    """Fetch the parquet files of "hub:organisation/name@commit:files". Raises ValueError as load_text does."""
+    """Fetch the files of `source`, "hub:organisation/name@commit:files". Raises ValueError as load_text does."""
     pinned = find_text(source)
     if not isinstance(pinned, re.Match):
         raise ValueError(f"text {source!r} should be hub:organisation/name@commit:files, with parquet files")
@@ -285,7 +285,19 @@ def hub_files(source: str) -> list[str]:
 
 
 def read_rows(files: list[str], kind: str, column: str) -> Iterable[str]:
-    """Read a column of "parquet" or "json" files, row by row. Raises ValueError as load_text does."""
+    """Read one column of files, row by row.
+
+    Args:
+        files: paths, read in this order.
+        kind: "parquet" or "json", a line each.
+        column: its name; it holds text.
+
+    Returns:
+        The texts.
+
+    Raises:
+        ValueError: as load_text, and where the package datasets is not installed.
+    """
     try:
         import datasets
     except ImportError:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 REPORTED = "reported"  # in the folder of goldens: published numbers, which belong to no case
 PACKAGE = Path(__file__).parent
 ASSETS = PACKAGE / "assets"  # the embedded model, texts, and, once installed, the goldens
+
+
+def resolved(path: Path) -> Path:
+    """Follow the links of a `path` that somebody wrote; one that leads round in a circle stays as it is.
+
+    >>> resolved(Path("/usr/../etc")).as_posix()
+    '/etc'
+    """
+    return Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for a circle, or OSError: Python's version
 
 
 def goldens() -> Path:

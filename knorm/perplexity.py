@@ -72,7 +72,10 @@ def _unready(model: PreTrainedModel) -> str | None:
 
 
 def refuse_unready(model: PreTrainedModel) -> None:
-    """Raise for what is no model, and for one in training mode, without weights, without a head, or under autocast."""
+    """Raise TypeError where `model` is none of transformers, ValueError for one that is not ready to be evaluated.
+
+    That is one in training mode, without weights, without a head, or under autocast.
+    """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model {type(model).__name__}, but should be a model of transformers")
     if reason := _unready(model):
@@ -80,7 +83,10 @@ def refuse_unready(model: PreTrainedModel) -> None:
 
 
 def refuse_model(model: PreTrainedModel) -> None:
-    """Raise ValueError, with the reason, for a model whose compressed run knorm cannot evaluate exactly."""
+    """Raise ValueError, with the reason, for a `model` whose compressed run knorm cannot evaluate exactly.
+
+    Raises TypeError for one that is none of transformers.
+    """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model {type(model).__name__}, but should be a model of transformers")
     config, reason = model.config, None
@@ -413,6 +419,13 @@ def exact_run(
     Raises:
         ValueError: as exact_nll.
         TypeError: as exact_nll.
+
+    Example:
+        >>> model, tokenizer = load_embedded()
+        >>> ids = tokenizer("The cat sat on the mat.", return_tensors="pt").input_ids
+        >>> run = exact_run(model, ids, Policy(0.5), prompt_length=4)
+        >>> run.evicted_at[0].shape == (1, model.config.num_attention_heads, ids.shape[1])
+        True
     """
     begin = time.perf_counter()
     hidden = exact_hidden(

@@ -63,7 +63,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 class Goldens:
-    """Compare with goldens, and never write: the value of the fixture `golden`."""
+    """Compare with goldens, and never write: the value of the fixture `golden`, for the test of its `request`."""
 
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._config, self._folder = request.config, request.path.parent

@@ -95,7 +95,7 @@ def _order_bound(query: Tensor, key: Tensor, scale: float | None) -> float:
 
 
 class Rounding(NamedTuple):
-    """Hold what rounding does to a token's NLL, in nats: at most, and on average.
+    """Hold what rounding does to a token's NLL, in nats: `largest` of any, `typical` on average.
 
     By default what it may do in float32. In half precision it is measured in the run itself, as the change from
     attention summed in the model's dtype to attention summed in float64 and rounded once. Its size depends on the
@@ -108,9 +108,9 @@ class Rounding(NamedTuple):
 
     @classmethod
     def measured(cls, change: Tensor) -> Rounding:
-        """Measure rounding as a change of tokens' NLLs [windows, tokens] shows it, where it is the only cause."""
+        """Measure rounding by a `change` of tokens' NLLs [windows, tokens] that it is the only cause of."""
         return cls(max(ROUNDING, float(change.abs().max())), max(ROUNDING, float(change.abs().mean())))
 
     def covers(self, change: Tensor) -> bool:
-        """Tell whether a change of tokens' NLLs is no larger than this, in its largest token and on average."""
+        """Tell whether a `change` of tokens' NLLs is no larger than this, in its largest token and on average."""
         return float(change.abs().max()) <= self.largest and float(change.abs().mean()) <= self.typical

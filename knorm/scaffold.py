@@ -153,7 +153,7 @@ def _budgets(root: Path, target: str) -> tuple[str, ...]:
 
 
 def refuse_started(root: Path, files: Mapping[str, str]) -> None:
-    """Raise ValueError where a project is declared already, or a file that would be written is there."""
+    """Raise ValueError where the folder `root` declares a project already, or holds one of `files`, named by path."""
     project = find_project(root)
     if project is not None and project.root == root:
         raise ValueError(

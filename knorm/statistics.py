@@ -169,7 +169,7 @@ def overall(verdicts: Iterable[Verdict]) -> Verdict:
 
 
 def check_share(name: str, value: float) -> float:
-    """Read a margin as a share. Raises ValueError outside (0, 10)."""
+    """Return `value`, a margin as a share. Raises ValueError outside (0, 10); messages call it `name`, in per cent."""
     if not 0 < value < 10:
         raise ValueError(f"{name} {100 * value:g}, but should be a slowdown in per cent above 0, e.g. {name} 5")
     return value

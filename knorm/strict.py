@@ -14,7 +14,12 @@ class Strict(BaseModel):
 
 
 def no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads(object_pairs_hook=...). Raises ValueError, naming the field, where one stands there twice."""
+    """Make a dict of `pairs` for json.loads(object_pairs_hook=...). Raises ValueError for a field that is there twice.
+
+    >>> no_field_twice([("a", 1), ("a", 2)])
+    Traceback (most recent call last):
+    ValueError: field a stands there twice
+    """
     names = [name for name, _ in pairs]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"field {', '.join(sorted(twice))} stands there twice")
@@ -22,7 +27,7 @@ def no_field_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def first_error(error: ValidationError) -> str:
-    """Say what is wrong first, in one line: the field, and what it should be."""
+    """Say in one line what `error` names first: the field, and what it should be."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"])) or "the whole"
     return f"field {where}: {first['msg'].removeprefix('Value error, ').lower()}"

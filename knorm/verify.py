@@ -32,7 +32,17 @@ CURVE = ("1.0", "0.95", "0.9", "0.8", "0.7", "0.5", "0.3", "0.1")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Hold one line of the main job: a claim, whether it holds, the evidence; compared=False: there was no golden."""
+    """Hold one line of the main job: a claim, whether it holds, the evidence.
+
+    Attributes:
+        claim: in words.
+        holds: False refutes it.
+        evidence: numbers in words.
+        seconds: that it took.
+        rows: the curve, where it is one.
+        doubts: what makes no sense in that.
+        compared: False where there was no golden to compare with.
+    """
 
     claim: str
     holds: bool
@@ -47,7 +57,14 @@ def judge(claim: str, measure: Callable[[], Verdict | str], *, one_thread: bool 
     """Turn a measurement into a verdict: its evidence, or what refutes the claim.
 
     Whatever it raises refutes the claim too: knorm is what is measured here, and wrong usage is not among the causes.
-    Where tensors are small, threads cost more than they save, and much more on a busy machine.
+
+    Args:
+        claim: in words.
+        measure: returns the evidence, or a verdict; raises Refuted with what refutes the claim.
+        one_thread: where tensors are small, threads cost more than they save, and much more on a busy machine.
+
+    Returns:
+        The verdict, with the seconds that it took.
     """
     begin, threads = time.perf_counter(), torch.get_num_threads()
     if one_thread:
@@ -66,7 +83,7 @@ def judge(claim: str, measure: Callable[[], Verdict | str], *, one_thread: bool 
 
 
 def judge_each(claim: str, verdicts: Iterator[Verdict]) -> Iterator[Verdict]:
-    """Pass verdicts on; what the iterator raises refutes the claim, and ends it."""
+    """Pass `verdicts` on; what the iterator raises refutes `claim`, and ends it."""
     begin = time.perf_counter()
     try:
         yield from verdicts

@@ -137,7 +137,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Raise ValueError for a config.json that leads transformers to code, to other files or to another format."""
+    """Raise ValueError for a `config` (of config.json) that leads transformers to code, other files or formats."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         own = config.get("auto_map") is not None

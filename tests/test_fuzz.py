@@ -58,7 +58,7 @@ for attempt in (
 
 
 def test_a_few_hundred_attacks_find_nothing(tmp_path):
-    commands, calls = (60, 300) if IN_FULL else (30, 200)
+    commands, calls = (60, 300) if IN_FULL else (15, 100)
     sizes = ("--commands", str(commands), "--calls", str(calls))
     command = [sys.executable, str(TOOLS / "fuzz.py"), *sizes, "--seed", "1"]
     done = subprocess.run(

@@ -87,6 +87,7 @@ def draws(name, **options):
     return tried
 
 
+@pytest.mark.processes
 def test_law_tests_fail_and_pass_as_laws_do(run):
     names = "time_order or (full_ratio and not plain) or dtype"
     result, tried = run("-rfExX", "-m", "knorm", "-k", names, "--continue-on-collection-errors")

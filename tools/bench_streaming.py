@@ -18,9 +18,9 @@ from knorm.bench.latency import (
     check_alone,
     log_ratio,
     measure,
-    summarise,
     without_interruptions,
 )
+from knorm.bench.policies import summarise
 from knorm.models import random_gpt_neox
 from knorm.statistics import compare
 

@@ -83,6 +83,33 @@ class Cache(DynamicCache):
 """
 
 
+PLAN = """
+models = ["model"]
+methods = ["knorm", "file.py:newest"]
+texts = ["text.txt"]
+window = 32
+windows = 2
+device = "cpu"
+"""
+PLANS = [PLAN] + [
+    f'{PLAN}\n{more}' for more in (
+        "dtypes = []", "keep_ratio = [0.5, 0.5]", "keep_ratio = [2]", "keep_ratio = ['x']", "keep_tokens = [0]",
+        "keep_tokens = [9223372036854775808]", "seeds = [-1]", "limit = nan", "limit = -1", "measure = []",
+        'measure = ["laws", "counters", "latency"]', 'measure = ["x"]', "windows_per_cell = 0", "batch = 3",
+        "prompt_lengths = [40]", "prompt_lengths = []", "threads = 0", "a = 1", 'how = "loop"', "window = 64",
+        "[[methods]]", "\0",
+    )
+] + [
+    PLAN.replace(old, new) for old, new in (
+        ('"file.py:newest"', '"file.py:missing"'), ('"file.py:newest"', '"kvpress:*"'), ('"file.py:newest"', '"knorm"'),
+        ('"model"', '"missing"'), ('"model"', '"hub:x@main"'), ('"model"', ""), ('"text.txt"', '"empty"'),
+        ('"text.txt"', '"pipe"'), ('"text.txt"', '"/dev/zero"'), ("= 32", "= 1"), ("= 32", '= "32"'), ("= 2", "= 1e9"),
+        ('"cpu"', '"tpu"'), ("models", "model"), ('["knorm", ', '[{target = "knorm", policy = {x = 1}}, '), ("[", ""),
+        ('["knorm", ', '[{target = "knorm", keep_ratio = [0.1]}, '), ('"knorm", ', '{}, '),
+    )
+]  # fmt: skip
+
+
 def prepare(folder: Path) -> None:
     """Lay out what commands are pointed at: a model of 2 layers, a target, texts, and files of all bad kinds."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -100,6 +127,8 @@ def prepare(folder: Path) -> None:
     (folder / "table.csv").write_text("keep_ratio,ppl\n1.0,30.5\n0.9,31\n0.5,29\n")
     (folder / "twice.csv").write_text("keep_ratio,ppl\n0.9,30.5\n0.90,31\n")
     (folder / "deep.json").write_text("[" * 5000 + "]" * 5000)
+    for index, plan in enumerate(PLANS):
+        (folder / f"plan{index}.toml").write_text(plan)
     (folder / "empty").touch()
     (folder / "binary").write_bytes(bytes(range(256)) * 40)
     (folder / "readonly").write_text("{}")
@@ -185,7 +214,8 @@ def line(command: str, *groups: list[Any], targets: int = 0, most: int = 3) -> s
     """Command lines that mostly work: a few options that the command takes, now and then one that it does not."""
     given = st.lists(st.one_of(*(one for group in groups for one in group)), max_size=most)
     strange = st.integers(0, 9).flatmap(lambda drawn: st.just(()) if drawn else st.tuples(st.one_of(*ANY)))
-    named = st.lists(mostly(st.sampled_from(TARGETS), nasty), max_size=targets, min_size=min(1, targets))
+    known = st.sampled_from(TARGETS)
+    named = st.lists(mostly(known, mostly(known, nasty)), max_size=targets, min_size=min(1, targets))
     base = ("--model", "model", "--text", "text.txt", "--prune-after", "4", *WINDOW)
 
     def joined(parts: Any) -> tuple[str, ...]:
@@ -197,11 +227,23 @@ def line(command: str, *groups: list[Any], targets: int = 0, most: int = 3) -> s
 
 golden = st.tuples(
     st.just("golden"),
-    st.sampled_from(["list", "diff", "record", "accept", "verify"]),
+    st.sampled_from(["list", "diff", "log", "record", "accept", "verify"]),
     nasty | st.sampled_from(["prefill", "counters"]),
     st.just("--golden-dir"),
     st.sampled_from(["folder", "empty", "pipe", "loop", "missing"]),
 ).map(tuple)
+sweep = st.tuples(
+    st.just("sweep"),
+    mostly(st.integers(0, len(PLANS) - 1).map("plan{}.toml".format), nasty),
+    mostly(st.just("swept"), nasty),
+    st.just("--dry-run"),  # what would run is fuzzed as ppl
+    st.one_of(st.just(()), option("--json", results), option("--workers", nasty), option("--expire", nasty)),
+).map(lambda parts: (*parts[:4], *parts[4]))
+page = st.tuples(
+    st.just("page"),
+    st.lists(mostly(st.sampled_from(["out.json", "folder/out.json", "swept"]), nasty), max_size=3),
+    mostly(st.just("site"), nasty),
+).map(lambda parts: (parts[0], *parts[1], parts[2]))
 words = nasty | st.sampled_from(["ppl", "check", "explain", "bench", "verify", "golden", "--json", "-v"])
 junk = st.tuples(nasty, st.lists(words, max_size=4)).map(lambda parts: (parts[0], *parts[1]))
 check = st.tuples(st.just("check"), nasty, *(option(name, nasty) for name in ("--trait", "--select"))).map(
@@ -214,7 +256,7 @@ measuring = st.one_of(
     line("explain", TEXT, COMMON, METHOD[:1], [option("--newest", small)], targets=1, most=1),
 )
 reported = st.tuples(st.just("ppl"), st.just("--reported"), nasty | st.just("table.csv")).map(tuple)
-commands = mostly(measuring, st.one_of(reported, golden, check, junk))
+commands = mostly(measuring, st.one_of(reported, golden, check, sweep, page, junk))
 
 
 class Late(BaseException):

@@ -64,7 +64,7 @@ def resolve(root: Path, ref: str) -> str:
 
 
 def changed_files(root: Path) -> int:
-    """Count the files of the package that differ from the last commit."""
+    """Count the files of the package in the checkout `root` that differ from its last commit, new ones included."""
     return len(git(root, "status", "--porcelain", "--", "knorm").splitlines())
 
 
@@ -117,9 +117,13 @@ def worktree(root: Path, commit: str) -> Iterator[Path]:
 class Setup:
     """Hold what both commits are to do, as their processes receive it.
 
-    model      a folder
-    prompts    ids [batch][tokens] and new_tokens each
-    policies   fields of each Policy
+    Attributes:
+        model: a folder.
+        dtype: of the weights, as torch names it: "float32".
+        device: "cpu", "cuda:1".
+        threads: of a CPU.
+        prompts: ids [batch][tokens] and new_tokens each.
+        policies: fields of each Policy.
     """
 
     model: str
@@ -136,7 +140,13 @@ class Setup:
 
 
 class Worker:
-    """Run a process of one commit; `name` is what messages call it."""
+    """Run a process of one commit, which generates on command (worker.py).
+
+    Args:
+        tree: where the commit is checked out.
+        setup: what it loads before it answers.
+        name: what messages call it.
+    """
 
     def __init__(self, tree: Path, setup: Setup, name: str) -> None:
         self.name = name
@@ -163,7 +173,19 @@ class Worker:
         raise ValueError(f"{self.name} does not build or import: {self._last_line()}")
 
     def ask(self, what: str, arm: int, number: int) -> Any:
-        """Raises ValueError where the process is gone."""
+        """Have the process do one thing, and wait for it.
+
+        Args:
+            what: "prompt", "steps", or anything else to count.
+            arm: index of the policy.
+            number: of the prompt; for "steps", how many.
+
+        Returns:
+            What it answers: seconds of the prompt, or of each step, or the fields of Counters.
+
+        Raises:
+            ValueError: the process is gone; with the last line it said.
+        """
         try:
             self._send([what, arm, number])
             return self._hear()
@@ -301,7 +323,7 @@ def _counters(fields: Mapping[str, Any]) -> Counters:
 
 
 def describe(root: Path, changed: int) -> str:
-    """Describe the new side in words: its commit, and whether files were changed since."""
+    """Describe the new side in words: the commit that `root` is at, and that `changed` files differ from it."""
     commit = git(root, "rev-parse", "--short=12", "HEAD")
     files = "1 file" if changed == 1 else f"{changed} files"
     return f"the current tree ({commit}{f' and changes in {files}' if changed else ''})"

@@ -29,7 +29,7 @@ class Counters:
     steps              decode steps that were counted
     prompt_operators   PyTorch operators that the prompt pass calls; step_operators: all the steps. What an operator
                        calls in turn is left out: it depends on the CPU and its threads
-    prompt_launches    CUDA kernels that were launched; None but on CUDA
+    prompt_launches    CUDA kernels that the prompt pass launched; step_launches: all the steps. None on a CPU
     """
 
     retained: tuple[int, ...]

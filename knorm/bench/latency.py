@@ -35,7 +35,7 @@ METRICS = ("ttft", "tpot", "throughput")
 
 @dataclass(frozen=True)
 class Prompt:
-    """Hold what is generated from: int64 [batch, tokens] on the model's device, and how many tokens are new."""
+    """Hold what is generated from: `ids`, int64 [batch, tokens] on the model's device, and how many `new_tokens`."""
 
     ids: Tensor
     new_tokens: int
@@ -59,19 +59,22 @@ class Turns(Protocol):
     """Define what a block needs of an arm, here or in another process."""
 
     def prompt(self, index: int) -> float:
-        """Start a generation from a prompt, with an empty cache: seconds until the first token is there."""
+        """Start a generation from prompt `index`, with an empty cache; return seconds until its first token."""
 
     def steps(self, count: int) -> list[float]:
-        """Seconds of each of the next decode steps."""
+        """Run the next `count` decode steps; return the seconds of each."""
 
 
 class Arm:
-    """Greedy generation in segments, each step timed.
-
-    policy       None: transformers' own cache, uncompressed
-    after_step   called inside the timed part of each decode step: an injected delay
+    """Generate greedily in segments, each step timed.
 
     On CUDA each step lies between two events, and the device is waited for at the ends of a segment only.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        prompts: what is generated from, by index.
+        policy: of the cache; None for transformers' own, uncompressed.
+        after_step: called inside the timed part of each decode step: an injected delay.
     """
 
     def __init__(
@@ -84,13 +87,13 @@ class Arm:
         self.token: Tensor
 
     def prompt(self, index: int) -> float:
-        """Seconds from the prompt to its first new token, argmax and the first compression included."""
+        """Return seconds from prompt `index` to its first new token, argmax and the first compression included."""
         self.cache = DynamicCache() if self.policy is None else KnormCache(self.policy)
         self.token = self.prompts[index].ids
         return self._timed(1, None, logits_to_keep=1)[0]
 
     def steps(self, count: int) -> list[float]:
-        """Seconds of each of `count` decode steps."""
+        """Return seconds of each of `count` decode steps."""
         return self._timed(count, self.after_step)
 
     @torch.no_grad()
@@ -120,7 +123,7 @@ class Arm:
         return event
 
     def alone(self, index: int) -> Stored:
-        """Run one generation without the others; returns what the cache holds in the end, and on CUDA peak memory."""
+        """Generate from prompt `index` without the others; return what its cache holds then, and on CUDA the peak."""
         self.cache, device = None, self.model.device
         before = 0
         if self.cuda:
@@ -133,7 +136,7 @@ class Arm:
         return self.stored(torch.cuda.max_memory_allocated(device) - before if self.cuda else None)
 
     def stored(self, peak: int | None = None) -> Stored:
-        """Return what the cache holds after the last generation."""
+        """Return what the cache holds after the last generation, beside its `peak` memory in bytes."""
         layers = [(layer.keys, layer.values) for layer in self.cache.layers]
         nbytes = sum(x.nbytes for both in layers for x in both)
         return Stored(tuple(keys.shape[2] for keys, _ in layers), nbytes, peak)
@@ -141,15 +144,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold one arm's times in one block: for each prompt, seconds of each prompt pass and of each decode step."""
+    """Hold one arm's times in one block: for each prompt, seconds of the `first` passes and of the decode `steps`."""
 
     first: tuple[tuple[float, ...], ...]
     steps: tuple[tuple[float, ...], ...]
 
     def seconds(self, metric: str) -> list[float]:
-        """For each prompt: "ttft", seconds to the first token; "tpot", mean of a step; "throughput", of all tokens.
+        """Return seconds by `metric`, one number a prompt: "ttft", "tpot" or "throughput".
 
-        The mean counts the steps that compress; the median over steps would not see them.
+        They are the seconds to the first token, the mean of a step, and the seconds of all tokens. The mean counts the
+        steps that compress; the median over steps would not see them.
         """
         first = [statistics.median(passes) for passes in self.first]
         if metric == "ttft":
@@ -160,9 +164,15 @@ class Sample:
 
 
 def run_block(arms: Sequence[Turns], new_tokens: Sequence[int], flip: bool = False) -> list[Sample]:
-    """Run one generation of each arm from each prompt, in turns; returns a Sample for each arm.
+    """Run one generation of each arm from each prompt, in turns.
 
-    flip   start with the last arm, as every other block does
+    Args:
+        arms: what takes turns.
+        new_tokens: of each prompt.
+        flip: start with the last arm, as every other block does.
+
+    Returns:
+        A Sample for each arm.
     """
     forwards = [*range(len(arms))]
     orders = (forwards[::-1], forwards) if flip else (forwards, forwards[::-1])
@@ -183,7 +193,7 @@ def run_block(arms: Sequence[Turns], new_tokens: Sequence[int], flip: bool = Fal
 
 
 def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[list[Sample]], int]:
-    """Samples [block][arm] in which no step counts as more than 1.5 times its usual length; how many took longer.
+    """Cut steps of `samples` [block][arm] to 1.5 times their usual length; return them and how many took longer.
 
     Usual is the median over blocks of the same arm, prompt and step: which steps compress is the same in every block,
     so those that do keep their full length. What else runs on the machine stops any step, of any arm.
@@ -215,7 +225,16 @@ def no_collection() -> Iterator[None]:
 
 
 def log_ratio(sample: Sample, baseline: Sample, metric: str) -> float:
-    """Logarithm of how much longer the arm took in this block, mean over prompts."""
+    """Compare two arms in one block.
+
+    Args:
+        sample: of the arm.
+        baseline: of the arm that it is compared with.
+        metric: as Sample.seconds has it.
+
+    Returns:
+        The natural logarithm of how many times as long the arm took, mean over prompts.
+    """
     both = zip(sample.seconds(metric), baseline.seconds(metric), strict=True)
     return statistics.fmean(math.log(mine / theirs) for mine, theirs in both)
 
@@ -231,17 +250,25 @@ def measure(
     on_block: Callable[[], None] = lambda: None,
     run: Callable[..., list[Sample]] = run_block,
 ) -> list[list[Sample]]:
-    """Blocks of all arms: [block][arm].
+    """Run blocks of all arms. How many there are never depends on how they come out.
 
-    blocks    how many; None: as many as fit `seconds`, by what the warm-up took, and at least `least`. So how many
-              there are never depends on how they come out
-    run       runs one block of the arms, as run_block does
-    warm_up   generations of all arms from the first prompt that are run before, in turns, and discarded
+    Args:
+        arms: what takes turns.
+        new_tokens: of each prompt, 2 or more.
+        blocks: how many; None for as many as fit `seconds`, by what the warm-up took.
+        seconds: what all blocks may take together.
+        least: blocks that are run even where they take longer than that.
+        warm_up: generations of all arms from the first prompt that are run before, in turns, and discarded.
+        on_block: called after each block.
+        run: runs one block of the arms, as run_block does.
 
-    Raises ValueError, after the warm-up, where `least` blocks would take over twice `seconds`.
+    Returns:
+        Samples [block][arm].
+
+    Raises:
+        ValueError: after the warm-up, where `least` blocks would take over twice `seconds`.
     """
     gc.collect()  # once: in a block it is off, and between blocks it has little to do
-    begin = time.perf_counter()
     for _ in range(max(1, warm_up)):
         begin = time.perf_counter()
         run(arms, new_tokens[:1])
@@ -261,44 +288,15 @@ def measure(
 
 
 def attending(model: Any) -> Any:
-    """Open a context in which the model attends through PyTorch's SDPA, as every arm does."""
+    """Open a context in which `model` attends through PyTorch's SDPA, as every arm does."""
     return attention_through(model, None)
-
-
-@dataclass(frozen=True)
-class Times:
-    """Hold what one arm took: each is the median over blocks, then the mean over prompts.
-
-    ttft         seconds to the first token
-    tpot         seconds of a decode step, mean over steps; tpot_median, tpot_p99: over all steps of all blocks
-    throughput   tokens a second, of all sequences of the batch
-    """
-
-    ttft: float
-    tpot: float
-    tpot_median: float
-    tpot_p99: float
-    throughput: float
-
-
-def summarise(samples: Sequence[Sample], prompts: Sequence[tuple[int, int]]) -> Times:
-    """Summarise one arm's samples, one a block; prompts: (batch, new tokens) of each."""
-    medians = {m: [statistics.median(column) for column in zip(*(s.seconds(m) for s in samples), strict=True)]
-               for m in METRICS}  # fmt: skip
-    pooled = [torch.tensor([step for s in samples for step in s.steps[i]]).double() for i in range(len(prompts))]
-    quantile = {q: statistics.fmean(float(steps.quantile(q)) for steps in pooled) for q in (0.5, 0.99)}
-    speed = [batch * new / total for (batch, new), total in zip(prompts, medians["throughput"], strict=True)]
-    return Times(
-        statistics.fmean(medians["ttft"]), statistics.fmean(medians["tpot"]), quantile[0.5], quantile[0.99],
-        statistics.fmean(speed),
-    )  # fmt: skip
 
 
 # What must hold before a clock is started
 
 
 def check_alone(device: str | torch.device) -> None:
-    """Raises ValueError where times would be another's: under pytest-xdist, or on a GPU that others are using."""
+    """Refuse to time where other processes share `device`: ValueError under pytest-xdist, or on a GPU in use."""
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
         raise ValueError(
             f"timing under pytest-xdist ({worker}): its workers share the cores, so no time would be this code's. "
@@ -336,7 +334,9 @@ def _ask(which: str, query: str) -> list[str] | None:
 
 
 def check_fits(model: Any, prompts: Mapping[str, Prompt]) -> None:
-    """Raises ValueError for a prompt that is too short, or with its new tokens longer than the model's context; and
+    """Refuse `prompts`, by name, that `model` cannot generate from.
+
+    Raises ValueError for a prompt that is too short, or with its new tokens longer than the model's context; and
     where the uncompressed cache alone takes more memory than the device has at all.
     """
     most = getattr(model.config, "max_position_embeddings", None)
@@ -388,7 +388,7 @@ def _memory(device: torch.device) -> int | None:
 
 @contextmanager
 def memory_in_one_line(device: str) -> Iterator[None]:
-    """Turns running out of memory into a ValueError of one line."""
+    """Turn running out of memory on `device` into a ValueError of one line."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -25,7 +25,14 @@ from knorm.statistics import ALPHA
 
 
 class MethodArm(Arm):
-    """Generate greedily with a method open as its users have it; None: with transformers' own cache."""
+    """Generate greedily with a method open as its users have it.
+
+    Args:
+        model: a causal language model of transformers.
+        prompts: what is generated from, by index.
+        method: opened for each generation; None for transformers' own cache.
+        tokenizer: of the model, for methods that read text.
+    """
 
     def __init__(self, model: Any, prompts: Sequence[Prompt], method: Method | None, tokenizer: Tokenizer) -> None:
         super().__init__(model, prompts, None)
@@ -58,7 +65,7 @@ class MethodArm(Arm):
         return self._clocked(count, step)
 
     def generation(self, index: int) -> tuple[float, list[float]]:
-        """Generate once; seconds to the first token, and of each decode step. The method is closed at the end."""
+        """Generate from prompt `index`, then close the method; return seconds to the first token and of each step."""
         try:
             return self.prompt(index), self.steps(self.prompts[index].new_tokens - 1)
         finally:
@@ -104,7 +111,16 @@ class MethodArm(Arm):
 
 
 def run_generations(arms: Sequence[MethodArm], new_tokens: Sequence[int], flip: bool = False) -> list[Sample]:
-    """Run two generations of each arm from each prompt, A B C C B A; a Sample per arm, each step the mean of two."""
+    """Run two generations of each arm from each prompt, A B C C B A.
+
+    Args:
+        arms: the methods, the uncompressed cache first.
+        new_tokens: of each prompt.
+        flip: start with the last arm, as every other block does.
+
+    Returns:
+        A Sample for each arm, in which each step is the mean of two.
+    """
     forwards = [*range(len(arms))]
     orders = (forwards[::-1], forwards) if flip else (forwards, forwards[::-1])
     first: list[list[tuple[float, ...]]] = [[] for _ in arms]

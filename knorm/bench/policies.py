@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from typing import Any
+
+import torch
 
 from knorm.bench.counters import Counters, count
 from knorm.bench.latency import (
@@ -16,12 +19,10 @@ from knorm.bench.latency import (
     Prompt,
     Sample,
     Stored,
-    Times,
     attending,
     check_fits,
     log_ratio,
     measure,
-    summarise,
     without_interruptions,
 )
 from knorm.models import load_text
@@ -33,8 +34,47 @@ GATED = ("ttft", "tpot")  # throughput says the same as both together
 
 
 @dataclass(frozen=True)
+class Times:
+    """Hold what one arm took: each is the median over blocks, then the mean over prompts.
+
+    ttft         seconds to the first token
+    tpot         seconds of a decode step, mean over steps; tpot_median, tpot_p99: over all steps of all blocks
+    throughput   tokens a second, of all sequences of the batch
+    """
+
+    ttft: float
+    tpot: float
+    tpot_median: float
+    tpot_p99: float
+    throughput: float
+
+
+def summarise(samples: Sequence[Sample], prompts: Sequence[tuple[int, int]]) -> Times:
+    """Summarise one arm's `samples`, one a block; `prompts` are (sequences, new tokens) of each."""
+    medians = {m: [statistics.median(column) for column in zip(*(s.seconds(m) for s in samples), strict=True)]
+               for m in METRICS}  # fmt: skip
+    pooled = [torch.tensor([step for s in samples for step in s.steps[i]]).double() for i in range(len(prompts))]
+    quantile = {q: statistics.fmean(float(steps.quantile(q)) for steps in pooled) for q in (0.5, 0.99)}
+    speed = [batch * new / total for (batch, new), total in zip(prompts, medians["throughput"], strict=True)]
+    return Times(
+        statistics.fmean(medians["ttft"]), statistics.fmean(medians["tpot"]), quantile[0.5], quantile[0.99],
+        statistics.fmean(speed),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Row:
-    """Hold one arm; policy: None for the uncompressed cache, which has no comparisons; logs: a log-ratio a block."""
+    """Hold what one arm took.
+
+    Attributes:
+        name: as tables have it.
+        policy: None for the uncompressed cache, and for a method.
+        times: over all blocks.
+        counters: of one generation.
+        peak: bytes allocated at most while decoding; None on a CPU.
+        logs: by metric, a log-ratio to the uncompressed cache for each block; empty for that itself.
+        comparisons: by metric, the verdict on them.
+    """
 
     name: str
     policy: Policy | None
@@ -52,10 +92,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Hold what a run gave: its arms, the uncompressed one first; how long it measured, warm-up included.
+    """Hold what a run gave.
 
-    samples       [block][arm], as measured
-    interrupted   steps that took over 1.5 times their usual time, and count as that (latency.without_interruptions)
+    Attributes:
+        rows: one for each arm, the uncompressed one first.
+        samples: [block][arm], as measured.
+        interrupted: steps that took over 1.5 times their usual time, and count as that
+            (latency.without_interruptions).
+        warm_up: generations of each arm that were run before, and discarded.
+        seconds: how long it measured, warm-up included.
     """
 
     rows: tuple[Row, ...]
@@ -71,7 +116,7 @@ class Bench:
 
 
 def name_of(policy: Policy | None) -> str:
-    """Name an arm as tables do."""
+    """Name an arm as tables do: by the ratio of its `policy`, or as "uncompressed" for None."""
     return "uncompressed" if policy is None else str(policy.keep_ratio)
 
 

@@ -29,7 +29,16 @@ def _beside(name: str) -> Any:
 
 
 def serve(lines: Any, answer: Any, package: Path) -> None:
-    """Set up by the first line, then answer one line after another until there are no more."""
+    """Set up by the first line, then answer one line after another until there are no more.
+
+    Args:
+        lines: an iterator of JSON: the fields of Setup, then [what, arm, number] each.
+        answer: called with "ready", then with what each line asked for.
+        package: the folder `knorm` that has to be the one imported.
+
+    Raises:
+        ImportError: another one was.
+    """
     import knorm
 
     if Path(knorm.__file__).parent.resolve() != package.resolve():

@@ -97,24 +97,20 @@ def explain(
     for knorm ppl.
     """
     given = explicit(context)
-    if tokens is not None and json is None:
-        raise ValueError("--tokens goes into --json: name a file there, which knorm page shows")
+    _refuse_misplaced(given, other=target not in (None, "knorm"), stored=positions == "stored")
     if target not in (None, "knorm"):
-        if plot or positions == "stored":
-            raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
         asked = _asked(str(target), policy_options, keep_tokens, kind, given)
         fields = _explain_target(
             asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, tokens=tokens,
             json=json, quiet=quiet,
         )  # fmt: skip
         return write_json(json, fields, "method")
-    if given & {"keep_tokens", "kind"}:
-        raise ValueError("--keep-tokens and --as are about a TARGET other than knorm: give one, or drop them")
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
 
     from knorm.cli.explained import show_explanation
     from knorm.cli.figures import plot_explanation
-    from knorm.evaluation.explain import curves_around, explain
+    from knorm.evaluation.explain import explain
+    from knorm.evaluation.interventions import curves_around
 
     runner, (policy,) = setting.runner, setting.policies
     with progress_bar(quiet) as progress:
@@ -131,6 +127,16 @@ def explain(
         plot_explanation(explanation, curves, str(policy.keep_ratio), setting.title, plot)
     write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **_fields(explanation)})
     sys.exit(HOLDS)
+
+
+def _refuse_misplaced(given: frozenset[str], *, other: bool, stored: bool) -> None:
+    """Raise ValueError for options that are not about what is explained; other: a method other than knorm's own."""
+    if "tokens" in given and "json" not in given:
+        raise ValueError("--tokens goes into --json: name a file there, which knorm page shows")
+    if other and ("plot" in given or stored):
+        raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
+    if not other and given & {"keep_tokens", "kind"}:
+        raise ValueError("--keep-tokens and --as are about a TARGET other than knorm: give one, or drop them")
 
 
 def _asked(

@@ -16,6 +16,7 @@ from knorm.cli.numbers import AtLeast
 from knorm.cli.options import COMMON, HOLDS, REFUTED, check_device, counting, make_console, progress_bar, with_options
 from knorm.cli.outputs import write_json
 from knorm.limits import RUNS
+from knorm.paths import resolved
 
 _AGREE = "one run cannot show that runs agree"
 
@@ -47,7 +48,7 @@ def _workspace(folder: Path | None, json: Path | None) -> Any:
     from knorm.golden.workspace import find_workspace
 
     workspace = find_workspace(folder)
-    if json and workspace.store.folder.resolve() in json.resolve().parents:
+    if json and resolved(workspace.store.folder) in resolved(json).parents:
         raise ValueError(f"--json {json} lies among the goldens, which only `knorm golden accept` writes")
     return workspace
 

@@ -14,6 +14,7 @@ import click
 
 from knorm.cli.numbers import AtLeast, Numbers
 from knorm.cli.outputs import file_option, force_option
+from knorm.paths import resolved
 from knorm.policy import LEAST_STREAMED, Policy, Protocol, Score
 from knorm.sources import find_model
 
@@ -153,7 +154,7 @@ kind_option = click.option(
 
 def check_outputs(json: Path | None, plot: Path | None) -> None:
     """Raise ValueError, before the work, where --json and --plot are one file or the figure could not be drawn."""
-    if json and plot and json.resolve() == plot.resolve():
+    if json and plot and resolved(json) == resolved(plot):
         raise ValueError(f"--json and --plot are both {json}, but should be two files")
     if plot:
         from knorm.cli.figures import check_plot

@@ -119,7 +119,7 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
         OSError: the file could not be written; what was there is as it was.
 
     Example:
-        replace_file(Path("curve.svg"), figure.savefig)
+        >>> replace_file(Path("curve.svg"), figure.savefig)  # doctest: +SKIP
     """
     WRITTEN.append(write_whole(file, write))
 

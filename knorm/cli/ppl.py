@@ -31,6 +31,7 @@ from knorm.cli.options import (
 from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import Setting, TextOptions, load_setting, text_options
 from knorm.files import file_size
+from knorm.paths import resolved
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +112,7 @@ def ppl(
     if reported:
         if plot or stream:
             raise ValueError("--reported judges a table and measures nothing: drop --plot and --stream")
-        if json and json.resolve() == reported.resolve():
+        if json and resolved(json) == resolved(reported):
             raise ValueError(f"--json {json} would overwrite the table that --reported reads: give another file")
         file_size(reported)  # before anything heavy is loaded
         _judge(reported, json, console)

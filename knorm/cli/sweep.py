@@ -15,6 +15,7 @@ from knorm.cli.numbers import Above, AtLeast
 from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, make_console, waiting, with_options
 from knorm.cli.outputs import WRITTEN, file_option, write_json
 from knorm.files import file_size
+from knorm.paths import resolved
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,8 +93,8 @@ def _ready(file: Path, out: Path, expire: float, engine: str, workers: int | Non
     from knorm.sweep.folder import Folder
     from knorm.sweep.plan import read_plan
 
-    whole = file.resolve()  # before the folder is another
-    folder, where = Folder(out.resolve(), expire), whole.parent
+    whole = resolved(file)  # before the folder is another
+    folder, where = Folder(resolved(out), expire), whole.parent
     targets = dict(folder.known().get("targets", {}))
     file_size(file)  # refuses what is no file, in the words that it was given
     with contextlib.chdir(where):
@@ -196,4 +197,9 @@ def _show(console: Console, ready: Ready, out: Path, json: Path | None, parquet:
             f"knorm: a fault of knorm's own, in {cell.measure} of {cell.method.label}:\n{trace.rstrip()}", err=True
         )
         return BROKEN
+    if console.quiet and table.failures:
+        cell, reason = table.failures[0]
+        where = f"{cell.method.label} on {cell.model}" if cell.model else cell.method.label
+        count = f"{len(table.failures)} cells failed, the first" if table.failures[1:] else "a cell failed"
+        click.echo(f"knorm: {count} {where}: {reason}", err=True)
     return REFUTED if table.failures or table.refuted else HOLDS

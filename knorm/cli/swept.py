@@ -17,6 +17,7 @@ from rich.text import Text
 
 from knorm.cli.outputs import MADE_BY, replace_file
 from knorm.cli.tables import LETTERS, UNCHANGED, damage_line, damage_table, print_text, print_wrapped
+from knorm.paths import resolved
 
 if TYPE_CHECKING:
     from knorm.sweep.cells import Cell, Study
@@ -318,7 +319,7 @@ def table_fields(study: Mapping[str, Any], table: Table) -> dict[str, Any]:
 
 def check_parquet(file: Path, json: Path | None) -> None:
     """Raise ValueError, before the work, where the rows could not be written."""
-    if json and json.resolve() == file.resolve():
+    if json and resolved(json) == resolved(file):
         raise ValueError(f"--json and --parquet are both {json}, but should be two files")
     try:
         import pyarrow.parquet  # noqa: F401

@@ -22,14 +22,25 @@ NEWEST = 16  # tokens whose presence in the cache is reported
 class Row:
     """Hold one policy's costs on one text. Every row of a curve scores the same tokens: those after the prompt.
 
-    ppl             exp of the mean NLL per token; standard_error of it, clustered by window (None for one window)
-    bits_per_byte   of the scored text's UTF-8
-    accuracy        share of tokens that were the likeliest
-    mean_cache      tokens that a scored query sees in a compressed layer, itself included; final_cache: the last query
-    recent          how many of the newest 16 tokens are among them, itself included (None in shorter windows)
-    seconds         wall time; of which scheduling
-    stream_*        the loop, where it was run: its PPL, the largest difference of a token's NLL from the one pass,
-                    evictions that differ, and the widest relative gap of norms where they first do
+    Attributes:
+        keep_ratio: as it was written.
+        windows: how many were scored.
+        tokens: how many were.
+        nll: their mean, in nats.
+        ppl: exp of that.
+        standard_error: of ppl, clustered by window; None for one window.
+        bits_per_byte: of the scored text's UTF-8.
+        accuracy: share of tokens that were the likeliest.
+        mean_cache: tokens that a scored query sees in a compressed layer, itself included.
+        final_cache: tokens that the last query sees.
+        recent: how many of the newest 16 tokens are among those of mean_cache; None in shorter windows.
+        seconds: wall time.
+        scheduling: seconds of it that schedules took.
+        stream_ppl: that of the loop; None, as all below, where it was not run.
+        stream_seconds: wall time of the loop.
+        stream_difference: the largest difference of a token's NLL from the one pass, in nats.
+        stream_evictions: how many evictions differ.
+        stream_gap: the widest relative gap of norms where they first do.
     """
 
     keep_ratio: str
@@ -101,6 +112,13 @@ def measure_row(
 
     Raises:
         ValueError: what perplexity.exact_nll raises; for a mean NLL beyond all guessing; for windows of no text.
+
+    Example:
+        >>> from knorm.evaluation.windows import cut_windows
+        >>> model, tokenizer = load_embedded()
+        >>> windows = cut_windows(tokenizer, "The cat sat on the mat. " * 30, length=32, most=2)
+        >>> measure_row(Runner(model, windows), Policy(0.5, prune_after=16, protocol="streaming")).tokens
+        62
     """
     both = runner.agreement(policy, on_batch=on_batch) if stream else None
     run = both.exact if both else runner.run(policy, on_batch=on_batch)

@@ -30,7 +30,7 @@ JUMP = 2.0  # a first step that multiplies perplexity by more
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Say what does not make sense, and its cause or the command that would show it."""
+    """Say `what` does not make sense, and `then` its cause or the command that would show it."""
 
     what: str
     then: str
@@ -41,7 +41,12 @@ class Suspicion:
 
 @dataclass(frozen=True)
 class Series:
-    """Hold a column of a table: keep_ratio as written -> perplexity; and how many tokens each scored, if it says so."""
+    """Hold the column `name` of a table.
+
+    Attributes:
+        ppl: keep_ratio as written -> perplexity.
+        tokens: keep_ratio as written -> how many tokens were scored; empty where the table does not say.
+    """
 
     name: str
     ppl: dict[str, float]
@@ -49,7 +54,13 @@ class Series:
 
 
 def fall(ppl: dict[str, float]) -> tuple[str, str] | None:
-    """Find the ratio below 1 of highest perplexity and the smaller one of lowest, if perplexity falls between them."""
+    """Find where perplexity falls although less is kept, in `ppl`: keep_ratio as written -> perplexity.
+
+    Returns the ratio below 1 and the smaller one between which it falls most, by more than 1%; None without a fall.
+
+    >>> fall({"1.0": 15.0, "0.9": 20.0, "0.5": 12.0})
+    ('0.9', '0.5')
+    """
     ratios = sorted((r for r in ppl if exact_ratio(r) < 1), key=exact_ratio, reverse=True)
     pairs = [(a, b) for i, a in enumerate(ratios) for b in ratios[i + 1 :] if ppl[b] < ppl[a] * (1 - TOLERANCE)]
     return max(pairs, key=lambda pair: ppl[pair[0]] / ppl[pair[1]], default=None)
@@ -63,6 +74,10 @@ def judge_reported(table: Sequence[Series]) -> list[Suspicion]:
 
     Returns:
         The doubts; none where nothing is suspicious by itself.
+
+    Example:
+        >>> judge_reported([Series("ppl", {"1.0": 15.0, "0.9": 20.0, "0.5": 12.0}, {})])[0].what
+        'perplexity falls from 20 at 0.9 to 12 at 0.5, while less is kept'
     """
     doubts = []
     for series in table:

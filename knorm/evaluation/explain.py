@@ -6,7 +6,7 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack
@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from knorm.evaluation.curve import NEWEST, Row, mean_recent, measure_row
+from knorm.evaluation.curve import NEWEST, mean_recent
 from knorm.evaluation.interventions import (
     Intervention,
     Kind,
     interventions,
-    newest_to_protect,
     sees_itself,
     stored_positions,
 )
@@ -32,8 +31,8 @@ from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
+_WORSE_THAN_CHANCE = "Norms choose worse than chance here."
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
-_WORSE = "Norms choose worse than chance here."
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,14 @@ class Effect:
 
 @dataclass(frozen=True)
 class Explanation:
-    """nll, nll_full, nll_empty: mean NLL of the run, of the full cache, and of no cache; None where that is not run."""
+    """Hold why a run's NLL moved; NLLs are means in nats a token.
+
+    nll        of the run; nll_full: of the full cache; nll_empty: of no cache, None where that is not run
+    windows    how many were scored, and tokens in all; recent: as in a curve's row
+    effects    of single changes, ranked by what they take back; worst: tokens that got worse
+    verdict    sentences, the cause first
+    per_token  each token of one window, where that is asked for
+    """
 
     nll: float
     nll_full: float
@@ -90,7 +96,18 @@ class Explanation:
 
 
 def sentence_of(change: Intervention, effect: Effect, policy: Policy, order: OrderProbe, dtype: torch.dtype) -> str:
-    """Say what one intervention proves; `order` has judged in float64 what the run computes in `dtype`."""
+    """Say what one intervention proves.
+
+    Args:
+        change: the intervention.
+        effect: what it changed.
+        policy: of the run that is explained.
+        order: has judged in float64 whether attention sees slot order.
+        dtype: that the run computes in.
+
+    Returns:
+        A sentence without its full stop, nats to three digits.
+    """
     none = effect.is_rounding
     gain = "no effect" if none else f"{effect.change:+.3f} nats a token"
     share = f"makes it worse, {gain}" if effect.change >= 0 else f"helps, {gain}"
@@ -165,6 +182,9 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
     Args:
         found: all but its verdict.
         worse_than_chance: what is to be said where a random choice does better; empty: the choice is random.
+
+    Returns:
+        Sentences, the cause first.
     """
     if found.loss > NO_LOSS:
         said = [_cause(found)]
@@ -188,6 +208,10 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
     if found.windows == 1:
         said.append("One window only: there is no interval, and these numbers may be this text's alone.")
     return tuple(said)
+
+
+def _nll(measured: Callable[..., tuple[Tensor, Run]], change: Intervention, **options: Unpack[Changes]) -> Tensor:
+    return measured(change.name, change.policy, change.prompt_length, options)[0]
 
 
 def _refuse_idle(run: Run, policy: Policy, layers: int, length: int, prompt_length: int) -> None:
@@ -272,50 +296,33 @@ def explain(
         ValueError: where no token is evicted, and what perplexity.exact_nll raises.
 
     Example:
-        explain(Runner(model, cut_windows(tokenizer, text, 512, 8)), tokenizer, policy).verdict
+        >>> (model, tokenizer), ids = load_embedded(), torch.arange(64).view(2, 32)
+        >>> runner = Runner(model, knorm.evaluation.windows.Windows(ids), prompt_length=16)
+        >>> explain(runner, tokenizer, Policy(0.5)).tokens
+        32
     """
     check_window(runner.model, runner.windows.input_ids, tokens)
-    length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
-    of_run: Any = {"layers": runner.model.config.num_hidden_layers, "length": length, "prompt_length": prompt_length}
+    length, prompt = runner.windows.input_ids.shape[1], runner.prompt_length
+    of_run: Any = {"layers": runner.model.config.num_hidden_layers, "length": length, "prompt_length": prompt}
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
         run = runner.run(policy, prompt_length=prompt_length, **changes)
         return run.nll.double().cpu(), run
 
-    def nlls(change: Intervention, **options: Unpack[Changes]) -> Tensor:
-        return measured(change.name, change.policy, change.prompt_length, options)[0]
-
-    places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
-    own, run = measured("the run", policy, prompt_length, places)
+    places: Changes = {"position_ids": stored_positions(policy, length, prompt)} if stored else {}
+    own, run = measured("the run", policy, prompt, places)
     _refuse_idle(run, policy, **of_run)
-    full, _ = measured("full cache", Policy(), prompt_length, {})
-    empty, _ = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})
+    full, _ = measured("full cache", Policy(), prompt, {})
+    empty, _ = measured("no cache", Policy(), prompt, {"schedule": sees_itself})
     changes = interventions(policy, **of_run, newest=newest, stored=stored)
-    evaluated = [(change, partial(nlls, change)) for change in changes]
+    evaluated = [(change, partial(_nll, measured, change)) for change in changes]
     ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt_length), ranked,
+        mean_recent(run, policy, prompt), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
         window_tokens(runner, tokenizer, tokens, own, full, run.evicted_at, policy),
     )  # fmt: skip
-    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE))
-
-
-def curves_around(
-    runner: Runner, policy: Policy, ratios: Sequence[str], *, on_step: Callable[[str], None] = lambda name: None
-) -> dict[str, list[Row]]:
-    """Measure the policy at other ratios, and with the newest half of the budget protected: what to draw beside it."""
-    curves: dict[str, list[Row]] = {"as given": [], "newest half of the budget protected": []}
-    for ratio in ratios:
-        own = replace(policy, keep_ratio=ratio)
-        try:
-            count = newest_to_protect(own, runner.prompt_length, NEWEST) or own.protect_recent
-        except ValueError:  # a budget that does not cover what is protected
-            continue
-        for name, each in zip(curves, (own, replace(own, protect_recent=count)), strict=True):
-            on_step(f"ratio {ratio}")
-            curves[name].append(measure_row(runner, each))
-    return curves
+    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE_THAN_CHANCE))

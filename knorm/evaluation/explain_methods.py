@@ -91,7 +91,13 @@ def explain_method(
             schedules cannot be run in one pass.
 
     Example:
-        explain_method(ways, knorm.method("kvpress:SnapKVPress", keep_ratio=0.5)).explanation.verdict
+        >>> from knorm.evaluation.windows import Windows
+        >>> model, tokenizer = load_embedded()
+        >>> ways = Ways(model, Windows(torch.arange(96).view(2, 48)), 24, tokenizer=tokenizer)
+        >>> def newest(keys, values, keep_ratio):
+        ...     return keys[:, :, -12:], values[:, :, -12:]
+        >>> explain_method(ways, method(newest, keep_ratio=0.5)).explanation.windows
+        2
     """
     tokenizer, after = ways.tokenizer, ways.ids.shape[1] - ways.prompt_length
     if tokenizer is None or ways.scored != after:
@@ -107,21 +113,27 @@ def explain_method(
     _refuse_unchanged(row)
     on_step("what its queries saw")
     try:
-        recoveries = _recovered(ways, method, row)
-        evicts = any(recovery.evicts for recovery in recoveries)
-        table = [torch.cat(layer) for layer in zip(*(w.schedule() for w in recoveries), strict=True)] if evicts else []
-        if evicts:
-            found = _Evicted(ways, row, table, recoveries[0].shift).explained(newest, worst, on_step)
-        else:
-            found = _explained_changes(ways, method, row, on_step)
+        table, said, found = _explained(ways, method, row, newest, worst, on_step)
     except Unrecoverable as error:
         raise ValueError(f"{row.label}: which tokens its queries see cannot be recovered: {error}") from None
     own = row.per_token
     told = window_tokens(runner, tokenizer, tokens, own.nll, own.nll_full, table, Policy(), own.kl)
-    changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
-    said = _shares(ways, table) if evicts else f"every query sees every token; changed: {' and '.join(changed)}"
-    acts: Literal["evicts", "changes"] = "evicts" if evicts else "changes"
+    acts: Literal["evicts", "changes"] = "evicts" if table else "changes"
     return MethodExplanation(row.method, row.budget, row.how, row.check, acts, said, replace(found, per_token=told))
+
+
+def _explained(
+    ways: Ways, method: Method, row: Evaluation, newest: int, worst: int, on_step: Step
+) -> tuple[Table, str, Explanation]:
+    """Explain a run that changed something: its schedule, empty where it evicts nothing; what was seen; effects."""
+    recoveries = _recovered(ways, method, row)
+    if not any(recovery.evicts for recovery in recoveries):
+        changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
+        said = f"every query sees every token; changed: {' and '.join(changed)}"
+        return [], said, _explained_changes(ways, method, row, on_step)
+    table = [torch.cat(layer) for layer in zip(*(w.schedule() for w in recoveries), strict=True)]
+    found = _Evicted(ways, row, table, recoveries[0].shift).explained(newest, worst, on_step)
+    return table, _shares(ways, table), found
 
 
 def _refuse_unchanged(row: Evaluation) -> None:

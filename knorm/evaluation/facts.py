@@ -41,9 +41,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class Recall:
-    """Hold what became of the names' tokens alone: mean NLL in nats, perplexity, share that were the likeliest, count.
+    """Hold what became of the names' tokens alone.
 
-    others   perplexity of all other tokens of the same windows, after the passage
+    Attributes:
+        nll: their mean, in nats.
+        ppl: exp of that.
+        accuracy: share that were the likeliest.
+        tokens: how many there are.
+        others: perplexity of all other tokens of the same windows, after the passage.
     """
 
     nll: float
@@ -66,6 +71,10 @@ def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named
 
     Raises:
         ValueError: windows shorter than two passages.
+
+    Example:
+        >>> fact_windows(load_embedded()[1], 256).input_ids.shape
+        torch.Size([33, 256])
     """
     if length < 2 * PASSAGE:
         raise ValueError(
@@ -89,7 +98,21 @@ def fact_windows(tokenizer: PreTrainedTokenizerFast, length: int = 512, *, named
 
 
 def recall(model: PreTrainedModel, facts: Facts, policy: Policy, *, prompt_length: int = 1, batch: int = 8) -> Recall:
-    """Measure how well the names are predicted where they are needed. Raises what perplexity.exact_nll raises."""
+    """Measure how well the names are predicted where they are needed, by a policy.
+
+    Args:
+        model: a causal language model in eval mode.
+        facts: made by fact_windows with the model's tokenizer.
+        policy: when and what to evict.
+        prompt_length: tokens of the first call, 1 or more.
+        batch: windows at a time.
+
+    Returns:
+        A Recall; `others` is of all tokens after the first passage that are not asked.
+
+    Raises:
+        ValueError: as perplexity.exact_nll.
+    """
     runner = Runner(model, Windows(facts.input_ids), batch=batch)  # all tokens are scored: those of the prompt too
     run = runner.run(policy, prompt_length=prompt_length)
     nll, correct = run.nll.double().cpu(), run.correct.cpu()

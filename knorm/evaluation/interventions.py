@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from knorm.evaluation.runner import Changes
+from knorm.evaluation.curve import NEWEST, Row, measure_row
+from knorm.evaluation.runner import Changes, Runner
 from knorm.perplexity import Schedule
 from knorm.policy import Policy, Score
 from knorm.rounding import attend_shuffled
@@ -46,9 +47,17 @@ class Intervention:
 
 
 def stored_positions(policy: Policy, length: int, prompt_length: int) -> Tensor:
-    """Return the position that each token gets where the compressed cache's length gives it: int64 [T].
+    """Compute the positions that tokens get where the compressed cache's length gives them.
 
     Counts do not depend on scores, so these are known before the run.
+
+    Args:
+        policy: of the run.
+        length: tokens of a window, T.
+        prompt_length: tokens of the first call.
+
+    Returns:
+        A position for each token, int64 [T].
     """
     return cache_lengths(evicted_at(torch.zeros(length), policy, prompt_length)) - 1
 
@@ -114,6 +123,9 @@ def interventions(
         prompt_length: tokens of the run's first call.
         newest: how many of the newest tokens one intervention protects (half the budget, if that is less).
         stored: the run takes positions from the stored length; so does each changed run but the one that corrects them.
+
+    Yields:
+        Interventions, each of one change: slot order, positions, recency, sinks, choice, layers, repetition, amount.
     """
 
     def change(
@@ -157,3 +169,30 @@ def interventions(
         yield change("repetition", once, doing, replace(policy, protocol="prefill"), at)
     kept = _newest_kept(policy, prompt_length)
     yield change("amount", "as many tokens, the newest", "as many tokens, the newest,", schedule=kept)
+
+
+def curves_around(
+    runner: Runner, policy: Policy, ratios: Sequence[str], *, on_step: Callable[[str], None] = lambda name: None
+) -> dict[str, list[Row]]:
+    """Measure a policy at other ratios, as it is and with the newest half of its budget protected.
+
+    Args:
+        runner: of the windows that are explained.
+        policy: at the ratio that is explained.
+        ratios: to measure; one whose budget does not cover what is protected is left out.
+        on_step: called with the name of each measurement before it starts.
+
+    Returns:
+        Rows by the curve's name, to draw beside the explanation.
+    """
+    curves: dict[str, list[Row]] = {"as given": [], "newest half of the budget protected": []}
+    for ratio in ratios:
+        own = replace(policy, keep_ratio=ratio)
+        try:
+            count = newest_to_protect(own, runner.prompt_length, NEWEST) or own.protect_recent
+        except ValueError:  # a budget that does not cover what is protected
+            continue
+        for name, each in zip(curves, (own, replace(own, protect_recent=count)), strict=True):
+            on_step(f"ratio {ratio}")
+            curves[name].append(measure_row(runner, each))
+    return curves

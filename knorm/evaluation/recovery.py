@@ -18,11 +18,11 @@ class Beside:
     """Stand beside a method's run: in the prompt's call, and in those after it. By default nothing happens there."""
 
     def reading(self, session: Session) -> AbstractContextManager[None]:
-        """Open what holds while the prompt is read; the prefill phase ends after it."""
+        """Open what holds while `session` reads the prompt; the prefill phase ends after it."""
         return nullcontext()
 
     def decoding(self, session: Session) -> AbstractContextManager[None]:
-        """Open what holds in all calls after the prompt."""
+        """Open what holds in all calls of `session` after the prompt."""
         return nullcontext()
 
 
@@ -34,7 +34,7 @@ class Unrecoverable(ValueError):
 
 
 def fingerprints(vectors: Tensor) -> Tensor:
-    """Map vectors to integers that are equal where all bits are: [..., head_dim] -> int64 [...]."""
+    """Map `vectors` to integers that are equal where all bits are: [..., head_dim] -> int64 [...]."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[vectors.element_size()]
     bits = vectors.contiguous().view(whole).to(torch.int64)
     generator = torch.Generator().manual_seed(vectors.shape[-1])

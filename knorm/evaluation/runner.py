@@ -43,8 +43,12 @@ class Runner:
         ValueError: for a prompt that leaves nothing to score, and for a batch below 1.
 
     Example:
-        runner = Runner(model, cut_windows(tokenizer, text, 512, 8))
-        runner.run(Policy(0.5, prune_after=32, protocol="streaming")).nll  # float32 [8, 511]
+        >>> from knorm.evaluation.windows import cut_windows
+        >>> from knorm.models import load_text
+        >>> model, tokenizer = load_embedded()
+        >>> runner = Runner(model, cut_windows(tokenizer, load_text("narrative"), length=64, most=2))
+        >>> runner.run(Policy(0.5, prune_after=32, protocol="streaming")).nll.shape
+        torch.Size([2, 63])
     """
 
     model: PreTrainedModel
@@ -90,7 +94,10 @@ class Runner:
         return self._joined(runs)
 
     def agreement(self, policy: Policy, *, on_batch: Callable[[], None] = lambda: None) -> Agreement:
-        """Run a policy by the loop too, and compare: its two runs are joined as those of `run`."""
+        """Run `policy` by the loop too, and compare; the two runs are joined as those of `run`.
+
+        `on_batch` is called after each batch. Returns the runs, and how far their tokens' NLLs lie apart.
+        """
         parts = []
         for ids in self._batches():
             parts.append(agreement(self.model, ids, policy, prompt_length=self.prompt_length))

@@ -25,6 +25,8 @@ _LOST, _LEAST = 3, 0.01  # evicted tokens told of each prediction, and the atten
 class TokenView:
     """Show a token that got worse, and the evicted token that it would have attended to most.
 
+    token       stands at position of window; nll_full, nll: in nats, with the full cache and in the run
+    evicted     stood at evicted_position
     attention   that token's share of the full model's attention, mean over compressed layers and heads
     """
 
@@ -40,7 +42,7 @@ class TokenView:
 
 @dataclass(frozen=True)
 class LostToken:
-    """Name an evicted token, and its share of the full model's attention: mean over compressed layers and heads."""
+    """Name an evicted token by its position; attention: its share of the full model's, mean over compressed heads."""
 
     position: int
     attention: float
@@ -48,7 +50,12 @@ class LostToken:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Hold one token as text, its losses in nats where it is scored, and what its prediction could no longer see."""
+    """Hold one token as text, and what its prediction lost.
+
+    nll, nll_full    of the run and of the full cache, in nats; None where the token is not scored
+    kl               KL(full || run), in nats; None where it is not known
+    lost             evicted tokens to which the full model attends, the most attended first
+    """
 
     token: str
     nll_full: float | None
@@ -73,7 +80,16 @@ class WindowTokens:
 
 
 def check_window(model: PreTrainedModel, input_ids: Tensor, window: int | None) -> None:
-    """Raise ValueError, before the work, for a window that is not there or too large to be told token by token."""
+    """Refuse, before the work, a window that cannot be told token by token.
+
+    Args:
+        model: whose layers and heads count.
+        input_ids: int64 [windows, T].
+        window: its index; None: none is asked for.
+
+    Raises:
+        ValueError: a window that is not there, or too large.
+    """
     if window is None:
         return
     config = model.config.get_text_config(decoder=True)

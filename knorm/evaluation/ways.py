@@ -107,8 +107,8 @@ class Ways:
         ValueError: for a prompt that leaves nothing to score, and for what no model can run.
 
     Example:
-        ways = Ways(model, cut_windows(tokenizer, text, 512, 8), prompt_length=256)
-        ways.evaluate(knorm.method("kvpress:SnapKVPress", keep_ratio=0.5)).damage.kl
+        >>> Ways(load_embedded()[0], Windows(torch.arange(64).view(2, 32)), 16).evaluate(method(Policy(0.5))).label
+        'Policy 0.5'
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class Ways:
         return [loop], "loop", f"{why}: {said}"
 
     def covers(self, change: Tensor, how: str) -> bool:
-        """Tell whether rounding alone may change tokens' NLLs so between two runs, one of them made in the way `how`.
+        """Tell whether rounding alone may explain `change`, in tokens' NLLs, to a run that is made in the way `how`.
 
         What it does here is measured on the full cache, one pass against the same way, where the usual bound of float32
         is exceeded; and always in half precision.

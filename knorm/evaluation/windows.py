@@ -29,7 +29,7 @@ class Windows:
     byte_ends: Tensor | None = None
 
     def scored_bytes(self, prompt_length: int) -> int:
-        """Count the bytes that the tokens after the prompt stand for. Raises ValueError for tokens of no text."""
+        """Count the bytes of the tokens after the first `prompt_length`. Raises ValueError for tokens of no text."""
         if self.byte_ends is None:
             raise ValueError("byte_ends is None, but should say where each token ends in its text: see cut_windows")
         return int((self.byte_ends[:, -1] - self.byte_ends[:, prompt_length - 1]).sum())

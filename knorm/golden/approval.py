@@ -56,8 +56,12 @@ def parse_permissions(allow_worse: Iterable[str] = (), allow_gate: Iterable[str]
     Raises:
         ValueError: one is neither; it says what it should be.
 
-    >>> parse_permissions(["prefill:nll/*=2"])[0].percent
-    2.0
+    Returns:
+        A permission for each text.
+
+    Example:
+        >>> parse_permissions(["prefill:nll/*=2"])[0].percent
+        2.0
     """
     permissions = []
     for text in allow_worse:
@@ -86,7 +90,7 @@ class Problem:
 
 
 class Refused(ValueError):
-    """Candidates that were not accepted, with every problem at once."""
+    """Refuse candidates, with all of their `problems` at once; nothing was accepted."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(dict.fromkeys(problems))
@@ -135,6 +139,9 @@ def approve(
         now: the checkout that they are accepted in.
         permissions: what may be worse, and what may be judged by another gate.
         codes: by case, the hash of the code under test, where that is not knorm's alone.
+
+    Returns:
+        A golden for each candidate, in their order.
 
     Raises:
         ValueError: a permission names no case that is accepted.

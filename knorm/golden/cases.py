@@ -41,7 +41,7 @@ NOISE = {
 
 @dataclass(frozen=True)
 class Case:
-    """Define one case: what it pins in a sentence, its configuration, and the kinds of device that measure it.
+    """Define the case `id`: what it pins in a sentence, its configuration, and the `devices` that measure it.
 
     optional     it needs what is not in the box: without that, or without a golden, it is not compared
     timed        it is measured by a clock: only where it is asked for by name, with the machine to itself
@@ -82,14 +82,14 @@ def _as_json(policies: Iterable[Policy]) -> list[dict[str, Any]]:
 
 
 def find_case(name: str, catalogue: Mapping[str, Case] | None = None) -> Case:
-    """Look up a case by its name, by default among knorm's own. Raises ValueError for an unknown one."""
+    """Look up the case `name` in `catalogue`, by default among knorm's own. Raises ValueError for an unknown one."""
     known = CASES if catalogue is None else catalogue
     check_name(name, known)
     return known[name]
 
 
 def check_name(name: str, known: Iterable[str]) -> None:
-    """Raise ValueError for a name that no case has; the nearest one is offered."""
+    """Raise ValueError for a `name` that is not among the `known` ones; the nearest one is offered."""
     if name not in (names := sorted(known)):
         near = get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]}? There" if near else "there"
@@ -120,7 +120,7 @@ def _embedded_configuration() -> dict[str, Any]:
 
 
 def digest_of(model: Any) -> str:
-    """Hash a model's weights, in their order."""
+    """Hash the bytes of the weights of `model`, in their order: sha256 in hexadecimal digits."""
     digest = hashlib.sha256()
     for weight in model.parameters():
         digest.update(weight.detach().cpu().numpy().tobytes())
@@ -173,10 +173,19 @@ class _Tokens:
 def curve(
     model: Any, ids: Tensor, policies: tuple[Policy, ...], prompt_length: int, how: How, memory: bool = False
 ) -> Measured:
-    """Metrics of several policies on the same windows [windows, tokens], the first one uncompressed.
+    """Measure several policies on the same windows.
 
-    Per ratio: the mean NLL and each token's; the PPL over that at the first policy; how many tokens the queries saw;
-    bytes of the final cache; a hash of each layer's evicted_at; on CUDA with `memory`, the peak over the first's.
+    Args:
+        model: a causal language model in eval mode.
+        ids: int64 [windows, tokens].
+        policies: one for each ratio, the first uncompressed.
+        prompt_length: tokens of the first call, which are not scored.
+        how: the way to run them.
+        memory: measure peak memory too, which takes CUDA.
+
+    Returns:
+        For each ratio: the mean NLL, and each token's as a tensor; the PPL over the first's; tokens that queries saw;
+        bytes of the final cache; a hash of each layer's evicted_at; on CUDA with `memory`, the peak over the first's.
     """
     noise = NOISE[model.device.type]
     metrics: list[Metric] = []
@@ -237,7 +246,16 @@ RANDOM_SHA256 = "4fbb090fc3a4fc5332a6a9fbe86e9b2c1904a203029c6fdcaaccff3b2a4a428
 
 
 def random_tokens(windows: int, window: int, vocabulary: int = 50304) -> Tensor:
-    """Draw token ids int64 [windows, window] from NumPy's PCG64: the same on every machine."""
+    """Draw token ids from NumPy's PCG64, with a fixed seed: the same on every machine.
+
+    Args:
+        windows: how many.
+        window: tokens of each.
+        vocabulary: ids are below it.
+
+    Returns:
+        The ids, int64 [windows, window].
+    """
     return torch.from_numpy(np.random.Generator(np.random.PCG64(70)).integers(0, vocabulary, (windows, window)))
 
 

@@ -45,7 +45,11 @@ class How:
 
 
 def device_class(device: str) -> str:
-    """Name the exact class that a golden is for: cpu-x86_64, nvidia-h200 ...: goldens never cross it."""
+    """Name the exact class of `device` ("cpu", "cuda:1"): cpu-x86_64, nvidia-h200 ...: goldens never cross it.
+
+    >>> device_class("cpu").startswith("cpu-")
+    True
+    """
     if torch.device(device).type == "cpu":
         return f"cpu-{platform.machine().lower()}"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")

@@ -32,7 +32,7 @@ def _seals(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def pack(tensors: Tensors, metadata: dict[str, str] | None = None) -> bytes:
-    """Write tensors as the bytes of a .safetensors file, the same for the same tensors."""
+    """Return `tensors`, by name, and `metadata` as the bytes of a .safetensors file: the same for the same tensors."""
     return save({name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}, metadata=metadata)
 
 

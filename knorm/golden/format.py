@@ -119,7 +119,7 @@ class Golden(Strict):
     seal: dict[str, str]
 
     def metric(self, name: str) -> Metric | None:
-        """Look up the metric of that name, if there is one."""
+        """Look up the metric `name`; None where there is none."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
     def text(self) -> str:
@@ -136,20 +136,29 @@ class Measured:
 
 
 def digest(data: bytes) -> str:
-    """Sha256 in hexadecimal digits."""
+    """Return the sha256 of `data` in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of the entries in which two mappings differ."""
+    """Return the names of the entries in which `old` and `new` differ; one that is missing counts as None."""
     return [name for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
     """Say where two configurations differ, and only there.
 
-    >>> differences({"a": 1, "policies": [{"keep_ratio": "0.5"}]}, {"a": 1, "policies": [{"keep_ratio": "0.4"}]})
-    ["policies.0.keep_ratio was '0.5', is '0.4'"]
+    Args:
+        old: a mapping, list or value, as JSON has it.
+        new: the other.
+        place: what is put before each name: where both lie in something larger.
+
+    Returns:
+        A line for each difference.
+
+    Example:
+        >>> differences({"a": 1, "policies": [{"keep_ratio": "0.5"}]}, {"a": 1, "policies": [{"keep_ratio": "0.4"}]})
+        ["policies.0.keep_ratio was '0.5', is '0.4'"]
     """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         lines = [
@@ -171,9 +180,9 @@ def _there(old: Mapping[str, Any], new: Mapping[str, Any], name: str) -> str:
 
 
 def environment_changes(then: Environment, now: Environment) -> list[str]:
-    """List the fields in which two environments differ. Where there are none, numbers have to agree as in one run.
+    """List the fields in which environments `then` and `now` differ. Without any, numbers agree as in one run.
 
-    What the older one does not know (None) does not count.
+    What `then` does not know (None) does not count.
     """
     known = {name: value for name, value in then if value is not None}
     return differing(known, {name: value for name, value in now if name in known})

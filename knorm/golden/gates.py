@@ -21,7 +21,7 @@ _WORST = 1e9  # per cent; what was 0 and is something, or is not finite, is wors
 
 @dataclass(frozen=True)
 class Results:
-    """Hold what a case gave, and in which environment: a golden, a candidate or a run."""
+    """Hold the `metrics` and `tensors` of a golden, a candidate or a run, and the `environment` that they come from."""
 
     metrics: tuple[Metric, ...]
     tensors: Tensors
@@ -29,11 +29,11 @@ class Results:
 
     @classmethod
     def of(cls, golden: Golden, tensors: Tensors) -> Results:
-        """Take the results of a golden, or of a candidate, and its tensors."""
+        """Take the results of `golden`, which may be a candidate, and its `tensors` by metric."""
         return cls(golden.metrics, tensors, golden.environment)
 
     def metric(self, name: str) -> Metric | None:
-        """Find the metric of that name, if there is one."""
+        """Look up the metric `name`; None where there is none."""
         return next((metric for metric in self.metrics if metric.name == name), None)
 
 
@@ -41,10 +41,17 @@ class Results:
 class Finding:
     """Hold the verdict on one metric, and the evidence.
 
-    verdict      "holds"; "moved"; "shown": it differs where its gate does not speak; "inconclusive": noise hides it
-    difference   measured minus golden; None where they are no numbers
-    low, high    interval of the difference, in the metric's unit: clustered by window, or by block
-    worse        per cent by which the metric is worse than its gate lets pass; 0 where it is not
+    Attributes:
+        metric: its name.
+        verdict: "holds"; "moved"; "shown": it differs where its gate does not speak; "inconclusive": noise hides it.
+        golden: the accepted value; None for a metric that is new.
+        measured: the value found here; None for one that is gone.
+        anchor: the value accepted first.
+        evidence: in one line.
+        difference: measured minus golden; None where they are no numbers.
+        low: lower end of the difference's interval, in the metric's unit: clustered by window, or by block.
+        high: upper end.
+        worse: per cent by which the metric is worse than its gate lets pass; 0 where it is not.
     """
 
     metric: str
@@ -63,7 +70,7 @@ class Finding:
 
 
 def where(then: Environment, now: Environment) -> Where:
-    """Tell how near two environments are: the "same", others of the same "versions", or "elsewhere"."""
+    """Tell how near `then` and `now` are: the "same", others of the same "versions", or "elsewhere"."""
     if not environment_changes(then, now):
         return "same"
     was, will = ((_release(e.torch), e.transformers, e.packages) for e in (then, now))

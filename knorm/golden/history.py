@@ -24,7 +24,7 @@ class Entry:
     golden: Golden
 
     def value(self, metric: str) -> int | float | str | None:
-        """Return a metric's value; None where it was not measured then."""
+        """Return the value of `metric`; None where it was not measured then."""
         found = self.golden.metric(metric)
         return found.value if found else None
 
@@ -74,7 +74,14 @@ def history(store: Store, case: str, device_class: str) -> tuple[list[Entry], li
 
 
 def moving(entries: Sequence[Entry], patterns: Sequence[str] = ()) -> list[str]:
-    """List the metrics to show: those that patterns name, else all whose accepted value ever changed, or came or went.
+    """List the metrics to show.
+
+    Args:
+        entries: versions of a golden.
+        patterns: names, or with * and ? several; without any, those whose accepted value ever changed, came or went.
+
+    Returns:
+        Names, in the order in which the golden has them.
 
     Raises:
         ValueError: a pattern that fits no metric.

@@ -67,7 +67,7 @@ class Seen:
 
 
 def rounded_otherwise(model: Any, seed: int) -> Any:
-    """Copy a model with each weight moved to the number next to it, up or down by a seeded draw.
+    """Copy `model` with each weight moved to the number next to it, up or down by a draw of `seed`.
 
     Every product and sum then rounds otherwise, by as much as on another CPU.
     """
@@ -82,7 +82,7 @@ def rounded_otherwise(model: Any, seed: int) -> Any:
 
 
 def attending_otherwise(model: Any) -> Any:
-    """Copy a model, with transformers' other attention of the two that need no package: eager, or sdpa."""
+    """Copy `model`, with transformers' other attention of the two that need no package: eager, or sdpa."""
     other = copy.deepcopy(model)
     other.set_attn_implementation(_other(model))
     return other
@@ -226,7 +226,7 @@ def _widened(metric: Metric, seen: Seen, fixed: bool) -> Metric:
 
 
 def rounded_up(number: float) -> float:
-    """Round a number up to 1, 2 or 5 times a power of ten, so that gates do not differ for nothing.
+    """Round `number` up to 1, 2 or 5 times a power of ten, so that gates do not differ for nothing; 0 below 0.
 
     >>> [rounded_up(number) for number in (0, 0.00012, 0.2, 3)]
     [0.0, 0.0002, 0.2, 5.0]
@@ -238,9 +238,17 @@ def rounded_up(number: float) -> float:
 
 
 def with_gates_of(golden: Golden, measured: Measured, most: float = math.inf) -> Measured:
-    """Take the gates of a golden where they let pass what those of `measured` do, and at most `most` times that.
+    """Keep the gates of a golden where they still fit.
 
     So a golden that is recorded again is judged as before, unless its method has become noisier, or far quieter.
+
+    Args:
+        golden: what was accepted.
+        measured: what is to replace it, with gates of its own.
+        most: a golden's gate stays if it lets pass what the new one does, and at most this many times that.
+
+    Returns:
+        The same values; metrics that the golden lacks have their own gates.
     """
     metrics = []
     for metric in measured.metrics:
@@ -284,7 +292,7 @@ class Passes:
 
 
 def passes(measured: Measured, seen: Seen) -> list[Passes]:
-    """Say of each metric whose gate has a bound what it lets pass, beside the noise and what the method does."""
+    """Say of each metric of `measured` whose gate has a bound what it lets pass, beside the noise that was `seen`."""
     said, full = [], measured.tensors.get("nll/full")
     for metric in measured.metrics:
         gate, name = metric.gate, metric.name

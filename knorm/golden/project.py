@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from knorm.files import read_text
 from knorm.methods.written import Budgets
-from knorm.paths import REPORTED
+from knorm.paths import REPORTED, resolved
 
 CONFIG, PYPROJECT = "knorm.toml", "pyproject.toml"
 METRICS = ("nll", "kl", "same_top", "counts", "bytes")
@@ -189,7 +189,7 @@ class Project:
 
 
 class Misdeclared(ValueError):
-    """Say everything that is wrong with a project's cases, one line a problem; nothing was measured."""
+    """Say which `problems` the cases have that the file `where` declares, a line for each; nothing was measured."""
 
     def __init__(self, where: str, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
@@ -215,7 +215,7 @@ def find_project(start: Path) -> Project | None:
         >>> find_project(Path("/")) is None
         True
     """
-    start = start.resolve()
+    start = resolved(start)
     for folder in (start, *start.parents):
         own, shared = folder / CONFIG, folder / PYPROJECT
         table = _tool(shared) if shared.is_file() else None

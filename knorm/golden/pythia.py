@@ -15,7 +15,10 @@ _MODEL, _TEXTS = "KNORM_PYTHIA70M", {"wikitext": ("KNORM_WIKITEXT", "wikitext2")
 
 
 def load_texts() -> dict[str, str]:
-    """Load both texts of the report, from the files that the environment names, else from the Hub or its cache."""
+    """Load both texts of the report, from the files that the environment names, else from the Hub or its cache.
+
+    Raises ValueError where one is not there; it names the variable to set.
+    """
     sources = {name: os.environ.get(variable) or hub for name, (variable, hub) in _TEXTS.items()}
     try:
         return load_seed_texts(bug_report().protocol, sources)
@@ -25,7 +28,10 @@ def load_texts() -> dict[str, str]:
 
 
 def load_weights(device: str) -> tuple[Any, Any]:
-    """Load the folder, .gguf or pinned Hub id that KNORM_PYTHIA70M names; else the Hub's Pythia-70M, or its cache."""
+    """Load what KNORM_PYTHIA70M names, a folder, .gguf or pinned Hub id; else the Hub's Pythia-70M, or its cache.
+
+    Returns the model in float32 on `device`, and its tokenizer. Raises ValueError where the weights are not there.
+    """
     name = os.environ.get(_MODEL)
     try:
         return _model_of(name or PYTHIA, device)
@@ -39,6 +45,6 @@ def _model_of(name: str, device: str) -> tuple[Any, Any]:
 
 
 def judged_claims(device: str) -> str:
-    """Judge the report's claims on the same weights and texts: a table."""
+    """Judge the report's claims on the same weights and texts, timed on `device`; return a table as text."""
     report, (model, tokenizer) = bug_report(), load_weights(device)
     return claims_text(judge_claims(report.claims, measure_claims(model, tokenizer, load_texts(), report.protocol)))

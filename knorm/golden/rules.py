@@ -43,7 +43,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Hold what a rule says of a pair: the verdict, the evidence, and the interval of the difference if it has one."""
+    """Hold what a rule says of a pair: verdict, evidence, and `low` and `high` of the difference if it has them."""
 
     verdict: Literal["holds", "moved", "inconclusive"]
     evidence: str = ""
@@ -70,10 +70,10 @@ class Rule(ABC):
 
     @abstractmethod
     def judge(self, pair: Pair) -> Judgement:
-        """Judge one metric as if its gate spoke in this environment."""
+        """Judge the metric of `pair` as if its gate spoke in this environment."""
 
     def slack(self, before: Metric) -> float:
-        """Return by how much the metric may become worse without permission, in its own unit."""
+        """Return by how much the metric may become worse than `before` without permission, in its own unit."""
         return 0.0
 
 

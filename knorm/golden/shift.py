@@ -36,7 +36,20 @@ class Shift:
 
 
 def shift_of(measured: np.ndarray[Any, Any], golden: np.ndarray[Any, Any], alpha: float = 0.01) -> Shift:
-    """Measure how far tokens moved: float [windows, tokens] twice."""
+    """Measure how far tokens moved.
+
+    Args:
+        measured: NLLs or KLs in nats, float [windows, tokens]; what is not finite is infinitely far.
+        golden: those that it is compared with, of the same shape.
+        alpha: chance, at each end, that the mean's interval misses the truth.
+
+    Returns:
+        The shift, measured minus golden.
+
+    Example:
+        >>> shift_of(np.array([[1.0, 2.5], [3.0, 4.0]]), np.array([[1.0, 2.0], [3.0, 4.0]])).place
+        'window 0, token 1'
+    """
     difference = measured.astype(np.float64) - golden.astype(np.float64)
     difference = np.where(np.isnan(difference), np.inf, difference)
     means = difference.mean(1)

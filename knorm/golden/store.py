@@ -40,12 +40,12 @@ class Checkout:
     code: str
 
     def code_of(self, sources: Sequence[Path]) -> str:
-        """Hash the code under test: knorm's own, and files and folders of a project."""
+        """Hash the code under test: knorm's own, and the files and folders in `sources` of a project."""
         return hash_of_sources(self.code, sources) if sources else self.code
 
 
 def hash_of_sources(code: str, sources: Sequence[Path]) -> str:
-    """Hash Python files, and those in folders, with the hash of knorm's own code."""
+    """Hash the Python files in `sources`, and those in its folders, with `code`, the hash of knorm's own."""
     lines = [code]
     for source in sorted(sources):
         files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
@@ -54,7 +54,7 @@ def hash_of_sources(code: str, sources: Sequence[Path]) -> str:
 
 
 def hash_of_code(package: Path = PACKAGE) -> str:
-    """Hash knorm's sources: a candidate is accepted only where the same code is."""
+    """Hash the sources of `package`, by default knorm: a candidate is accepted only where the same code is."""
     files = sorted(package.rglob("*.py"))
     lines = [f"{file.relative_to(package).as_posix()} {digest(file.read_bytes())}" for file in files]
     return digest("\n".join(lines).encode())
@@ -104,6 +104,9 @@ class Store:
     Args:
         folder: must exist; by default knorm's own.
         ours: it is the project's, and need not be there before something is recorded.
+
+    Raises:
+        ValueError: there is no such folder.
     """
 
     def __init__(self, folder: Path | None = None, *, ours: bool = False) -> None:
@@ -118,7 +121,11 @@ class Store:
             )
 
     def prepare(self) -> None:
-        """Make the folder, which git is told to ignore candidates in, if it is not there or holds no golden yet."""
+        """Make the folder if it is not there; git is told to ignore candidates in one that holds no golden yet.
+
+        Raises:
+            ValueError: it cannot be made.
+        """
         ignored = self.folder / ".gitignore"
         if self.folder.is_dir() and (ignored.exists() or self.files):
             return
@@ -140,7 +147,7 @@ class Store:
         return {device for _, device in self.files}
 
     def file(self, case: str, device_class: str) -> Path:
-        """Return the path of a golden, whether or not it exists."""
+        """Return the path of the golden of `case` on `device_class`, whether or not it exists."""
         return self.folder / case / f"{device_class}.json"
 
     def read(self, case: str, device_class: str) -> tuple[Golden, Tensors]:
@@ -148,6 +155,13 @@ class Store:
 
         An `accept` in between removes the tensors that the golden read before it names, so what does not fit is read
         again, until it fits or the golden has stood still. No lock: the folder may be read-only.
+
+        Args:
+            case: its name.
+            device_class: as environment.device_class names it.
+
+        Returns:
+            The golden, and its tensors by metric.
 
         Raises:
             Damaged: the golden cannot be trusted; names the file and the field.
@@ -199,7 +213,7 @@ class Store:
         return self.folder / golden.case / f"{golden.device_class}-{(golden.tensors or '')[:12]}.safetensors"
 
     def orphans(self, cases: Sequence[str]) -> list[str]:
-        """Find what belongs to no case and no test: folders with goldens in them, and goldens beside the folders."""
+        """Find what belongs to none of `cases` and to no test: folders of goldens, and goldens beside the folders."""
         folders = {file.parent.name for ending in ("json", "safetensors") for file in self.folder.glob(f"*/*.{ending}")}
         loose = [file.name for file in self.folder.glob("*.json")]
         return sorted(folders - {REPORTED, *cases, *self.of_tests}) + sorted(loose)
@@ -238,7 +252,7 @@ class Store:
         return sorted(self.folder.glob(f"*/*{_CANDIDATE}"))
 
     def write_candidate(self, golden: Golden, tensors: Tensors) -> Path:
-        """Write a candidate beside the golden it would replace; the golden stays as it is."""
+        """Write `golden` and its `tensors` as a candidate beside what it would replace, which stays as it is."""
         file = self.folder / golden.case / f"{golden.device_class}{_CANDIDATE}"
         self.prepare()
         with self._locked():
@@ -246,7 +260,7 @@ class Store:
         return file
 
     def drop_candidate(self, case: str, device_class: str) -> Path | None:
-        """Remove a candidate that an earlier recording left; return its path, None where there was none."""
+        """Remove what an earlier recording left of `case` on `device_class`; return its path, None without any."""
         file = self.folder / case / f"{device_class}{_CANDIDATE}"
         if not file.is_file():
             return None
@@ -255,7 +269,16 @@ class Store:
         return file
 
     def accept(self, golden: Golden, tensors: Tensors, candidate: Path | None = None) -> Path:
-        """Write what was approved in place of the golden, and remove the candidate it came from if that lies here."""
+        """Write what was approved in place of the golden.
+
+        Args:
+            golden: what was approved.
+            tensors: its tensors, by metric.
+            candidate: the file it came from, which is removed if it lies beside the golden.
+
+        Returns:
+            The golden's path.
+        """
         with self._locked():
             if tensors:
                 _write(self._tensors_file(golden), pack(tensors))

@@ -127,6 +127,12 @@ def _tolerance(rule: str, bound: float) -> Gate:
 def check_values(name: str, measured: Measured, store: Store, device: str) -> Outcome | None:
     """Compare a test's values with their golden, or hand them to `record`.
 
+    Args:
+        name: of the golden; a-z, 0-9, - and _.
+        measured: the values, with gates.
+        store: where the golden is.
+        device: whose class the golden is of.
+
     Returns:
         The outcome; None where the values were handed over.
 
@@ -213,7 +219,7 @@ def _in_turn(measured: list[Measured]) -> Callable[[str, How], Measured]:
 
 
 def case_of_values(name: str) -> Case:
-    """Make the case that a candidate of a test's values is of."""
+    """Make the case that the candidate `name`, of a test's values, is of; measuring it raises ValueError."""
 
     def unmeasured(*_: Any) -> Measured:
         raise ValueError(f"{name} is of a test: knorm golden record --from-tests")

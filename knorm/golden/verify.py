@@ -27,7 +27,7 @@ _QUIETER = 10.0  # times: a gate that is so much wider than its method's noise a
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold the verdict on a case.
+    """Hold the verdict on a case on one `device_class`, which took so many `seconds`.
 
     verdict    "holds"; "moved", "missing", "damaged" or "orphan": a failure; "not compared": no golden of this device
                class at all; "inconclusive": too noisy to say
@@ -130,7 +130,16 @@ def _threads_of(case: Case, device: str) -> Iterator[None]:
 
 
 def environment_of(case: Case, device: str, how: How | None) -> Environment:
-    """Collect what a case's numbers may depend on here, the packages that its method comes from included."""
+    """Collect what a case's numbers may depend on here.
+
+    Args:
+        case: the case; one that names its environment has that.
+        device: to measure on.
+        how: the way to run it; None for the usual one.
+
+    Returns:
+        The environment, with versions of the packages that the case's method comes from.
+    """
     if case.environment is not None:
         return case.environment
     here = environment(device, how)
@@ -184,7 +193,7 @@ def _verify_case(case: Case, store: Store, device: str, mine: str, how: How) -> 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Hold what `record` makes: the candidate, what was measured, and the noise that its gates let pass, if it was."""
+    """Hold what `record` makes: a `golden` to be, what was `measured`, and the noise that was `seen`; None without."""
 
     golden: Golden
     measured: Measured

@@ -60,7 +60,7 @@ class Workspace:
         return load_cases(self.project, chosen)
 
     def load_of(self, names: Iterable[str]) -> dict[str, Case]:
-        """Make the cases that candidates are of, tests' values among them; arguments as `load`."""
+        """Make the cases `names` that candidates are of, tests' values among them. Raises as `load`."""
         given = [*names]
         ours = [name for name in given if name in self.names]
         others = {name: case_of_values(name) for name in given if name not in ours and name in self.store.of_tests}
@@ -69,7 +69,7 @@ class Workspace:
     def check(self, device_class: str) -> None:
         """Raise Misdeclared for goldens without a case and cases without a golden, before anything is measured.
 
-        Only a project's: a device class without any golden is not compared. knorm's own are verdicts.
+        Only a project's: if no case has a golden of `device_class`, none is missed. knorm's own are verdicts.
         """
         if self.project is None:
             return

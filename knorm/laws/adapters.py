@@ -79,23 +79,36 @@ class _Source(NamedTuple):
 def adapt(target: Any, traits: Traits | Mapping[str, Any] | None = None, *, kind: str | None = None) -> Subject:
     """Make a Subject of whatever the target is; a Subject itself comes back as it is.
 
-    target   of one of these kinds:
-             function         (keys, values, keep_ratio[, layer]) -> keys, values[, mask]
-             class            its constructor takes the ratio, its instances are called (keys, values[, layer]). One
-                              instance serves all calls at a ratio, so that state that leaks shows
-             legacy           (past_key_values, keep_ratio, prune_after, skip_layers), of a list of (keys, values), one
-                              for each layer; prune_after and skip_layers are the traits', 0 and none by default
-             cache function   (cache, keep_ratio), changes a transformers cache in place or returns one
-             cache            a class of transformers caches, or (keep_ratio) -> Cache; one that takes no ratio keeps
-                              all that it is given, or has a budget of its own
-             evaluator        (model, input_ids, keep_ratio[, prompt_length]) -> NLL [batch, T-1]
-             press            a press of kvpress, its class or an instance
-    traits   what it promises; by default its __knorm_traits__, and KNORM for knorm's own
-    kind     one of KINDS; by default told from the names and annotations of the target's parameters
+    Kinds of targets:
+        function         (keys, values, keep_ratio[, layer]) -> keys, values[, mask]
+        class            its constructor takes the ratio, its instances are called (keys, values[, layer]). One
+                         instance serves all calls at a ratio, so that state that leaks shows
+        legacy           (past_key_values, keep_ratio, prune_after, skip_layers), of a list of (keys, values), one
+                         for each layer; prune_after and skip_layers are the traits', 0 and none by default
+        cache function   (cache, keep_ratio), changes a transformers cache in place or returns one
+        cache            a class of transformers caches, or (keep_ratio) -> Cache; one that takes no ratio keeps
+                         all that it is given, or has a budget of its own
+        evaluator        (model, input_ids, keep_ratio[, prompt_length]) -> NLL [batch, T-1]
+        press            a press of kvpress, its class or an instance
 
     Keys and values are [batch, kv_heads, length, head_dim]. A parameter named `policy` is given a knorm.Policy that
-    protects and skips what the traits say, one named `compression_ratio` the share to remove. Raises TypeError for what
-    cannot be called so, ValueError for an unknown kind or trait.
+    protects and skips what the traits say, one named `compression_ratio` the share to remove.
+
+    Args:
+        target: of one of these kinds.
+        traits: what it promises; by default its __knorm_traits__, and KNORM for knorm's own.
+        kind: one of KINDS; by default told from the names and annotations of the target's parameters.
+
+    Returns:
+        The target behind one signature.
+
+    Raises:
+        TypeError: it cannot be called so.
+        ValueError: an unknown kind or trait.
+
+    Example:
+        >>> adapt(knorm.compress).traits.rounding
+        'ceil'
     """
     if isinstance(target, Subject):
         return target

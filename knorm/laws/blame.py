@@ -40,7 +40,7 @@ def is_refusal(error: BaseException) -> bool:
 
 
 def is_ours(error: BaseException) -> bool:
-    """Tell whether an exception is knorm's own fault: the innermost code outside PyTorch is that of the laws."""
+    """Tell whether `error`, as caught, is knorm's own fault: the innermost code outside PyTorch is that of the laws."""
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
     own = [file for file in files if not file.is_relative_to(_TORCH)]
     return bool(own) and own[-1].is_relative_to(_LAWS) and own[-1] not in _THEIRS

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Known(NamedTuple):
-    """Traits, and the sentence that they stand for."""
+    """Hold `traits`, and the sentence that they stand for."""
 
     traits: Mapping[str, Any]
     sentence: str
@@ -61,7 +61,7 @@ TRANSFORMERS: Mapping[str, Known] = {  # transformers 5.24
 
 
 def known_traits(names: Iterable[str]) -> dict[str, Any]:
-    """Return what the named classes promise otherwise, all together.
+    """Return what the classes of these `names` promise otherwise, all together; a class that is not known, nothing.
 
     >>> known_traits(["KeyRerotationPress", "KnormPress"])
     {'positions': 'renumbered'}

@@ -18,11 +18,21 @@ from knorm.methods.targets import load_target as load
 def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str, Any] | None = None) -> Subject:
     """Load the Subject that a command line names.
 
-    spec           path/to/file.py:name, package.module:name or kvpress:PressName; the name may be dotted. Modules are
-                   looked for in the current folder too, those that a file imports beside it
-    kind, traits   as adapt takes them
+    Args:
+        spec: path/to/file.py:name, package.module:name or kvpress:PressName; the name may be dotted. Modules are
+            looked for in the current folder too, those that a file imports beside it.
+        kind: as adapt takes it.
+        traits: as adapt takes them.
 
-    Raises ValueError, in one line, for a target that does not exist, does not import or cannot be called.
+    Returns:
+        The target behind one signature, with the code that imports it.
+
+    Raises:
+        ValueError: it does not exist, does not import or cannot be called; in one line.
+
+    Example:
+        >>> load_target("knorm:compress").name
+        'compress'
     """
     target = parse_target(spec)
     named, keywords = load(target)

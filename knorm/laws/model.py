@@ -30,7 +30,7 @@ CONFIG: dict[str, Any] = {
 
 @lru_cache(maxsize=2)
 def small_model(device: str) -> PreTrainedModel:
-    """Build a Llama of two layers with grouped heads, in float64: what differs, differs by more than rounding."""
+    """Build a Llama of two layers with grouped heads on `device`, in float64: differences are more than rounding."""
     model = LlamaForCausalLM(LlamaConfig(**CONFIG)).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -79,12 +79,25 @@ def feed(model: PreTrainedModel, ids: Tensor, cache: TransformersCache, sizes: I
 
 
 def steps(prompt: int, length: int, chunk: int) -> list[int]:
-    """Sizes of the calls: the prompt, then `chunk` tokens at a time."""
+    """List the sizes of the calls that feed a text.
+
+    Args:
+        prompt: tokens of the first call.
+        length: tokens of the text.
+        chunk: tokens of each later call; the last may reach beyond the text.
+
+    Returns:
+        Tokens of each call.
+
+    Example:
+        >>> steps(5, 10, 2)
+        [5, 2, 2, 2]
+    """
     return [prompt, *[chunk] * -(-(length - prompt) // chunk)]
 
 
 def keeps_all(cache: TransformersCache, length: int) -> bool:
-    """Tell whether a cache holds as many slots as it was fed tokens, in every layer; True where it does not say."""
+    """Tell whether `cache` holds at least `length` slots in every layer; True where it does not say."""
     return not any(
         isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.ndim == 4 and keys.shape[2] < length
         for layer in cache.layers
@@ -92,5 +105,5 @@ def keeps_all(cache: TransformersCache, length: int) -> bool:
 
 
 def gap(first: Tensor, second: Tensor) -> float:
-    """Compute the largest absolute difference of two tensors of the same shape; infinite where a number is none."""
+    """Compute the largest absolute difference of `first` and `second`, of the same shape; infinite at NaN."""
     return float((first - second).abs().nan_to_num(torch.inf).amax())

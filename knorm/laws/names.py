@@ -46,7 +46,7 @@ def _enters(decorator: ast.expr) -> bool:
 
 
 def refuse_unknown(names: Iterable[str], families: bool = False) -> None:
-    """Raise ValueError for a name that is no check's, nor, where those may be named, a family's."""
+    """Raise ValueError for one of `names` that is no check's, nor, where `families` may be named, a family's."""
     known = check_names()
     for name in names:
         if name not in known and not (families and name in known.values()):

@@ -25,7 +25,10 @@ _WORD = 2**64 - 1
 
 @dataclass(frozen=True)
 class Rules:
-    """Hold what a Policy is asked for, as plain values: the oracle reads these, never what a Policy makes of them."""
+    """Hold what a Policy is asked for, as plain values: the oracle reads these, never what a Policy makes of them.
+
+    They are keep_ratio, prune_after, skip_layers, protect_first, protect_recent, score, protocol and seed.
+    """
 
     keep_ratio: Any = 1.0
     prune_after: int = 0
@@ -47,7 +50,7 @@ class Rules:
         return math.ceil(Fraction(str(self.keep_ratio)) * length)
 
     def leave(self, alive: Sequence[int], scores: Sequence[float]) -> list[int]:
-        """List the living tokens that one compression leaves, in time order; scores[s] is that of token s."""
+        """List those of the tokens `alive` that one compression leaves, in time order; `scores[s]` is token s's."""
         edge = len(alive) - self.protect_recent
         safe = {*alive[: self.protect_first], *alive[edge:]}
         ranked = sorted(alive, key=lambda token: (token not in safe, scores[token], token))
@@ -59,7 +62,17 @@ class Rules:
 
 
 def random_score(seed: int, layer: int, head: int, position: int) -> float:
-    """Draw the random score of one token: the low 53 bits of a splitmix64 of seed, layer, head and position."""
+    """Draw the random score of one token: the low 53 bits of a splitmix64 of all arguments.
+
+    Args:
+        seed: of the policy.
+        layer: index of the layer.
+        head: key/value head.
+        position: of the token in the sequence.
+
+    Returns:
+        A number in [0, 1).
+    """
     state = ((seed * 1_000_003 + layer) * 6364136223846793005 + head * 0x61C8864680B583EB + position) & _WORD
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ state >> shift) * factor & _WORD
@@ -147,7 +160,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lost: Tensor, scale: float
 
 @contextmanager
 def attending(model: PreTrainedModel, attention: Any) -> Iterator[None]:
-    """Let the model attend through a function of (module, query, key, value, mask, scaling=...) for a while."""
+    """Let `model` attend through `attention`, called (module, query, key, value, mask, scaling=...), for a while."""
     own = model.config._attn_implementation
     AttentionInterface.register(_NAME, attention)
     model.set_attn_implementation(_NAME)
@@ -202,5 +215,5 @@ def run(model: PreTrainedModel, ids: Tensor, rules: Rules, calls: Sequence[int])
 
 
 def nll_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Take the NLL of each token given those before it: [batch, T, vocabulary], [batch, T] -> [batch, T-1]."""
+    """Take each token's NLL from `logits` [batch, T, vocabulary] and `ids` [batch, T] -> float64 [batch, T-1], nats."""
     return -logits[:, :-1].double().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]

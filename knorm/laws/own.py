@@ -56,7 +56,13 @@ def _nested(rows: list[Any]) -> bool:
 
 
 def must_raise(what: str, kind: type[Exception], call: Any) -> None:
-    """Raise Refuted where a call that must be refused is answered, or breaks off with another error."""
+    """Raise Refuted where a call that must be refused is answered, or breaks off with another error.
+
+    Args:
+        what: the call in words.
+        kind: the error that it must raise.
+        call: makes it; takes nothing.
+    """
     try:
         call()
     except kind:
@@ -261,7 +267,7 @@ RUNS = (
 def check_runs(model: PreTrainedModel, ids: Tensor) -> str:
     """One pass and loop both equal full attention with the evicted masked, rows with padding as if alone.
 
-    model, ids: in float64, and int64 [2, T] of at least 30 tokens.
+    `model` is in float64, `ids` int64 [2, T] of at least 30 tokens.
     """
     widest = 0.0
     for number, (rules, prompt) in enumerate(RUNS):
@@ -307,7 +313,7 @@ def _check_in_half() -> None:
 
 
 def recount(both: Agreement) -> None:
-    """Raise Refuted where an agreement of one pass and loop says other than its two runs do."""
+    """Raise Refuted where `both`, an agreement of one pass and loop, says other than its two runs do."""
     pairs = zip(both.exact.evicted_at, both.stream.evicted_at, strict=True)
     evictions = sum(int((first != second).sum()) for first, second in pairs)
     _differs("the number of evictions that differ", both.evictions, evictions)

@@ -52,7 +52,13 @@ def _attending_by(model: PreTrainedModel, implementation: str) -> Iterator[None]
 def check_generation(model: PreTrainedModel, ids: Tensor, new: int = 10) -> str:
     """generate() with KnormCache has the logits of full attention with the evicted masked, rows with padding too.
 
-    model, ids: in float64, and int64 [3, T] of at least 20 tokens. generate() gives its logits in float32.
+    Args:
+        model: a causal language model in float64.
+        ids: int64 [3, T], of at least 20 tokens.
+        new: tokens to generate; their logits come in float32.
+
+    Returns:
+        The evidence: how far they lie apart.
     """
     widest, prompt, whole = 0.0, ids.shape[1], KnormCache(Policy())
     with torch.no_grad():

@@ -53,8 +53,8 @@ def probe(
     Args:
         family: one of FAMILIES.
         attention: "sdpa" or "eager".
-        dtype: "float32" or "float16".
         rotary: positions turn keys and queries. By default all angles are zero, so that drawn keys stay as drawn.
+        dtype: "float32" or "float16".
 
     Returns:
         A model of 2 layers and 4 heads of 64, in eval mode.
@@ -91,18 +91,28 @@ def probe_tokenizer() -> Any:
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """List the attention module of each layer."""
+    """List the attention module of each layer of `model`."""
     layers: Any = model.base_model.layers
     return [getattr(layer, "self_attn", None) or layer.attention for layer in layers]
 
 
 def kv_heads_of(model: PreTrainedModel) -> int:
-    """Return how many key/value heads the model has."""
+    """Return how many key/value heads a layer of `model` has."""
     return int(getattr(model.config, "num_key_value_heads", model.config.num_attention_heads))
 
 
 def tagged(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
-    """Write values that name their token: float [rows, heads, positions, 64] of +1 and -1."""
+    """Write values that name their token.
+
+    Args:
+        rows: of the batch.
+        heads: key/value heads.
+        layer: index of the layer.
+        positions: of the tokens, below 2^16: int64 [tokens].
+
+    Returns:
+        Float [rows, heads, tokens, 64] of +1 and -1.
+    """
     place = positions.expand(rows, heads, -1)
     parts = {
         "position": place,
@@ -135,9 +145,15 @@ def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 @dataclass
 class Draws:
-    """Keys drawn for a probe, the tags of its values, and which tokens the call under way feeds.
+    """Draw keys for a probe, tag its values, and know which tokens the call under way feeds.
 
     Attributes:
+        model: the probe.
+        rows: of the batch.
+        length: tokens for which keys are drawn; later ones have those of the first again.
+        seed: the same seed draws the same keys.
+        scale: standard deviation of a key's numbers.
+        drawn: False where the model projects its own keys.
         keys: float32 [layers, rows, kv_heads, tokens, 64], before a norm of keys that the architecture has; None: the
             model projects its own.
         given: the same after that norm: what attention is given where nothing was compressed.
@@ -176,7 +192,7 @@ class Draws:
                 self.given = torch.stack([norm(keys) for norm, keys in zip(norms, self.keys, strict=True)])  # type: ignore
 
     def begin(self, start: int) -> None:
-        """Note that a call of the run's own begins, whose first token has this position."""
+        """Note that a call of the run's own begins, whose first token has the position `start`."""
         self.start, self.tokens = start, None
 
     def end(self) -> None:
@@ -191,14 +207,32 @@ class Draws:
         return self.start + self.tokens - count + torch.arange(count)
 
     def tags(self, layer: int, rows: int, count: int) -> Tensor:
-        """Return values [rows, kv_heads, count, 64] for the tokens that are projected."""
+        """Return tagged values for the tokens that are projected.
+
+        Args:
+            layer: index of the layer.
+            rows: of the batch.
+            count: how many tokens are.
+
+        Returns:
+            Float32 [rows, kv_heads, count, 64].
+        """
         values = tagged(rows, kv_heads_of(self.model), layer, self.positions(count))
         if self.noisy:
             values *= 0.8 + 0.4 * torch.rand(values.shape, generator=torch.Generator().manual_seed(layer + count))
         return values
 
     def drawn_keys(self, layer: int, rows: int, count: int) -> Tensor:
-        """Return keys [rows, kv_heads, count, 64] for the tokens that are projected."""
+        """Return drawn keys for the tokens that are projected.
+
+        Args:
+            layer: index of the layer.
+            rows: of the batch.
+            count: how many tokens are.
+
+        Returns:
+            Float32 [rows, kv_heads, count, 64].
+        """
         assert self.keys is not None
         places = self.positions(count) % self.length
         return self.keys[layer][torch.arange(rows) % self.keys.shape[1]][:, :, places]
@@ -206,7 +240,7 @@ class Draws:
 
 @contextmanager
 def projected(draws: Draws) -> Iterator[None]:
-    """Let a probe's projections give drawn keys and tagged values, for a while."""
+    """Let the projections of a probe give the keys and values of `draws`, for a while."""
     handles = []
     for layer, module in enumerate(attention_modules(draws.model)):
         if hasattr(module, "query_key_value"):

@@ -29,6 +29,9 @@ def readings(subject: Subject, reads: Reads, seed: int, profile: Profile) -> lis
         reads: as registry.Check says.
         seed: the same seed gives the same readings.
         profile: "thorough" reads six times as many.
+
+    Returns:
+        At least LEAST of them, so that a law can be said to hold.
     """
     chosen = random.Random(f"{seed} {reads}")
     press = subject.method is not None

@@ -234,5 +234,5 @@ def find(name: str) -> Check:
 
 
 def unknown(name: str, known: Iterable[str]) -> ValueError:
-    """Make the error for a name that no check has."""
+    """Make the error for a `name` that no check has, with the `known` ones."""
     return ValueError(f"no check is named {name!r}; there are {', '.join(sorted(known))}")

@@ -23,7 +23,7 @@ from knorm.laws.traits import Traits
 
 
 def applies(check: Check, subject: Subject) -> bool:
-    """Tell whether a subject has the surface that a check is run on, and promises what the check needs."""
+    """Tell whether `subject` has the surface that `check` is run on, and promises what it needs."""
     surfaces = {
         # a cache is judged by what attention sees; by what it stores only where it promises what that depends on
         "compressor": subject.compress is not None and (not subject.has_cache or subject.traits.scores is not None),
@@ -165,7 +165,7 @@ def iter_results(
 
 
 def unasked(check: Check, subject: Subject) -> Result:
-    """Make the result of a check that does not apply: it says which traits, or which surface, the check needs."""
+    """Make the result of a `check` that does not apply to `subject`: it says which traits, or which surface, lack."""
     surface = {
         "cache": "a transformers cache",
         "witness": "a transformers cache or a press",
@@ -231,7 +231,17 @@ def check_compressor(
 
 
 def assert_holds(subject: Subject, check: Check, **options: Any) -> None:
-    """Run one check; raise Refuted with the whole report, or Untested with the reason."""
+    """Run one check, in a test.
+
+    Args:
+        subject: what is tested.
+        check: the law.
+        options: as run_check takes them: profile, seed, device.
+
+    Raises:
+        Refuted: the law does not hold; with the whole report.
+        Untested: too few cases were answered; with the reason.
+    """
     __tracebackhide__ = True
     result = run_check(check, subject, **options)
     if result.verdict == "refuted":

@@ -28,7 +28,7 @@ MOST_ROUNDS = 8  # of drawing, until enough cases are answered
 
 @dataclass(frozen=True)
 class Effort:
-    """Say how hard a check tries: drawn cases at most, and runs spent on making a counterexample smaller."""
+    """Say how hard a check tries: `examples` drawn at most, `shrinks` to make one smaller, and `long` ones or not."""
 
     examples: int
     shrinks: int
@@ -51,6 +51,11 @@ def _size(case: Case) -> int:
 class Search:
     """Hunt for a case that refutes one check.
 
+    Args:
+        check: the law.
+        subject: what may break it.
+        device: where drawn cases lie; the witness has its own.
+
     Attributes:
         worst: the smallest case found, what it raised, the calls that led there, and the lines that show it.
         tried: how many cases were drawn until the first one that refutes.
@@ -71,7 +76,14 @@ class Search:
         return self.worst is not None and isinstance(self.worst[0], Cache) and self.worst[0].length <= 3
 
     def run(self, cases: Any, seed: int, examples: int, shrinks: int = 0) -> None:
-        """Draw cases until one refutes; then spend `shrinks` runs on smaller ones."""
+        """Draw cases until one refutes; then look for smaller ones.
+
+        Args:
+            cases: a strategy of Hypothesis.
+            seed: the same seed draws the same cases.
+            examples: to draw, at most.
+            shrinks: runs to spend on smaller ones.
+        """
         found, left = False, shrinks
 
         def attempt(case: Any) -> None:
@@ -99,7 +111,7 @@ class Search:
                 raise
 
     def try_case(self, case: Any) -> bool:
-        """Tell whether a case refutes the law; keeps the smallest that does."""
+        """Tell whether `case` refutes the law; keep the smallest that does."""
         self.tried += self.worst is None
         self.subject.calls.clear()
         self.subject.evicted, self.subject.shows = False, ""
@@ -143,7 +155,7 @@ class Search:
         return self.evicted if wanted else self.answered
 
     def goes_on(self, turn: int) -> bool:
-        """Tell whether another round is worth its time: some cases count, but not enough yet."""
+        """Tell whether round `turn`, from 0, is worth its time: some cases count, but not enough yet."""
         return self.worst is None and (not turn or 0 < self.counted < LEAST)
 
     @property
@@ -160,7 +172,13 @@ class Search:
 
 
 def read_cases(search: Search, profile: Profile, seed: int) -> None:
-    """Let the witness read until enough cases are answered or one refutes."""
+    """Let the witness read until enough cases are answered or one refutes.
+
+    Args:
+        search: takes the cases, and keeps count.
+        profile: how hard to try.
+        seed: the same seed reads the same texts.
+    """
     for turn in range(MOST_TURNS):
         if search.goes_on(turn):
             cases = readings(search.subject, search.check.reads, seed + turn, profile)
@@ -170,7 +188,13 @@ def read_cases(search: Search, profile: Profile, seed: int) -> None:
 
 
 def draw_cases(search: Search, profile: Profile, seed: int) -> None:
-    """Draw cases until enough are answered or one refutes; then draw smaller ones."""
+    """Draw cases until enough are answered or one refutes; then draw smaller ones.
+
+    Args:
+        search: takes the cases, and keeps count.
+        profile: how hard to try.
+        seed: the same seed draws the same cases.
+    """
     check, subject = search.check, search.subject
     effort = EFFORT[profile][check.surface != "compressor"]
     if check.surface != "compressor":

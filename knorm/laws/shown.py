@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def apart(first: str, second: str) -> str:
-    """Write what prints how far two expressions for logits lie apart.
+    """Write what prints how far `first` and `second`, expressions for logits of the same shape, lie apart.
 
     >>> apart("a", "b")
     'print("logits differ by", float((a - b).abs().max()))'
@@ -47,7 +47,7 @@ feed(cache, ids[:, prompt - 1 : prompt], [1], position_ids=places[:, prompt - 1 
 
 
 def shifted(ids: list[list[int]]) -> str:
-    """Show a text read at positions from 0 and from 9."""
+    """Show the text `ids` [rows][tokens] read at positions from 0 and from 9."""
     two = (f"feed(made(ids), ids, sizes, position_ids=places + {by})" for by in (0, 9))
     return f"ids = torch.tensor({ids})\n{apart(*two)}"
 
@@ -56,7 +56,7 @@ _PADDED = "feed(made(ids), ids, sizes, attention_mask=mask, position_ids=places)
 
 
 def padded(pads: Sequence[int], row: int | None = None) -> str:
-    """Show a batch with left padding, and how a row of it differs from itself alone."""
+    """Show a batch with left padding, `pads` by row, and how `row` of it, if given, differs from itself alone."""
     lines = [
         f"mask = (torch.arange(ids.shape[1]) >= torch.tensor({list(pads)})[:, None]).long()",
         "places = (mask.cumsum(-1) - 1).clamp(min=0)",
@@ -73,18 +73,27 @@ def padded(pads: Sequence[int], row: int | None = None) -> str:
 
 
 def moved(order: list[int], call: str, rows: str) -> str:
-    """Show rows of a cache that were moved by a call, which then stand as `rows` of the order says."""
+    """Show rows of a cache that a call moved.
+
+    Args:
+        order: indices of rows, which the program calls `order`.
+        call: method of the cache and arguments, as "reorder_cache(order)".
+        rows: expression in `order` for which rows then stand where.
+
+    Returns:
+        Lines that print how far what they answer lies from what they should.
+    """
     start = f"expected, cache, order = resume(prompted()), prompted(), torch.tensor({order})"
     return "\n".join([start, f"order = {rows}", f"cache.{call}", apart("resume(cache, order)", "expected[order]")])
 
 
 def reset_for(ids: list[list[int]]) -> str:
-    """Show another batch that is read after reset()."""
+    """Show another batch, `ids` [rows][tokens], that is read after reset()."""
     return f"{_RESET}ids = torch.tensor({ids})  # another batch\nsizes = calls(prompt, ids.shape[1], chunk)\n{_AGAIN}"
 
 
 def cropped(tokens: int) -> str:
-    """Show tokens that are fed and cropped again."""
+    """Show `tokens` tokens that are fed and cropped again."""
     return f"""\
 cache, wrong = prompted(), ids[:, :1].expand(-1, {tokens})
 feed(cache, wrong, [1] * {tokens}, position_ids=torch.arange(prompt, prompt + {tokens}).expand(wrong.shape))
@@ -148,12 +157,21 @@ with Ranked():
 
 
 def sees(at: tuple[int, ...], query: int, run: str = "run") -> str:
-    """Show the tokens that a query sees; at: call, layer, row, head, query, group; query: its position."""
+    """Show the tokens that a query sees.
+
+    Args:
+        at: call, layer, row, head, place of the query in its call, group.
+        query: position of the query.
+        run: name of what was read, in the program.
+
+    Returns:
+        A line that prints them.
+    """
     return f'print("the query at {query} sees", sees({run}, {", ".join(map(str, at))}))'
 
 
 def held(should: int) -> str:
-    """Show the bytes that are held after the prompt beside those that what is seen takes."""
+    """Show the bytes that are held after the prompt beside the `should` bytes that what is seen takes."""
     return f"""\
 CALLS = []
 *_, cache = read()
@@ -163,7 +181,18 @@ print(held, "bytes are held, but what is seen takes", {should})"""
 
 
 def slot(call: int, layer: int, row: int, head: int, slot: int) -> str:
-    """Show whose token a slot holds."""
+    """Show whose token a slot holds.
+
+    Args:
+        call: 0 for the prompt.
+        layer: index of the layer.
+        row: of the batch.
+        head: key/value head.
+        slot: place in the cache, from 0.
+
+    Returns:
+        Lines that print it.
+    """
     at = f"[{row}, {head}, {slot}]"
     return f"""\
 {READ}tokens, _, _, value = run[{call}, {layer}]
@@ -172,7 +201,20 @@ print("slot {slot} holds", int(tokens{at}), [int(part) for part in named(value{a
 
 
 def off(name: str, call: int, layer: int, row: int, head: int, slot: int, token: int) -> str:
-    """Show how far the key or the value of a slot is from the one that was given."""
+    """Show how far the key or the value of a slot is from the one that was given.
+
+    Args:
+        name: "key" or "value".
+        call: 0 for the prompt.
+        layer: index of the layer.
+        row: of the batch.
+        head: key/value head.
+        slot: place in the cache, from 0.
+        token: position of the token that it holds.
+
+    Returns:
+        Lines that print it.
+    """
     own = f"given[{layer}][{row}, {head}, {token}]" if name == "key" else "torch.ones(1)"
     got = f"run[{call}, {layer}][{2 if name == 'key' else 3}][{row}, {head}, {slot}]{'' if name == 'key' else '.abs()'}"
     return f"""\

@@ -50,7 +50,17 @@ def _same(first: Call, second: Call) -> bool:
 
 
 def snippet(check: Check, subject: Subject, case: Cache | Text | Reading, calls: list[Call]) -> str:
-    """Write the calls that the check made on its smallest counterexample; for laws about models, a whole program."""
+    """Write what repeats a counterexample.
+
+    Args:
+        check: the law.
+        subject: what breaks it.
+        case: the smallest case that does.
+        calls: of a compressor, that the check made on it.
+
+    Returns:
+        Lines of Python: the calls; for laws about models, a whole program.
+    """
     if not isinstance(case, Cache) and (alone := program(subject, case)):
         return alone
     if isinstance(case, Reading):

@@ -20,7 +20,7 @@ WIDTH = 4  # of keys and values, where a target is made for any
 
 
 def made_for(traits: Traits | None) -> tuple[tuple[torch.dtype, ...], tuple[int, ...]]:
-    """Return the dtypes and the widths of a head that a target is made for."""
+    """Return the dtypes and the widths of a head that a target of `traits` is made for; None stands for no traits."""
     if traits is None:
         return DTYPES, (WIDTH,)
     named = (torch.float32, *DTYPES) if not traits.dtypes else [getattr(torch, name) for name in traits.dtypes]
@@ -56,21 +56,21 @@ class Cache:
         return self.keys.double().square().sum(-1)
 
     def positions(self, kept: Any) -> Tensor:
-        """Find where each of kept.values says it came from, -1 where kept.mask says it is none: int64 [b, h, kept]."""
+        """Find where each of `kept.values` says it came from, -1 where kept.mask is False: int64 [b, h, kept]."""
         tags = kept.values.double().nan_to_num(-1.0)
         positions = (tags[..., 2] * 256 + tags[..., 3]).long()
         mask = getattr(kept, "mask", None)
         return positions if mask is None else positions.masked_fill(~mask, -1)
 
     def retained(self, kept: Any) -> Tensor:
-        """Which tokens are retained: bool [batch, kv_heads, length]."""
+        """Tell which tokens are in `kept`, what a compressor returned: bool [batch, kv_heads, length]."""
         positions = self.positions(kept)
         real = (positions >= 0) & (positions < self.length)
         seen = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=positions.device)
         return seen.scatter_(-1, positions.where(real, self.length), True)[..., : self.length]
 
     def on(self, device: str) -> Cache:
-        """Move the cache to a device."""
+        """Move the cache to `device`."""
         return replace(self, keys=self.keys.to(device), values=self.values.to(device))
 
     def __repr__(self) -> str:
@@ -117,7 +117,10 @@ def ratios(length: int) -> tuple[float, ...]:
 
 
 def scales(dtype: torch.dtype) -> tuple[float, ...]:
-    """Powers of two for keys: 1, then one at which norms overflow half precision, then float16's subnormal numbers."""
+    """List powers of two for keys of `dtype`: 1, one at which norms overflow half precision, one of tiny keys.
+
+    Times the last, float16 is subnormal.
+    """
     return (1.0, 2.0**12, 2.0**-20) if dtype == torch.float16 else (1.0, 2.0**40, 2.0**-40)
 
 
@@ -158,12 +161,17 @@ class _Choices:
 def caches(
     draw: Any, traits: Traits | None = None, *, exact: bool = False, long: bool = False, small: bool = False
 ) -> Cache:
-    """Caches of one layer.
+    """Draw caches of one layer.
 
-    - `traits`: only lengths and ratios whose budget covers what is protected.
-    - `exact`: no scale but 1.
-    - `long`: also lengths around 64 and 128.
-    - `small`: what a person can read: 1 to 3 tokens (beyond what is protected), 1 or 2 rows and heads.
+    Args:
+        draw: Hypothesis gives it: callers leave it out.
+        traits: only lengths and ratios whose budget covers what is protected.
+        exact: no scale but 1.
+        long: also lengths around 64, 128 and 256.
+        small: what a person can read: 1 to 3 tokens (beyond what is protected), 1 or 2 rows and heads.
+
+    Returns:
+        A cache, with tagged values.
 
     Shrinks towards one row, one head, one token, float32, ratio 0.5, and if `small` towards keys whose norms are the
     first integers. Keys are four integers of -8 to 8, exact ties abound, and whole rows may be equal; of small caches
@@ -190,7 +198,7 @@ def caches(
 
 
 def larger_ratio(keep_ratio: float) -> float:
-    """Return the ratio half-way from the given one to 1, exactly."""
+    """Return the ratio half-way from `keep_ratio` to 1, exactly."""
     return float((Decimal(str(keep_ratio)) + 1) / 2)
 
 
@@ -198,7 +206,10 @@ AWKWARD_COUNTS = ((5, 0.2), (10, 0.1), (25, 0.28), (100, 0.55), (100, 0.07), (10
 
 
 def awkward_counts(traits: Traits) -> Iterator[Cache]:
-    """Lengths and ratios whose product binary arithmetic rounds to another count, up, down or by the complement."""
+    """Yield caches whose length times ratio binary arithmetic rounds to another count, up, down or by the complement.
+
+    Those that `traits` do not afford are left out.
+    """
     for length, ratio in AWKWARD_COUNTS:
         if traits.affords(length, ratio) and length >= traits.min_length:
             dtypes, widths = made_for(traits)
@@ -208,7 +219,10 @@ def awkward_counts(traits: Traits) -> Iterator[Cache]:
 
 
 def beyond_a_byte(traits: Traits) -> Iterator[Cache]:
-    """More positions than uint8, or the integers that bfloat16 holds without gaps, can tell apart; nearly all stay."""
+    """Yield a cache of more positions than uint8 can tell apart, or bfloat16's integers without gaps; nearly all stay.
+
+    Nothing where `traits` do not afford it.
+    """
     length, ratio = max(300, traits.prune_after, traits.min_length), 0.95
     dtypes, widths = made_for(traits)
     if traits.affords(length, ratio):
@@ -236,7 +250,7 @@ class Text:
     pads: tuple[int, ...] = ()
 
     def on(self, device: str) -> Text:
-        """Move the text to a device."""
+        """Move the text to `device`."""
         return replace(self, input_ids=self.input_ids.to(device))
 
     def __repr__(self) -> str:
@@ -252,9 +266,9 @@ VOCABULARY = 97
 
 @st.composite
 def texts(draw: Any, traits: Traits | None = None) -> Text:
-    """Texts of 4 to 20 tokens in 1 to 3 rows.
+    """Draw texts of 4 to 20 tokens in 1 to 3 rows; `draw` is Hypothesis's own.
 
-    - `traits`: only prompts and ratios whose budget covers what is protected.
+    `traits` allow only prompts and ratios whose budget covers what is protected.
 
     Shrinks towards one row, a short prompt, one token a call, tokens 1, 2, 3 ... Rows have left padding in about half
     of the draws; only the laws on padding use it.

@@ -38,7 +38,15 @@ class Kept(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Record one call: the arguments as they were given."""
+    """Record one call: the arguments as they were given.
+
+    Attributes:
+        keys: a copy, [batch, kv_heads, length, head_dim].
+        values: the same.
+        keep_ratio: the share to keep.
+        layer: index of the layer; None where none was named.
+        strides: of the keys and of the values that were given, in elements.
+    """
 
     keys: Tensor
     values: Tensor
@@ -179,7 +187,7 @@ class Subject:
 
 
 def in_words(error: BaseException) -> str:
-    """Return an error's type and text, even where making the text fails; a text that is too long is cut."""
+    """Return the type and the text of `error`, even where making the text fails; beyond 4,000 characters it is cut."""
     try:
         return shortened(f"{type(error).__name__}: {error}", 4000)
     except Exception:
@@ -187,7 +195,7 @@ def in_words(error: BaseException) -> str:
 
 
 def takes_layer(compress: Compress) -> bool:
-    """Tell whether a compressor takes layer=."""
+    """Tell whether the function `compress` takes layer=."""
     try:
         return "layer" in inspect.signature(compress).parameters
     except (TypeError, ValueError):
@@ -226,8 +234,14 @@ def _kept(result: Any, keys: Tensor, values: Tensor, given: str) -> Kept:
 class CompressingLayer(DynamicLayer):
     """Wrap a compressor of tensors as one layer of a transformers cache.
 
-    Compresses after the first call, and after later ones where it then holds `streaming_from` tokens. Positions
-    continue from the tokens seen.
+    Compresses after the first call, or after each where it then holds `streaming_from` tokens. Positions continue from
+    the tokens seen.
+
+    Args:
+        compress: (keys, values, keep_ratio, layer) -> Kept.
+        keep_ratio: given to it.
+        streaming_from: compress after every call that leaves so many tokens; None for the first call only.
+        index: of the layer.
     """
 
     is_sliding = False
@@ -265,7 +279,13 @@ class CompressingLayer(DynamicLayer):
 
 
 class CompressingCache(TransformersCache):
-    """Wrap a compressor of tensors as a transformers cache, as CompressingLayer says."""
+    """Wrap a compressor of tensors as a transformers cache.
+
+    Args:
+        compress: as CompressingLayer takes it.
+        keep_ratio: given to it.
+        streaming_from: as CompressingLayer takes it.
+    """
 
     def __init__(self, compress: Compress, keep_ratio: float, *, streaming_from: int | None = None) -> None:
         super().__init__(layers=[])

@@ -66,12 +66,22 @@ class Look:
     value_error: Tensor
 
     def seen_tokens(self, row: int, head: int, query: int, group: int = 0) -> list[int]:
-        """List the tokens that a query sees, in the order of their slots."""
+        """List the tokens that a query sees, in the order of their slots.
+
+        Args:
+            row: of the batch.
+            head: key/value head.
+            query: its place in the call, from 0.
+            group: which of the query heads that share the key/value head.
+
+        Returns:
+            Their positions; EMPTY ... ASTRAY for what is no token.
+        """
         shown: list[int] = self.tokens[row, head][self.seen[row, head, group, query]].tolist()
         return shown
 
     def seen_by_token(self, length: int) -> Tensor:
-        """Tell which tokens each query sees: bool [rows, kv_heads, groups, queries, length]."""
+        """Tell which of `length` tokens each query sees: bool [rows, kv_heads, groups, queries, length]."""
         rows, heads, groups, queries, _ = self.seen.shape
         index = self.tokens.where((self.tokens >= 0) & (self.tokens < length), length)
         index = index[:, :, None, None].expand_as(self.seen)
@@ -118,12 +128,15 @@ class Opened(Protocol):
 
     cache: Any
 
-    def prompt(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]: ...
-    def end_prompt(self) -> int: ...
+    def prompt(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
+        """Return the keywords of the prompt's call, for `input_ids` and `position_ids` int64 [rows, tokens]."""
+
+    def end_prompt(self) -> int:
+        """End the prefill phase; return the position of the next token."""
 
 
 class BareCache:
-    """Hold a cache that a model is given without anything around it: transformers' own masks, whatever they are.
+    """Hold a `cache` that a model is given without anything around it: transformers' own masks, whatever they are.
 
     Attributes:
         renumbered: True where positions are left to the model, which takes them from the cache.
@@ -133,7 +146,7 @@ class BareCache:
         self.cache, self.renumbered, self.tokens = cache, renumbered, 0
 
     def prompt(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-        """Return the keywords of the prompt's call."""
+        """Return the keywords of the prompt's call: `input_ids` and `position_ids`, int64 [rows, tokens]."""
         self.tokens = input_ids.shape[1]
         return {"input_ids": input_ids, "position_ids": position_ids}
 
@@ -299,7 +312,7 @@ def _reported(method: Opened) -> float | None:
 
 
 def held_bytes(cache: Any) -> int:
-    """Add up the memory that a cache keeps alive: of each storage, the whole, and once."""
+    """Add up the bytes that `cache` keeps alive: of each storage, the whole, and once."""
     storages = {}
     for tensor in tensors_of(cache):
         storage = tensor.untyped_storage()
@@ -315,7 +328,7 @@ MOST_RUNS = 400  # remembered
 
 
 def witnessed(subject: Subject, reading: Reading) -> Witnessed:
-    """Return what attention saw of a reading; each is run once, and read by all laws.
+    """Return what attention saw of a `reading` by `subject`; each is run once, and read by all laws.
 
     Raises:
         Refusal: the method declined the reading in a sentence of its own.

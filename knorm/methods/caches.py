@@ -24,7 +24,19 @@ _KNOWN = {  # to each run, and how a program writes it
 
 
 class CacheMethod(Method):
-    """Make a new cache for each run; what its constructor needs and the run knows is filled in."""
+    """Make a new cache for each run; what its constructor needs and the run knows is filled in.
+
+    Args:
+        name: the target as it was written.
+        make: a class of caches, or a function that makes one.
+        budget: what the cache is to retain; None for one that takes none, or is given its own.
+        given: keywords that the target names.
+
+    Raises:
+        NeedsBudget: it is made with a budget, and was given none.
+        TakesNoBudget: it takes none, or has its own.
+        TypeError: its constructor needs what no run knows.
+    """
 
     kind = "cache"
 

@@ -55,12 +55,28 @@ class FunctionMethod(_Compressing):
         return _LayerSession(model, self, frozenset(EXTRAS) & self.parameters.keys())
 
     def compress(self, keys: Tensor, values: Tensor, extras: Mapping[str, Any]) -> Any:
-        """Call the function on one layer's cache."""
+        """Call the function on one layer's cache.
+
+        Args:
+            keys: [batch, kv_heads, length, head_dim].
+            values: the same, but for head_dim.
+            extras: what the function may ask for by name: layer, queries, attention.
+
+        Returns:
+            What it returned: (keys, values), with a mask or not; not looked at yet.
+        """
         return self.budgeted(self.target, (keys, values), keys.shape[2], extras)
 
 
 class ClassMethod(FunctionMethod):
-    """Run a class whose constructor takes the budget; one instance serves all layers, called as (keys, values)."""
+    """Run a class whose constructor takes the budget; one instance serves all layers, called as (keys, values).
+
+    Args:
+        name: the target as it was written.
+        target: the class.
+        budget: what one compression retains; None where `options` name it.
+        options: keywords of the constructor that the target names.
+    """
 
     kind = "class"
 
@@ -169,7 +185,10 @@ class CacheFunctionMethod(_Compressing):
         return _WholeSession(model, self.changed)
 
     def changed(self, cache: Cache, tokens: int) -> Any:
-        """Call the function on the prompt's cache; what it returns, or the cache that it was given."""
+        """Call the function on `cache`, of a prompt of `tokens`; return what it returns, or the cache itself for None.
+
+        Raises MethodError where it returns something else.
+        """
         result = self.budgeted(self.target, (cache,), tokens, {})
         if result is None:
             return cache
@@ -179,7 +198,14 @@ class CacheFunctionMethod(_Compressing):
 
 
 class LegacyMethod(CacheFunctionMethod):
-    """Run a function of a list of (keys, values), one for each layer, as caches were before transformers had them."""
+    """Run a function of a list of (keys, values), one for each layer, as caches were before transformers had them.
+
+    Args:
+        name: the target as it was written.
+        target: the function.
+        budget: what one compression retains; None where `options` name it.
+        options: keywords that the target names; prune_after and skip_layers are 0 and [] where it needs them.
+    """
 
     kind = "legacy"
 

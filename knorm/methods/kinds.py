@@ -22,7 +22,7 @@ EXTRAS = ("layer", "queries", "attention")
 
 
 def signature_of(target: Any) -> inspect.Signature | None:
-    """Return a callable's signature, its annotations evaluated where they can be; None where it has none."""
+    """Return the signature of `target`, its annotations evaluated where they can be; None where it has none."""
     for evaluated in (True, False):
         try:
             return inspect.signature(target, eval_str=evaluated)
@@ -32,7 +32,7 @@ def signature_of(target: Any) -> inspect.Signature | None:
 
 
 def is_press(kind: type) -> bool:
-    """Tell whether a class is a press of kvpress, without importing kvpress."""
+    """Tell whether the class `kind` is a press of kvpress, without importing kvpress."""
     return any(base.__name__ == "BasePress" and base.__module__.startswith("kvpress") for base in kind.__mro__)
 
 
@@ -76,6 +76,6 @@ def _names_cache(annotation: Any, cache: type) -> bool:
 
 
 def budget_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
-    """Return the name of the parameter that a budget is given by, if one has a name that is known."""
+    """Return the name among `parameters` that a budget is given by, one of RATIOS or TOKENS; None without any."""
     named = (name for name in (*RATIOS, *TOKENS) if name in parameters)
     return next((name for name in named if parameters[name].kind != inspect.Parameter.POSITIONAL_ONLY), None)

@@ -47,7 +47,7 @@ NO_PRESS = ("gpt_neox",)  # architectures, as configurations name them, that pre
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of a package that methods may come from; None where it is not installed."""
+    """Return the version of `package`, from which methods may come; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -34,7 +34,7 @@ class MethodError(ValueError):
 
 
 class Session:
-    """Hold a method that is open on a model: its prompt is read, then the prefill phase is ended, then it decodes.
+    """Hold a method that is open on `model`: its prompt is read, then the prefill phase is ended, then it decodes.
 
     Attributes:
         cache: what the model is given as its cache.
@@ -54,7 +54,7 @@ class Session:
         self.tokens = tokens
 
     def prompt(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Tensor]:
-        """Return the keywords of the prompt's call, all of the prompt in one; ids and positions are [batch, tokens]."""
+        """Return the keywords of the call that reads the prompt: `input_ids` and `position_ids`, int64 [batch, T]."""
         self.begin_prompt(input_ids.shape[1])
         return {"input_ids": input_ids, "position_ids": position_ids}
 
@@ -104,6 +104,11 @@ def _home(code: Any) -> Path | None:
 
 class Method(ABC):
     """Open a way to make a cache smaller on a model, in two phases. `knorm.method` makes one.
+
+    Args:
+        name: the target as it was written.
+        budget: what one compression retains; None where the method has its own.
+        code: a function, a class or an object of it, whose errors are the method's own.
 
     Attributes:
         name: the target as it was written, which tables show.

@@ -14,7 +14,16 @@ from knorm.policy import Policy
 
 
 class PolicyMethod(Method):
-    """Run a Policy; its runs also follow from a schedule (perplexity.exact_run)."""
+    """Run a Policy; its runs also follow from a schedule (perplexity.exact_run).
+
+    Args:
+        name: the target as it was written.
+        policy: when and what to evict.
+        budget: its keep_ratio takes the place of the policy's.
+
+    Raises:
+        TakesNoBudget: the budget is a number of tokens.
+    """
 
     kind = "policy"
     policy: Policy

@@ -33,22 +33,22 @@ def _bases(press: Any) -> set[str]:
 
 
 def acts_while_decoding(press: Any) -> bool:
-    """Tell whether kvpress' own pipeline opens a press while it decodes."""
+    """Tell whether kvpress' own pipeline opens `press` while it decodes."""
     return bool(_bases(press) & _DECODING) or bool(getattr(press, "decoding", False))
 
 
 def lends_tokenizer(press: Any) -> bool:
-    """Tell whether a press looks for a tokenizer in the folder that the model's configuration names."""
+    """Tell whether `press` looks for a tokenizer in the folder that the model's configuration names."""
     return "KVzipPress" in _bases(press)
 
 
 def reads_delimiter(press: Any) -> bool:
-    """Tell whether a press wants a delimiter between the context and the question."""
+    """Tell whether `press` wants a delimiter between the context and the question."""
     return "FinchPress" in _bases(press)
 
 
 def renumbers(press: Any) -> bool:
-    """Tell whether a press turns keys to their places in the cache, so that the next position is its length."""
+    """Tell whether `press` turns keys to their places in the cache, so that the next position is its length."""
     return bool(_bases(press) & _RENUMBERS) or (reads_delimiter(press) and bool(press.rerotate_keys))
 
 

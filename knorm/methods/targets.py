@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from knorm.methods.known import ABSTRACT, CACHES, PRESSES
+from knorm.paths import resolved
 
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
 KVPRESS = "install it with pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
@@ -25,7 +26,7 @@ _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", r
 
 @dataclass(frozen=True)
 class Call:
-    """Hold a name of the target's package, and the arguments in its parentheses."""
+    """Hold the `path` of a name in the target's package, and the `positional` and `named` arguments in parentheses."""
 
     path: str
     positional: tuple[Any, ...] = ()
@@ -86,7 +87,7 @@ def parse_target(spec: str) -> Target:
         raise ValueError(f"target {spec!r}, but should be {FORMS}")
     where, path = match["where"], match["path"]
     call = _call(spec, f"{path}{match['call']}") if match["call"] else None
-    file = Path(where).resolve() if where.endswith(".py") or os.sep in where else None
+    file = resolved(Path(where)) if where.endswith(".py") or os.sep in where else None
     if file and (file.suffix != ".py" or not file.is_file()):
         raise ValueError(f"target {spec!r}: there is no Python file {file}; it should be {FORMS}")
     package = where.partition(".")[0]
@@ -159,6 +160,9 @@ def _is_there(package: str) -> bool:
 
 def load_target(target: Target) -> tuple[Any, dict[str, Any]]:
     """Import what a target names.
+
+    Args:
+        target: as parse_target read it.
 
     Returns:
         The object, and the keywords that it is to be called with: for a class or function with (arguments). A call with
@@ -264,6 +268,10 @@ def expanded(spec: str) -> list[str]:
 
     Raises:
         ValueError: the package is not installed, or * stands for another's.
+
+    Example:
+        >>> expanded("knorm")
+        ['knorm']
     """
     where, _, name = spec.partition(":")
     if name != "*":

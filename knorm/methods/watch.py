@@ -20,7 +20,7 @@ _MASK = 2**25  # elements of a mask at most, where it can be made for a part of 
 
 
 def has_windows(model: PreTrainedModel) -> bool:
-    """Tell whether some layers of a model attend through a window, whose mask only the model knows."""
+    """Tell whether some layers of `model` attend through a window, whose mask only the model knows."""
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ())
     return bool(kinds - {"full_attention"}) or (not kinds and getattr(config, "sliding_window", None) is not None)

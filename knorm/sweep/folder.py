@@ -49,7 +49,7 @@ class Folder:
             ValueError: the folder holds something else.
         """
         file = self.place / "plan.json"
-        if self.place.exists() and not self.place.is_dir():
+        if not self.place.is_dir() and (self.place.exists() or self.place.is_symlink()):  # a link that leads round
             raise ValueError(f"{self.place} is no folder: name one, which may not exist yet")
         if not file.exists():
             there = [entry.name for entry in os.scandir(self.place)] if self.place.is_dir() else []

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from knorm.files import read_file
+from knorm.files import file_size, read_file
 from knorm.methods.targets import parse_target
 from knorm.paths import ASSETS, PACKAGE
 from knorm.sources import EMBEDDED_MODELS, HUB_TEXTS, find_model, find_text
@@ -40,9 +40,10 @@ def digest(value: Any) -> str:
 
 
 def _of_files(files: Iterable[tuple[str, Path]]) -> str:
-    """Hash files with their names, whatever their size."""
+    """Hash files with their names, whatever their size. Raises ValueError for what is no regular file."""
     whole = hashlib.sha256()
     for name, file in sorted(files):
+        file_size(file)  # a pipe, or a device without end, would be read for ever
         with open(file, "rb") as stream:
             whole.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return whole.hexdigest()[:32]

@@ -31,7 +31,7 @@ from knorm.sweep.inputs import code_digest, model_digest, target_digest, text_di
 
 
 class Unusable(ValueError):
-    """Say that this machine has not what the plan was made with."""
+    """Say that this machine has not what the plan was made with, or a text less than the plan asks for."""
 
 
 def measure_cell(fields: Mapping[str, Any], hint: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def measure_cell(fields: Mapping[str, Any], hint: Mapping[str, Any] | None = Non
         What a result file holds.
 
     Raises:
-        Unusable: weights, texts, sources or versions here are not the plan's.
+        Unusable: weights, texts, sources or versions here are not the plan's, or a text has too few windows.
     """
     hush()
     cell = cell_of(fields)
@@ -57,6 +57,8 @@ def measure_cell(fields: Mapping[str, Any], hint: Mapping[str, Any] | None = Non
     failed, fault, values = None, None, None
     try:
         values = _MEASURES[cell.measure](cell, hint)
+    except Unusable:
+        raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         failed = f"out of memory: {_line(error)}; a smaller batch or fewer windows may fit"
     except Exception as error:
@@ -127,7 +129,7 @@ def _windows(model: str, text: str, column: str, window: int, last: int, dtype: 
     windows = cut_windows(_loaded(model, dtype, device)[1], load_text(text, column), window, last)
     count, length = windows.input_ids.shape
     if count < last or length < window:
-        raise ValueError(
+        raise Unusable(
             f"{text} has no {last} windows of {window} tokens for {model}, but {count} of {length}: ask for fewer"
         )
     return windows

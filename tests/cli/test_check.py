@@ -276,6 +276,7 @@ def until(condition, seconds):
         time.sleep(0.05)
 
 
+@pytest.mark.processes
 def test_ctrl_c_ends_the_worker_and_exits_with_130(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     heeding = (

@@ -175,3 +175,31 @@ def test_the_environment_names_kvpress_where_it_is_installed(monkeypatch):
     assert outputs.environment()["kvpress"] == "1.2.3"
     monkeypatch.setattr(metadata, "version", version)
     assert outputs.environment()["kvpress"] is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sweep loop out --dry-run",
+        "sweep plan.toml loop --dry-run",
+        "check loop.py:f",
+        "check ./loop:f",
+        "ppl --reported loop",
+        "ppl --reported table.csv --json loop",
+        "golden list --golden-dir loop",
+        "golden verify prefill --json loop",
+        "check knorm:compress --baseline loop",
+        "ppl --text loop.txt",
+        "ppl --model loop",
+        "page loop out",
+        "page loop.txt loop",
+    ],
+)
+def test_links_that_lead_round_are_wrong_usage_wherever_they_are_given(line, run_knorm):
+    for name in ("loop", "loop.py", "loop.txt"):
+        Path(name).symlink_to(name)
+    Path("plan.toml").write_text('methods = ["knorm"]\n')
+    Path("table.csv").write_text("keep_ratio,ppl\n1.0,30.5\n0.9,31\n")
+    code, out, err = run_knorm(*line.split())
+    assert (code, out) == (2, ""), err
+    assert "loop" in err.splitlines()[-1]

@@ -167,11 +167,19 @@ def test_an_error_that_knorm_did_not_put_in_words_is_its_own_fault(sweep, monkey
     assert sweep(PLAN)[0] == 3
 
 
-def test_a_text_that_is_too_short_is_told(sweep):
+def test_a_text_that_is_too_short_ends_the_sweep_in_one_line(sweep):
     Path("short.txt").write_text("The cat sat on the mat. " * 30)
-    code, said, _ = sweep(PLAN + 'texts = ["short.txt"]')
-    assert code == 1
-    assert "short.txt has no 4 windows of 64 tokens for embedded, but " in " ".join(said.split())
+    code, said, errors = sweep(PLAN + 'texts = ["short.txt"]')
+    assert (code, said) == (2, "")
+    assert "short.txt has no 4 windows of 64 tokens for embedded, but " in " ".join(errors.split())
+    assert not [*Path("out/results").glob("*.failed.json")], "no method is to blame"
+
+
+def test_failures_are_told_where_nothing_else_is(sweep):
+    code, said, errors = sweep(PLAN.replace("newest", "breaks"), "-q")
+    assert (code, said) == (1, "")
+    assert errors.startswith("knorm: ")
+    assert "2 cells failed, the first mine.py:breaks 0.5 on embedded: mine.py:breaks raised RuntimeError" in errors
 
 
 def test_laws_and_counters_stand_beside_damage(sweep):

@@ -30,6 +30,7 @@ def test_a_window_names_the_fact_first_and_asks_for_it_last(embedded):
         assert asked.sum() == asked[-int(asked.sum()) :].sum(), "the last tokens"
 
 
+@pytest.mark.processes
 def test_the_full_cache_recalls_and_a_small_one_forgets_though_the_mean_hardly_moves(embedded):
     facts = fact_windows(embedded[1], 256)
     full, small = (recall(embedded[0], facts, policy, prompt_length=224) for policy in (Policy(), Policy(0.3)))

@@ -21,6 +21,7 @@ def small(monkeypatch):
     monkeypatch.setattr(tool, "SUBJECTS", {"cache": replace(tool.SUBJECTS["cache"], options={"keep_ratio": ["0.3"]})})
 
 
+@pytest.mark.processes
 def test_a_fault_fires_where_another_rounding_does_not(small, tmp_path):
     tool.reference(tmp_path)
     for number in (0, 2):

@@ -355,7 +355,7 @@ def killed(line, action):
 
 
 def test_record_and_accept_killed_at_many_points_leave_the_old_golden_or_the_new(slow_store):
-    points = 104 if IN_FULL else 30  # of each
+    points = 104 if IN_FULL else 15  # of each
     better = measured(NLL - np.float32(0.5), ratio=1.4)
     made = candidate(better)
     (approved,) = approve(slow_store, [(made, better.tensors)], "better", now=CLEAN)

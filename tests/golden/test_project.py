@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import in_a_new_process
+from commands import IN_FULL, in_a_new_process
 
 import knorm
 from knorm.evaluation.ways import Ways
 from knorm.evaluation.windows import cut_windows
-from knorm.golden import declared, latency
+from knorm.golden import declared, latency, noise
 from knorm.golden import project as module
 from knorm.golden.declared import load_cases
 from knorm.golden.environment import How
@@ -51,6 +51,8 @@ def project(tmp_path, run_knorm, monkeypatch):
     """A project with a method and two cases; returns a function that runs `knorm golden` in it."""
     monkeypatch.setenv("KNORM_COMMIT", "a" * 40)
     monkeypatch.setenv("COLUMNS", "200")
+    if not IN_FULL:
+        monkeypatch.setattr(noise, "ROUNDINGS", 1)
     Path("mine.py").write_text(NEWEST)
     Path("knorm.toml").write_text(TWO)
     return lambda *arguments: run_knorm("golden", *arguments)
@@ -300,12 +302,12 @@ def test_record_says_what_the_noise_was_and_what_the_gates_let_pass(project):
     assert code == 0
     lines = [" ".join(line.split()) for line in out.splitlines()]
     start = next(place for place, line in enumerate(lines) if "runs in which nothing that matters differs" in line)
-    assert "(4 other roundings of the weights, another attention, batch 2" in lines[start]
+    assert f"({noise.ROUNDINGS} other roundings of the weights, another attention, batch 2" in lines[start]
     assert lines[start + 1] == "metric noise lets pass the method does"
     assert lines[start + 2].startswith("nll/full, a typical window ")
     assert " 1.0e-04 - nats/token" in lines[start + 2]
-    noise = json.loads(Path("out.json").read_text())["noise"]["tokens"]
-    rows = {row["metric"]: row for row in noise["bounds"]}
+    seen = json.loads(Path("out.json").read_text())["noise"]["tokens"]
+    rows = {row["metric"]: row for row in seen["bounds"]}
     typical = rows["kl/4 tokens, a typical window"]
     assert 0 < typical["most"] < 1e-5 < typical["passes"] < typical["does"]
 
@@ -334,6 +336,7 @@ def timed(monkeypatch, slower=0.0):
     monkeypatch.setattr(latency, "bench_methods", bench)
 
 
+@pytest.mark.processes
 def test_a_case_that_a_clock_measures_is_measured_where_it_is_named(accepted, monkeypatch):
     Path("knorm.toml").write_text(TWO + FAST)
     timed(monkeypatch)
@@ -361,6 +364,7 @@ def test_a_case_that_a_clock_measures_is_measured_where_it_is_named(accepted, mo
 # Life of a project's goldens
 
 
+@pytest.mark.processes
 def test_the_life_of_a_projects_golden(project, monkeypatch):
     Path("sub").mkdir()
     monkeypatch.chdir("sub")

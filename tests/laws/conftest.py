@@ -13,11 +13,12 @@ from knorm.laws.search import EFFORT
 
 @pytest.fixture
 def fewer(monkeypatch):
-    """A third of the examples; at a desk, a verdict on caches needs fewer readings too."""
+    """A third of the examples; at a desk a sixth, and a verdict on caches needs fewer readings too."""
     if not IN_FULL:
-        monkeypatch.setattr(readings, "SHORT", readings.SHORT[::3])
-        monkeypatch.setattr(readings, "LONG", readings.LONG[::3])
+        monkeypatch.setattr(readings, "SHORT", readings.SHORT[::5])
+        monkeypatch.setattr(readings, "LONG", readings.LONG[::5])
         for module in (search, runner):
-            monkeypatch.setattr(module, "LEAST", 6)
-    third = {slow: replace(effort, examples=effort.examples // 3) for slow, effort in EFFORT["quick"].items()}
-    monkeypatch.setitem(EFFORT, "quick", third)
+            monkeypatch.setattr(module, "LEAST", 4)
+    part = 3 if IN_FULL else 6
+    less = {slow: replace(effort, examples=effort.examples // part) for slow, effort in EFFORT["quick"].items()}
+    monkeypatch.setitem(EFFORT, "quick", less)

@@ -209,6 +209,7 @@ for code in codes:
 """
 
 
+@pytest.mark.processes
 def test_the_lines_of_code_work_in_a_fresh_interpreter(folder, tmp_path_factory):
     targets = [newest, knorm.compress, Newest, lowest_norms, crop, make_cache]
     subjects = [adapt(target) for target in targets]
@@ -382,7 +383,7 @@ def test_what_cannot_be_adapted_is_refused(target, kind, error, words):
 
 
 def test_every_kind_is_described():
-    assert not [kind for kind in KINDS if f"\n             {kind} " not in adapt.__doc__]
+    assert not [kind for kind in KINDS if f"\n        {kind}  " not in adapt.__doc__]
 
 
 FILE = """

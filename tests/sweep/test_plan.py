@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -145,6 +146,13 @@ def test_adding_methods_windows_budgets_seeds_keeps_the_cells_that_there_were(he
         after = names(here(more))
         assert before <= after
         assert len(after) == count
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero"])
+def test_what_is_no_regular_file_is_refused_before_it_is_read(place, here):
+    os.mkfifo("pipe")
+    with pytest.raises(ValueError, match=r"is a (pipe|device), but should be a file"):
+        study_of(here(f'methods = ["knorm"]\ntexts = ["{place}"]\n'), "cpu").cells().__next__()
 
 
 @pytest.mark.parametrize(("file", "moves"), [("mine.py", True), ("helper.py", True), ("stranger.py", False)])

@@ -21,7 +21,16 @@ _SUFFIXES = {"nats": " nats", "ratio": "x", "s": " s", "tokens/s": " /s"}
 
 @dataclass(frozen=True)
 class Judged:
-    """Hold the verdict on a claim: the reported number, the measured one (None without one), and why, in few words."""
+    """Hold the verdict on a claim.
+
+    Attributes:
+        claim: what is said.
+        verdict: "holds", "does not hold" or "cannot be tested".
+        reported: the number that is claimed.
+        measured: the number found here; None without one.
+        tolerance: by how much they may differ, as the claim's kind has it.
+        why: in few words.
+    """
 
     claim: Claim
     verdict: Verdict
@@ -95,7 +104,7 @@ def _tolerance(claim: Claim) -> str:
 
 
 def claims_table(judged: Sequence[Judged], title: str | None = None) -> Table:
-    """Make a table with a line for each claim; unexpected verdicts are marked and come first."""
+    """Make a table named `title` with a line for each of `judged`; unexpected verdicts are marked and come first."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for name in ("verdict", "claim", "what is claimed", "reported", "measured", "tolerance", "why"):
         number = name in ("reported", "measured", "tolerance")
@@ -116,14 +125,14 @@ def claims_table(judged: Sequence[Judged], title: str | None = None) -> Table:
 
 
 def claims_text(judged: Sequence[Judged], width: int = 250) -> str:
-    """claims_table as plain text, for logs and errors."""
+    """Return claims_table of `judged` as plain text, cut at `width` characters a line, for logs and errors."""
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None).print(claims_table(judged))
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
 
 def require_expected(judged: Sequence[Judged]) -> None:
-    """Raise UnexpectedVerdict, with the table, where a claim's verdict is not the expected one."""
+    """Raise UnexpectedVerdict, with the table of `judged`, where a verdict is not the expected one or none is named."""
     wrong = [judgement.claim.id for judgement in judged if judgement.unexpected]
     gated = sum(judgement.claim.expected is not None for judgement in judged)
     if not gated:
@@ -143,11 +152,18 @@ def judge_model(
 ) -> list[Judged]:
     """Run a report's protocol on a model in float32, and judge each claim.
 
-    model     as models.load_model takes it: a folder, or PYTHIA
-    sources   as load_seed_texts takes them
-    device    of the model; times are this device's
+    Args:
+        reported: what the report says, and its protocol.
+        model: as models.load_model takes it: a folder, or PYTHIA.
+        sources: as load_seed_texts takes them.
+        device: of the model; times are this device's.
+        rounds: of timings, as measure_claims takes them.
 
-    Raises ValueError for a model or text that is missing, in one line.
+    Returns:
+        A verdict for each claim.
+
+    Raises:
+        ValueError: a model or text is missing; in one line.
     """
     texts = load_seed_texts(reported.protocol, sources)
     loaded, tokenizer = load_model(model, device=device)

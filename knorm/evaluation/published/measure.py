@@ -124,7 +124,13 @@ class _NormOrderedCache(KnormCache):
 def norm_ordered_nll(model: PreTrainedModel, input_ids: Tensor, policy: Policy) -> Tensor:
     """Compute token NLLs by the report's loop before its fix, whose slots stand in the order of norms.
 
-    input_ids int64 [batch, T] -> float32 [batch, T-1], nats. Only prune_after, skip_layers and the ratio count.
+    Args:
+        model: a causal language model in eval mode.
+        input_ids: int64 [batch, T].
+        policy: only prune_after, skip_layers and the ratio count.
+
+    Returns:
+        Nats of each token after the first, float32 [batch, T-1].
     """
     ids = input_ids.to(model.device)
     cache, keyword = _NormOrderedCache(policy), cache_keyword(model)

@@ -77,7 +77,7 @@ class Protocol(Strict):
         return self
 
     def policy(self, ratio: str) -> Policy:
-        """Make the streaming policy at a ratio."""
+        """Make the protocol's streaming policy that keeps `ratio`, a decimal as text."""
         return Policy(ratio, self.prune_after, self.skip_layers, protocol="streaming")
 
 
@@ -150,7 +150,7 @@ def bug_report() -> Reported:
 
 
 def read_claims(file: Path) -> Reported:
-    """Read a report from its .json. Raises ValueError, in one line that names the field, for any other file."""
+    """Read a report from the .json `file`. Raises ValueError, in one line that names the field, for any other file."""
     try:
         text = file.read_text(encoding="utf-8")
         json.loads(text, object_pairs_hook=no_field_twice)

@@ -11,7 +11,7 @@ from knorm.laws.subjects import Kept, Raised, Subject
 
 
 def first_place(wrong: Tensor) -> tuple[int, int]:
-    """Batch row and head of the first entry that breaks a law: wrong bool [batch, heads, ...]."""
+    """Find the batch row and the head of the first entry that breaks a law: `wrong` is bool [batch, heads, ...]."""
     row, head = wrong.flatten(2).any(-1).nonzero()[0].tolist()
     return row, head
 

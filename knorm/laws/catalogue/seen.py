@@ -29,7 +29,7 @@ def _where(look: Look, row: int, head: int) -> str:
 
 
 def listed(tokens: list[int], most: int = 24) -> str:
-    """Write token positions, runs as 4-9.
+    """Write the positions of `tokens`, runs as 4-9; of more than `most` such parts, the first ones.
 
     >>> listed([0, 1, 2, 7])
     '0-2, 7'

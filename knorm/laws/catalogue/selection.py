@@ -20,13 +20,25 @@ _BY_NORM = {"scores": "key_norm", "merges_values": False}
 
 
 def evictable(traits: Traits, length: int, device: torch.device) -> Tensor:
-    """Which of `length` tokens are not protected: bool [length]."""
+    """Tell which tokens may be evicted.
+
+    Args:
+        traits: what protects the first and the newest.
+        length: tokens of the cache.
+        device: of the answer.
+
+    Returns:
+        False where a token is protected: bool [length].
+    """
     place = torch.arange(length, device=device)
     return (place >= traits.protect_first) & (place < length - traits.protect_recent)
 
 
 def out_of_rank(compressor: Subject, cache: Cache) -> str | None:
-    """Say what is wrong where a dropped key has a norm smaller than a retained one's, near-ties apart."""
+    """Say what is wrong where `compressor` drops a key of `cache` with a norm smaller than a retained one's.
+
+    Returns None where nothing is, near-ties apart.
+    """
     kept = cache.retained(compressor(cache.keys, cache.values, cache.keep_ratio))
     free = evictable(compressor.traits, cache.length, kept.device)
     norms = cache.norms().sqrt()

@@ -42,6 +42,7 @@ class Request:
     traits         NAME=VALUE, each in front of what is promised otherwise
     select         names of checks or families; None: all
     expected       check -> why it may fail
+    profile, seed  how hard to try, and with which draws; device: where drawn tensors lie
     quiet          the target's stdout is dropped
     verbose        tracebacks of what knorm itself stumbled over
     folder         where the worker begins, and from where a target's path is read; None: here
@@ -63,7 +64,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Start:
-    """Start a worker: the parent's only message, with a token, the descriptors that it inherits, and what to do."""
+    """Start a worker: the parent's only message.
+
+    Attributes:
+        token: with which each of the worker's messages is to begin, in hexadecimal digits.
+        channel: descriptor to send them through.
+        board: descriptor of the board's file.
+        request: what to do.
+    """
 
     token: str
     channel: int
@@ -73,7 +81,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Answer a wrong request, or one whose target cannot be loaded."""
+    """Answer a wrong request, or one whose target cannot be loaded: a `message` of one line, and the `trace` of it."""
 
     message: str
     trace: str
@@ -86,7 +94,7 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Plan:
-    """Describe a loaded target: its traits, the code that imports it, and an entry for each check, tried or not."""
+    """Describe a loaded target: its traits, the code that imports it, and in `checks` an entry each, tried or not."""
 
     traits: Traits
     code: str
@@ -114,7 +122,7 @@ def _bytes(message: Any) -> bytes:
 
 
 def encode(message: Message, token: bytes) -> bytes:
-    """Frame a message. Raises ValueError for one that is longer than MOST_BYTES."""
+    """Frame `message`, with the worker's `token` in front. Raises ValueError for one longer than MOST_BYTES."""
     data = _bytes(message)
     if len(data) > MOST_BYTES:
         raise ValueError(f"a message of {len(data):,} bytes, but should be at most {MOST_BYTES:,}")
@@ -122,13 +130,13 @@ def encode(message: Message, token: bytes) -> bytes:
 
 
 class Frames:
-    """Messages out of the bytes that come from a worker."""
+    """Cut messages out of the bytes that come from the worker whose frames begin with `token`."""
 
     def __init__(self, token: bytes) -> None:
         self._token, self._waiting = token, bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Add bytes; `next` is to be called until it returns None before more are read."""
+        """Add `data` as it was read; `next` is to be called until it returns None before more is."""
         self._waiting += data
 
     def next(self) -> Message | None:
@@ -153,20 +161,20 @@ class Frames:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Write all the bytes, however few a call takes."""
+    """Write all of `data` to the file `descriptor`, however few bytes a call takes."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def write_start(descriptor: int, start: Start) -> None:
-    """Tell a worker what to do."""
+    """Tell the worker that reads from `descriptor` what to do: `start`, with its length in front."""
     data = _bytes(start)
     write_all(descriptor, struct.pack(">I", len(data)) + data)
 
 
 def read_start(descriptor: int) -> Start:
-    """Read the parent's message. Raises EOFError where the parent is gone."""
+    """Read the parent's message from `descriptor`. Raises EOFError where the parent is gone."""
 
     def exactly(count: int) -> bytes:
         data = b""
@@ -196,7 +204,7 @@ class Board(ctypes.Structure):
 
 
 def map_board(descriptor: int) -> Board:
-    """Map the board in a file's memory; the file is not needed any longer."""
+    """Map the board in the memory of the file `descriptor`, which is not needed any longer."""
     return Board.from_buffer(mmap.mmap(descriptor, ctypes.sizeof(Board)))
 
 
@@ -214,7 +222,7 @@ _LENGTH = struct.Struct(">I")
 
 @dataclass(frozen=True)
 class Packed:
-    """Hold a call whose tensors are bytes: (dtype, shape, data) of keys and of values."""
+    """Hold a call: `keep_ratio`, `layer`, and as `tensors` (dtype, shape, data) of keys and of values."""
 
     keep_ratio: float
     layer: int | None
@@ -222,13 +230,13 @@ class Packed:
 
 
 def pack_call(call: Packed) -> bytes:
-    """Pack a call into bytes, in microseconds: most are never read."""
+    """Pack `call` into bytes, in microseconds: most are never read."""
     head = json.dumps([call.keep_ratio, call.layer, [[dtype, shape] for dtype, shape, _ in call.tensors]]).encode()
     return b"".join([_LENGTH.pack(len(head)), head, *(data for _, _, data in call.tensors)])
 
 
 def unpack_call(data: bytes) -> Packed | None:
-    """Unpack what pack_call packed; None for anything else, since a target can write to the board."""
+    """Unpack `data` that pack_call packed; None for anything else, since a target can write to the board."""
     try:
         (length,) = _LENGTH.unpack_from(data)
         begin = _LENGTH.size + length

@@ -18,7 +18,7 @@ MOST_COPIES_DEEP = 2  # a pool's process may start one of its own
 
 
 class Sender:
-    """Hold a worker's end of the channel to its parent."""
+    """Hold a worker's end of the channel to its parent: the descriptor `channel`, and the `token` of its frames."""
 
     def __init__(self, channel: int, token: bytes) -> None:
         self._channel, self._token, self._process = channel, token, os.getpid()

@@ -62,7 +62,7 @@ class Relay:
         self._left = {"stdout": MOST_OUTPUT, "stderr": MOST_OUTPUT}
 
     def write(self, stream: str, data: bytes) -> None:
-        """Print bytes of the target's stream of that name, or drop them, which is said once."""
+        """Print `data` of the target's `stream`, "stdout" or "stderr", or drop it, which is said once."""
         left = self._left[stream]
         if left <= 0:
             return
@@ -80,7 +80,7 @@ class Relay:
 
 
 class Worker:
-    """Run a process that loads a target and checks it, and hear what it sends."""
+    """Run a process that answers `request`, and hear what it sends; what the target prints goes to `relay`."""
 
     def __init__(self, request: Request, relay: Relay | None = None) -> None:
         self._relay = relay or Relay()
@@ -231,9 +231,10 @@ def _environment_of(process: int) -> list[bytes]:
 
 
 class Supervisor:
-    """Runs a request in workers, one after another where they are lost.
+    """Run `request` in workers, one after another where they are lost; a call may take `limit` seconds.
 
-    traits   what the target promises, once the first result is there
+    Attributes:
+        traits: what the target promises, once the first result is there.
     """
 
     def __init__(self, request: Request, limit: float = LIMIT) -> None:

@@ -14,7 +14,7 @@ from knorm.methods.targets import parse_target
 
 
 def check_request(request: Request) -> None:
-    """Refuse a request that no target can make right.
+    """Refuse a `request` that no target can make right.
 
     Raises:
         ValueError: an unknown trait, value of a trait, kind, profile or check, or a target whose file or package does
@@ -31,7 +31,7 @@ def check_request(request: Request) -> None:
 
 
 def promised(request: Request) -> Traits | dict[str, Any]:
-    """Collect what a request says that the target promises. Raises ValueError for unknown traits and values."""
+    """Collect what `request` says that the target promises. Raises ValueError for unknown traits and values."""
     named = dict(map(parse_trait, request.traits))
     traits_of(None, named)
     if request.like is None:

@@ -29,7 +29,13 @@ def serve(
 ) -> None:
     """Load and check, and send what comes of it: Wrong, or a Plan and then Done for each check that applies.
 
-    Nothing that the target raises comes out of here. After each call `end_copy` ends a process that is not the worker.
+    Nothing that the target raises comes out of here.
+
+    Args:
+        send: takes each message to the parent.
+        board: where each call is noted before it is made.
+        request: what to check.
+        end_copy: called after each call of the target: ends a process that is not the worker.
     """
     torch.set_num_threads(1)
     try:
@@ -108,7 +114,17 @@ def _packed(call: Call, takes_layer: bool) -> bytes:
 
 
 def last_call(board: Board, check: str, what: str, code: str) -> dict[str, Any]:
-    """Describe a call that did not come back: the counterexample, what was given, a snippet; code: the subject's."""
+    """Describe a call that did not come back.
+
+    Args:
+        board: where it was noted.
+        check: the name of the check that made it.
+        what: what became of it, in words.
+        code: lines that import the target.
+
+    Returns:
+        Fields of a Result: counterexample, given, snippet; None where the board holds nothing to show.
+    """
     given = board.given.decode("utf-8", "replace")
     said = f"{check.replace('_', ' ')}: {what}" + (f" [{given}]" if given else "")
     fields: dict[str, Any] = {"counterexample": said, "given": given or None, "snippet": None}
