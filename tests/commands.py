@@ -34,3 +34,17 @@ def in_a_new_process(code, *arguments, **options):
 def strict_json(file):
     """What a JSON file holds; NaN and Infinity, which are no JSON, fail the test."""
     return json.loads(Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def command(*arguments):
+    """Run a command in this process; returns its exit code."""
+    from knorm.cli import main
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["knorm", *map(str, arguments)])
+    try:
+        return main() or 0
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        patch.undo()

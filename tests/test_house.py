@@ -15,12 +15,12 @@ from knorm import laws
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
     "": "policy strict paths files sources git limits statistics tensors kernels core schedule masked_attention "
-    "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep verify "
-    "scaffold cli plugin __main__",
+    "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep page "
+    "verify scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget written restored watch targets method policies caches functions presses door",
-    "evaluation": "windows damage recovery distinct ways runner curve interventions explain explain_methods doubts "
-    "facts published",
+    "evaluation": "windows sums damage recovery distinct ways runner curve interventions tokens explain "
+    "explain_methods doubts facts published",
     "evaluation.published": "schema measure judge",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "declared verify values workspace history",
@@ -31,9 +31,10 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",
     "sweep": "plan inputs cells folder drive measure local cluster table estimate",
+    "page": "form axes figures words matrix text render",
     "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
-    "asked check ppl explain bench golden_log golden_shown golden swept sweep init",
-    "cli.schemas": "parts quality timing verdicts swept",
+    "asked check ppl explain bench golden_log golden_shown golden swept sweep results paged page init",
+    "cli.schemas": "parts quality timing verdicts swept paged",
 }
 TESTS = Path(__file__).parent
 SOURCES = sorted(file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py"))
@@ -111,6 +112,7 @@ COMMANDS = (
         "golden_log",
         "golden_shown",
         "sweep",
+        "page",
         "init",
     ),
 )

@@ -8,7 +8,7 @@ import traceback
 import click
 
 from knorm import __version__
-from knorm.cli import bench, check, explain, golden, init, outputs, ppl, sweep, verify
+from knorm.cli import bench, check, explain, golden, init, outputs, page, ppl, sweep, verify
 from knorm.cli.options import BROKEN, WRONG_USAGE, visible
 
 
@@ -25,7 +25,8 @@ def cli(context: click.Context, verbose: bool) -> None:
 
 
 for command in (
-    verify.verify, check.check, ppl.ppl, explain.explain, bench.bench, golden.golden, sweep.sweep, init.init,
+    verify.verify, check.check, ppl.ppl, explain.explain, bench.bench, golden.golden, sweep.sweep, page.page,
+    init.init,
 ):  # fmt: skip
     cli.add_command(command)
 

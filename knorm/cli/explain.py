@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import TextOptions, load_setting, text_options
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from knorm.evaluation.explain import Explanation
 
 
@@ -62,6 +65,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="How many of the tokens that got worse to show.",
 )
+@click.option(
+    "--tokens",
+    type=AtLeast(0),
+    metavar="WINDOW",
+    help="Tell each token of this window, from 0, in --json: its losses, and when each head evicted it.",
+)
 @file_option("--plot", "Draw the ranked changes, and the curve that they explain (.png, .svg, .pdf).")
 @with_options(*COMMON)
 @click.pass_context
@@ -77,6 +86,7 @@ def explain(
     newest: int,
     positions: str,
     worst: int,
+    tokens: int | None,
     plot: Path | None,
     json: Path | None,
     quiet: bool,
@@ -90,13 +100,15 @@ def explain(
     for knorm ppl.
     """
     given = explicit(context)
+    if tokens is not None and json is None:
+        raise ValueError("--tokens goes into --json: name a file there, which knorm page shows")
     if target not in (None, "knorm"):
         if plot or positions == "stored":
             raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
         asked = _asked(str(target), policy_options, keep_tokens, kind, given)
         fields = _explain_target(
-            asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, json=json,
-            quiet=quiet,
+            asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, tokens=tokens,
+            json=json, quiet=quiet,
         )  # fmt: skip
         return write_json(json, fields, "method")
     if given & {"keep_tokens", "kind"}:
@@ -110,12 +122,9 @@ def explain(
 
     runner, (policy,) = setting.runner, setting.policies
     with progress_bar(quiet) as progress:
-        task = progress.add_task("evaluations", total=None)
+        step = partial(_step, progress, progress.add_task("evaluations", total=None))
 
-        def step(name: str) -> None:
-            progress.update(task, advance=1, description=name)
-
-        options: dict[str, Any] = {"newest": newest, "worst": worst, "stored": positions == "stored"}
+        options: dict[str, Any] = {"newest": newest, "worst": worst, "tokens": tokens, "stored": positions == "stored"}
         explanation = explain(runner, setting.tokenizer, policy, **options, on_step=step)
         curves = curves_around(runner, policy, CURVE.keep_ratio.split(","), on_step=step) if plot else {}
     show_explanation(make_console(quiet), explanation, f"{setting.title}, keep_ratio {policy.keep_ratio}")
@@ -123,6 +132,10 @@ def explain(
         plot_explanation(explanation, curves, str(policy.keep_ratio), setting.title, plot)
     write_json(json, {**setting.fields, "keep_ratio": str(policy.keep_ratio), **_fields(explanation)})
     sys.exit(HOLDS)
+
+
+def _step(progress: Progress, task: TaskID, name: str) -> None:
+    progress.update(task, advance=1, description=name)
 
 
 def _asked(
@@ -143,6 +156,7 @@ def _explain_target(
     given: frozenset[str],
     newest: int,
     worst: int,
+    tokens: int | None,
     json: Path | None,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -167,7 +181,7 @@ def _explain_target(
         def step(name: str) -> None:
             progress.update(task, advance=1, description=name)
 
-        found = explain_method(ways, methods[0], newest=newest, worst=worst, on_step=step)
+        found = explain_method(ways, methods[0], newest=newest, worst=worst, tokens=tokens, on_step=step)
     show_method(console, found, title)
     fields = asdict(found) | budget_fields(found.budget)
     options = {**asdict(model_options), **asdict(text_options), "batch": batch, "prompt_length": prompt}

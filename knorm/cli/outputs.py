@@ -17,6 +17,7 @@ import click
 
 from knorm import __version__
 from knorm.files import file_size, write_whole
+from knorm.methods.known import version_of
 from knorm.paths import goldens
 
 MADE_BY = "made with knorm"  # in the metadata of each figure
@@ -123,7 +124,7 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
     WRITTEN.append(write_whole(file, write))
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, str | None]:
     """Collect what results depend on."""
     packages = ("torch", "transformers", "numpy")
     return {
@@ -131,6 +132,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         **{p: metadata.version(p) for p in packages},
+        "kvpress": version_of("kvpress"),
     }
 
 
@@ -156,6 +158,46 @@ def write_programs(folder: Path, target: str, programs: Mapping[str, str]) -> No
             replace_file(file, partial(_write_text, header + text + "\n"))
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+_PAGE = {"index.html": MADE_BY.encode(), "results.json": b'"schema": "knorm-page"'}  # file -> what one of ours has
+
+
+def check_page(folder: Path) -> None:
+    """Raise ValueError, before the work, for a folder in which no page can be written: one that holds something else.
+
+    A folder that is new, empty or holds a page of knorm's is fine; with --force, any.
+    """
+    force = bool(click.get_current_context().meta.get(_FORCE, False))
+    try:
+        there = sorted(entry.name for entry in os.scandir(folder)) if folder.exists() else []
+        parts = [name for name in _PAGE if (folder / name).exists()]
+        ours = bool(parts) and all(_PAGE[name] in _ends(folder / name) for name in parts)
+        if not folder.exists() and not folder.absolute().parent.is_dir():
+            raise ValueError(f"cannot write {folder}: there is no folder {folder.absolute().parent}")
+        if there and not ours and not force:
+            raise ValueError(f"cannot write {folder}: it holds {there[0]}, and no page: give a new or an empty folder")
+    except NotADirectoryError:
+        raise ValueError(f"cannot write {folder}: it is no folder") from None
+    except OSError as error:
+        raise ValueError(f"cannot write {folder}: {error.strerror or error}") from None
+    for name in _PAGE if folder.exists() else ():
+        if problem := _problem(folder / name, force=force):
+            raise ValueError(f"cannot write {folder / name}: {problem}")
+
+
+def write_page(folder: Path, html: str, parts: Mapping[str, Any]) -> None:
+    """Write a page and the JSON beside it, each whole or not at all.
+
+    Args:
+        folder: that check_page has let pass; it is made where it is not there.
+        html: the page.
+        parts: the same as page.form.Page holds it.
+    """
+    folder.mkdir(exist_ok=True)
+    page, data = (folder / name for name in _PAGE)
+    replace_file(page, partial(_write_text, html))
+    write_json(data, parts)
 
 
 def _write_text(text: str, file: Path) -> None:

@@ -134,11 +134,11 @@ def _run(ready: Ready, out: Path, *, retry: bool, quiet: bool) -> None:
     alone = {name: cell for name, cell in ready.cells.items() if cell.measure == "latency"}
     phases = {name: cell for name, cell in ready.cells.items() if name not in alone}, alone
     states = folder.states()
+    folder.begin(ready.rows, ready.targets, ready.study.axes(), ready.stored())
     for cells in phases:
         left = [name for name in cells if name not in states or (retry and states[name] == "failed")]
         if not left:
             continue
-        folder.begin(ready.rows, ready.targets, ready.study.axes())
         if out not in WRITTEN:
             WRITTEN.append(out)  # told where it is interrupted: what is finished stays
         with _stopping(), _engine(ready, alone=cells is alone) as engine, reporting(quiet) as report:
@@ -187,7 +187,7 @@ def _show(console: Console, ready: Ready, out: Path, json: Path | None, parquet:
     table = join(ready.folder, ready.cells, rows=not console.quiet or bool(json or parquet))
     show_table(console, ready, table)
     if json or parquet:
-        fields = table_fields(ready, table)
+        fields = table_fields(ready.stored(), table)
         write_json(json, fields)
         if parquet:
             write_parquet(parquet, fields["rows"])

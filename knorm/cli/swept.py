@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,11 @@ class Ready:
     targets: dict[str, Any]
     engine: str
     workers: int | None
+
+    def stored(self) -> dict[str, Any]:
+        """Return what the folder keeps of the study, so that it can be read without the plan."""
+        plan = self.study.plan.model_dump(mode="json")
+        return {"plan": plan, "device": self.study.device, "left_out": _left_out(self), "cells": [*self.cells]}
 
 
 def lasting(seconds: float) -> str:
@@ -288,22 +293,27 @@ def _show_failures(console: Console, table: Table) -> None:
         print_wrapped(console, f"FAILED  {label}{where}{f', {count} cells' if count > 1 else ''}: {reason}", "bold red")
 
 
-def table_fields(ready: Ready, table: Table) -> dict[str, Any]:
-    """Return what --json holds: nothing that a second run of the same cells would not give again."""
+def table_fields(study: Mapping[str, Any], table: Table) -> dict[str, Any]:
+    """Return what --json holds: nothing that a second run of the same cells would not give again.
+
+    Args:
+        study: of Ready.stored, or as the folder keeps it.
+        table: its results, joined.
+    """
     from knorm.sweep.table import apart, groups, row_fields
 
     letters = {
         id(row): letter for rows in groups(table.damage).values() for row, letter in zip(rows, apart(rows), strict=True)
     }
     return {
-        "plan": ready.study.plan.model_dump(), "device": ready.study.device, "cells": table.cells, "done": table.done,
+        "plan": study["plan"], "device": study["device"], "cells": table.cells, "done": table.done,
         "rows": [row_fields(row, letters[id(row)]) for row in table.damage],
         "laws": [{**_named(cell), **values} for cell, values in table.laws],
         "counted": [{**_named(cell), "counters": values} for cell, values in table.counters],
         "timed": [{**_named(cell), **values} for cell, values in table.latency],
         "failures": [{**_named(cell), "reason": reason, "fault": False} for cell, reason in table.failures]
         + [{**_named(cell), "reason": trace.strip().splitlines()[-1], "fault": True} for cell, trace in table.faults],
-        "left_out": _left_out(ready),
+        "left_out": study["left_out"],
     }  # fmt: skip
 
 

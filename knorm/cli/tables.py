@@ -16,9 +16,9 @@ from knorm.cli.options import visible
 
 if TYPE_CHECKING:
     from knorm.evaluation.curve import Row
-    from knorm.evaluation.damage import Damage
     from knorm.evaluation.doubts import Suspicion
     from knorm.evaluation.facts import Recall
+    from knorm.evaluation.sums import Damage
     from knorm.evaluation.ways import Evaluation
     from knorm.golden.gates import Finding
     from knorm.golden.history import Entry

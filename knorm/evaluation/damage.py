@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from knorm.statistics import interval
+from knorm.evaluation.sums import Damage, Sums, damage_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,63 +39,6 @@ class PerToken(NamedTuple):
     delta_p: Tensor
 
 
-@dataclass(frozen=True)
-class Damage:
-    """Sum up what a method costs in quality; intervals are 95%, clustered by window, None for one window.
-
-    Attributes:
-        windows: how many.
-        tokens: scored in all of them.
-        nll: mean in nats per token.
-        ppl: exp of it.
-        delta_nll: mean difference from the full cache, paired by token.
-        delta_nll_low: lower end of its interval; delta_nll_high: the upper.
-        kl: mean KL(full || run), in nats per token.
-        kl_low: lower end of its interval; kl_high: the upper.
-        kl_median: of the tokens; kl_99 and kl_999: their 99% and 99.9% quantiles; kl_largest: the largest.
-        accuracy: share of tokens that the run predicts as the likeliest.
-        same_top: share of tokens for which both predict the same token as the likeliest.
-        delta_p: mean change of the true token's probability; delta_p_rms: root of its mean square.
-    """
-
-    windows: int
-    tokens: int
-    nll: float
-    ppl: float
-    delta_nll: float
-    delta_nll_low: float | None
-    delta_nll_high: float | None
-    kl: float
-    kl_low: float | None
-    kl_high: float | None
-    kl_median: float
-    kl_99: float
-    kl_999: float
-    kl_largest: float
-    accuracy: float
-    same_top: float
-    delta_p: float
-    delta_p_rms: float
-
-
-class Sums(NamedTuple):
-    """Hold what a comparison adds up to in each window, from which any windows' Damage follows.
-
-    nll, nll_full, kl, same_top, correct, delta_p are sums over the window's tokens of what PerToken holds, delta_nll of
-    nll - nll_full, delta_p_squared of its square: float64 [windows]. tokens is PerToken's kl, for its quantiles.
-    """
-
-    nll: Tensor
-    nll_full: Tensor
-    delta_nll: Tensor
-    kl: Tensor
-    same_top: Tensor
-    correct: Tensor
-    delta_p: Tensor
-    delta_p_squared: Tensor
-    tokens: Tensor
-
-
 def sums_of(tokens: PerToken) -> Sums:
     """Add up a comparison, window by window.
 
@@ -110,12 +51,12 @@ def sums_of(tokens: PerToken) -> Sums:
     Example:
         >>> ones = torch.ones(2, 3, dtype=torch.float64)
         >>> sums_of(PerToken(ones, ones, ones, ones == 1, ones == 1, ones)).nll
-        tensor([3., 3.], dtype=torch.float64)
+        array([3., 3.])
     """
     change, delta = tokens.nll - tokens.nll_full, tokens.delta_p
     columns = (tokens.nll, tokens.nll_full, change, tokens.kl, tokens.same_top, tokens.correct, delta, delta.square())
-    sums = [column.double().sum(1) for column in columns]
-    return Sums(*sums, tokens.kl)  # type: ignore[call-arg]
+    sums = [column.double().sum(1).numpy() for column in columns]
+    return Sums(*sums, tokens.kl.numpy())  # type: ignore[call-arg]
 
 
 def summed(tokens: PerToken) -> Damage:
@@ -133,43 +74,6 @@ def summed(tokens: PerToken) -> Damage:
         1.0
     """
     return damage_of(sums_of(tokens))
-
-
-def damage_of(sums: Sums) -> Damage:
-    """Compute means, quantiles and intervals from the sums of windows, in their order.
-
-    Args:
-        sums: of all windows that are to be summed up, of equally many tokens each.
-
-    Returns:
-        What `summed` returns for the same windows at once, to the bit.
-    """
-    count, each = sums.tokens.numel(), sums.tokens.shape[1]
-    low, high = interval(sums.delta_nll / each)
-    kl_low, kl_high = interval(sums.kl / each)
-    ordered = sums.tokens.flatten().sort().values
-    at = [float(ordered[min(count - 1, math.ceil(share * count) - 1)]) for share in (0.5, 0.99, 0.999)]
-    mean = float(sums.nll.sum()) / count
-    return Damage(
-        windows=len(sums.nll),
-        tokens=count,
-        nll=mean,
-        ppl=math.exp(mean) if mean < 700 else math.inf,
-        delta_nll=float(sums.delta_nll.sum()) / count,
-        delta_nll_low=low,
-        delta_nll_high=high,
-        kl=float(sums.kl.sum()) / count,
-        kl_low=kl_low,
-        kl_high=kl_high,
-        kl_median=at[0],
-        kl_99=at[1],
-        kl_999=at[2],
-        kl_largest=float(ordered[-1]),
-        accuracy=float(sums.correct.sum()) / count,
-        same_top=float(sums.same_top.sum()) / count,
-        delta_p=float(sums.delta_p.sum()) / count,
-        delta_p_rms=math.sqrt(float(sums.delta_p_squared.sum()) / count),
-    )
 
 
 @contextmanager

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import ascii_lowercase
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from knorm.statistics import half_width
 
 NOISE = 1e-8  # nats: KL that rounding alone can make
 
 
-def letters(values: Sequence[Tensor], least: float = 0.0) -> list[str]:
+def letters(values: Sequence[ArrayLike], least: float = 0.0) -> list[str]:
     """Give runs letters, so that two runs share one where they cannot be told apart (a compact letter display).
 
     Two runs are apart where Student's 95% interval of their mean difference, paired by window, excludes zero.
@@ -28,16 +28,15 @@ def letters(values: Sequence[Tensor], least: float = 0.0) -> list[str]:
     Source: Piepho, An algorithm for a letter-based representation of all-pairwise comparisons, 2004.
 
     Example:
-        >>> import torch
-        >>> noise = torch.tensor([[0.0], [0.1], [-0.1]])
+        >>> noise = np.array([[0.0], [0.1], [-0.1]])
         >>> letters([noise, noise * 2, noise + 5])
         ['a', 'a', 'b']
     """
-    means = [value.double().mean(1) for value in values]
+    means = [np.asarray(value, dtype=np.float64).mean(1) for value in values]
     order = sorted(range(len(means)), key=lambda run: float(means[run].mean()))
     if len(means) < 2 or len(means[0]) < 2:
         return [""] * len(means)
-    groups, table = [set(order)], torch.stack(means)
+    groups, table = [set(order)], np.stack(means)
     for place, first in enumerate(order):
         apart = _apart(table[first] - table, least)
         for second in order[place + 1 :]:
@@ -47,11 +46,11 @@ def letters(values: Sequence[Tensor], least: float = 0.0) -> list[str]:
     return ["".join(_letter(i) for i, group in enumerate(groups) if run in group) for run in range(len(means))]
 
 
-def _apart(differences: Tensor, least: float) -> list[bool]:
+def _apart(differences: NDArray[np.float64], least: float) -> list[bool]:
     """Tell which rows of differences [runs, windows] have a mean that is certainly not 0, and beyond noise."""
-    means = differences.mean(1)
-    reach = torch.from_numpy(half_width(differences.numpy()))
-    return ((means.abs() > reach) & (means.abs() > least)).tolist()
+    means = np.abs(differences.mean(1))
+    apart: list[bool] = ((means > half_width(differences)) & (means > least)).tolist()
+    return apart
 
 
 def _without_pair(groups: list[set[int]], first: int, second: int) -> list[set[int]]:

@@ -6,14 +6,14 @@ tokens' NLLs, with an interval over windows, since tokens of one window are not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from knorm.evaluation.curve import NEWEST, mean_recent
 from knorm.evaluation.interventions import (
@@ -24,15 +24,15 @@ from knorm.evaluation.interventions import (
     stored_positions,
 )
 from knorm.evaluation.runner import Changes, Runner
-from knorm.masked_attention import attend_seen
-from knorm.perplexity import Run, exact_run
+from knorm.evaluation.tokens import TokenView, WindowTokens, check_window, window_tokens, worst_tokens
+from knorm.perplexity import Run
 from knorm.policy import Policy
 from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
-_WORSE_THAN_CHANCE = "Norms choose worse than chance here."
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
+_WORSE = "Norms choose worse than chance here."
 
 
 @dataclass(frozen=True)
@@ -68,32 +68,13 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class TokenView:
-    """Show a token that got worse, and the evicted token that it would have attended to most.
-
-    token       stands at position of window; nll_full, nll: in nats, with the full cache and in the run
-    evicted     stood at evicted_position
-    attention   that token's share of the full model's attention, mean over compressed layers and heads
-    """
-
-    window: int
-    position: int
-    token: str
-    nll_full: float
-    nll: float
-    evicted: str
-    evicted_position: int
-    attention: float
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Hold why a run's NLL moved; NLLs are means in nats a token.
 
     nll        of the run; nll_full: of the full cache; nll_empty: of no cache, None where that is not run
     windows    how many were scored, and tokens in all; recent: as in a curve's row
     effects    of single changes, ranked by what they take back; worst: tokens that got worse
-    verdict    sentences, the cause first
+    verdict    sentences, the cause first; per_token: a window's tokens, where they were asked for
     """
 
     nll: float
@@ -105,6 +86,7 @@ class Explanation:
     effects: tuple[Effect, ...]
     worst: tuple[TokenView, ...]
     verdict: tuple[str, ...]
+    per_token: WindowTokens | None = None
 
     @property
     def loss(self) -> float:
@@ -227,6 +209,11 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
     return tuple(said)
 
 
+def _refuse_idle(run: Run, policy: Policy, layers: int, length: int, prompt_length: int) -> None:
+    if all(bool((lost == length).all()) for lost in run.evicted_at):
+        raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
+
+
 def _nothing_evicted(policy: Policy, layers: int, length: int, prompt_length: int) -> str:
     """Say why nothing was evicted."""
     unexplained = "nothing to explain: no token was evicted; "
@@ -282,6 +269,7 @@ def explain(
     newest: int = NEWEST,
     stored: bool = False,
     worst: int = 8,
+    tokens: int | None = None,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> Explanation:
     """Evaluate a policy's run, then every single change to it, all exactly and on the same tokens.
@@ -290,25 +278,24 @@ def explain(
         runner: the model, the windows of the text, and their prompt.
         tokenizer: of the model, to show tokens.
         policy: of the run to explain.
-        newest: how many of the newest tokens one intervention protects (half the budget, if that is less).
-        stored: explain the run of a loop that takes positions from the stored length; what corrects them is tried.
+        newest: of the newest tokens, those that one intervention protects (half the budget, if that is less).
+        stored: the run is a loop's that takes positions from the stored length; corrections are tried.
         worst: how many tokens to show of those that got worse.
-        on_step: called with the name of each evaluation before it begins.
+        tokens: the window, from 0, of which each token is told.
+        on_step: called with each evaluation's name before it.
 
     Returns:
-        The effects, ranked by what they take back, the worst tokens and a verdict in words.
-
-    Raises:
-        ValueError: where no token is evicted, and what perplexity.exact_nll raises.
+        The effects, ranked by what they take back, worst tokens and a verdict. Raises ValueError as exact_nll does.
 
     Example:
         >>> (model, tokenizer), ids = load_embedded(), torch.arange(64).view(2, 32)
-        >>> runner = Runner(model, knorm.evaluation.windows.Windows(ids), prompt_length=16)
-        >>> explain(runner, tokenizer, Policy(0.5)).tokens
+        >>> windows = knorm.evaluation.windows.Windows(ids)
+        >>> explain(Runner(model, windows, prompt_length=16), tokenizer, Policy(0.5)).tokens
         32
     """
-    length, prompt = runner.windows.input_ids.shape[1], runner.prompt_length
-    layers = runner.model.config.num_hidden_layers
+    check_window(runner.model, runner.windows.input_ids, tokens)
+    length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
+    of_run: Any = {"layers": runner.model.config.num_hidden_layers, "length": length, "prompt_length": prompt_length}
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
@@ -318,81 +305,19 @@ def explain(
     def nlls(change: Intervention, **options: Unpack[Changes]) -> Tensor:
         return measured(change.name, change.policy, change.prompt_length, options)[0]
 
-    places: Changes = {"position_ids": stored_positions(policy, length, prompt)} if stored else {}
-    own, run = measured("the run", policy, prompt, places)
-    if all(bool((lost == length).all()) for lost in run.evicted_at):
-        raise ValueError(_nothing_evicted(policy, layers, length, prompt))
-    full, _ = measured("full cache", Policy(), prompt, {})
-    empty, _ = measured("no cache", Policy(), prompt, {"schedule": sees_itself})
-    changes = interventions(policy, layers=layers, length=length, prompt_length=prompt, newest=newest, stored=stored)
-    evaluated = [(change, partial(nlls, change)) for change in changes]
-    ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
+    places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
+    own, run = measured("the run", policy, prompt_length, places)
+    _refuse_idle(run, policy, **of_run)
+    full = measured("full cache", Policy(), prompt_length, {})[0]
+    empty = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})[0]
+    changes = interventions(policy, **of_run, newest=newest, stored=stored)
+    tried = ((change, partial(nlls, change)) for change in changes)
+    ranked, rounding = rank_effects(tried, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt), ranked,
+        mean_recent(run, policy, prompt_length), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
+        window_tokens(runner, tokenizer, tokens, own, full, run.evicted_at, policy),
     )  # fmt: skip
-    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE_THAN_CHANCE))
-
-
-def worst_tokens(
-    runner: Runner,
-    tokenizer: PreTrainedTokenizerFast,
-    run: Run,
-    full: Tensor,
-    most: int,
-    policy: Policy,
-    rounding: Rounding,
-) -> Iterator[TokenView]:
-    """Find the tokens whose NLL rose most, each with the evicted token that the full model attends to most there.
-
-    Args:
-        runner: the model, its windows and their prompt.
-        tokenizer: of the model.
-        run: the compressed run.
-        full: NLLs of the full cache, float64 [windows, scored].
-        most: how many tokens.
-        policy: of the run.
-        rounding: a rise within it is none.
-
-    Yields:
-        The tokens, the worst first.
-    """
-    own, all_ids = run.nll.double().cpu(), runner.windows.input_ids
-    rise = own - full
-    for flat in rise.flatten().topk(min(most, rise.numel())).indices.tolist():
-        window, at = divmod(flat, rise.shape[1])
-        if rise[window, at] <= rounding.largest:
-            return
-        query = at + runner.prompt_length - 1
-        weights = _attention_of(runner.model, all_ids[window : window + 1], query)
-        lost = torch.zeros(query + 1, dtype=torch.float64)
-        for layer, weight in enumerate(weights):  # [heads, query + 1]
-            if layer not in policy.skip_layers:
-                gone = run.evicted_at[layer][window, :, : query + 1] <= query
-                lost += (weight * gone.repeat_interleave(len(weight) // len(gone), 0)).mean(0).double().cpu()
-        source = int(lost.argmax())
-        if not lost[source]:  # nothing that it would have seen was evicted: it got worse by what others lost
-            continue
-        ids = all_ids[window]
-        compressed = max(1, len(weights) - len(policy.skip_layers))
-        yield TokenView(
-            window, query + 1, str(tokenizer.decode(ids[query + 1 : query + 2])), float(full[window, at]),
-            float(own[window, at]), str(tokenizer.decode(ids[source : source + 1])), source,
-            float(lost[source]) / compressed,
-        )  # fmt: skip
-
-
-def _attention_of(model: PreTrainedModel, ids: Tensor, query_position: int) -> list[Tensor]:
-    """The full model's attention weights at one query, per layer: [heads, query_position + 1]."""
-    weights: list[Tensor] = []
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, evicted: Tensor | None, scale: float | None) -> Tensor:
-        keys = key[0, :, : query_position + 1].repeat_interleave(query.shape[1] // key.shape[1], 0)
-        scores = query[0, :, query_position, None] @ keys.mT
-        weights.append((scores[:, 0] * (scale or query.shape[-1] ** -0.5)).softmax(-1))
-        return attend_seen(query, key, value, evicted, scale)
-
-    exact_run(model, ids, Policy(), attend=attend)
-    return weights
+    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE))

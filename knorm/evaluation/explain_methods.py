@@ -6,7 +6,7 @@ changes keys or values instead, is given them back as the model computed them: o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -24,11 +24,11 @@ from knorm.evaluation.explain import (
     rank_effects,
     sentence_of,
     verdict_of,
-    worst_tokens,
 )
 from knorm.evaluation.interventions import SINKS, Intervention, Kind, sees_itself
 from knorm.evaluation.recovery import Beside, Exact, Recovery, Unrecoverable
 from knorm.evaluation.runner import Changes, Runner
+from knorm.evaluation.tokens import check_window, window_tokens, worst_tokens
 from knorm.evaluation.ways import Evaluation, Ways
 from knorm.methods.budget import Budget
 from knorm.methods.method import Method
@@ -39,6 +39,9 @@ from knorm.schedule import cache_lengths, evicted_like, never
 
 Table = list[Tensor]  # for each layer: evicted_at, int64 [windows, kv_heads, T]
 Step = Callable[[str], None]
+
+
+_BY_KEYS = "its schedule follows from its keys"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,13 @@ class MethodExplanation:
 
 
 def explain_method(
-    ways: Ways, method: Method, *, newest: int = NEWEST, worst: int = 8, on_step: Step = lambda name: None
+    ways: Ways,
+    method: Method,
+    *,
+    newest: int = NEWEST,
+    worst: int = 8,
+    tokens: int | None = None,
+    on_step: Step = lambda name: None,
 ) -> MethodExplanation:
     """Run a method, recover what its queries saw, and evaluate every single change to it on the same tokens.
 
@@ -73,6 +82,7 @@ def explain_method(
         method: made by `knorm.method`.
         newest: how many of the newest tokens one intervention protects.
         worst: how many tokens to show of those that got worse.
+        tokens: the window, from 0, of which each token is told.
         on_step: called with the name of each evaluation before it begins.
 
     Returns:
@@ -80,31 +90,26 @@ def explain_method(
 
     Raises:
         MethodError: what the method's own code raised.
-        ValueError: where nothing changed, where what the queries saw cannot be recovered, and for a model whose
-            schedules cannot be run in one pass.
+        ValueError: nothing changed, what queries saw cannot be recovered, or the model's schedules are not one pass.
 
     Example:
-        >>> from knorm.evaluation.windows import Windows
-        >>> model, tokenizer = load_embedded()
-        >>> ways = Ways(model, Windows(torch.arange(96).view(2, 48)), 24, tokenizer=tokenizer)
-        >>> def newest(keys, values, keep_ratio):
-        ...     return keys[:, :, -12:], values[:, :, -12:]
+        >>> (model, tokenizer), ids = load_embedded(), torch.arange(96).view(2, 48)
+        >>> ways = Ways(model, knorm.evaluation.windows.Windows(ids), 24, tokenizer=tokenizer)
+        >>> newest = lambda keys, values, keep_ratio: (keys[:, :, -12:], values[:, :, -12:])
         >>> explain_method(ways, method(newest, keep_ratio=0.5)).explanation.windows
         2
     """
     tokenizer, after = ways.tokenizer, ways.ids.shape[1] - ways.prompt_length
     if tokenizer is None or ways.scored != after:
         raise ValueError("explaining shows tokens, and scores all after the prompt: give Ways a tokenizer, not scored")
+    check_window(ways.model, ways.ids, tokens)
+    runner = Runner(ways.model, ways.windows, ways.prompt_length, ways.batch)
     if method.policy is not None:
-        runner = Runner(ways.model, ways.windows, ways.prompt_length, ways.batch)
-        found = explain(runner, tokenizer, method.policy, newest=newest, worst=worst, on_step=on_step)
-        said = "its schedule follows from its keys"
-        return MethodExplanation(method.name, method.budget, "schedule", "", "evicts", said, found)
+        found = explain(runner, tokenizer, method.policy, newest=newest, worst=worst, tokens=tokens, on_step=on_step)
+        return MethodExplanation(method.name, method.budget, "schedule", "", "evicts", _BY_KEYS, found)
     on_step(method.label)
     row = ways.evaluate(method)
-    if not row.changed:
-        check = f"; {row.check}" if row.check else ""
-        raise ValueError(f"nothing to explain: {row.label}: no token's prediction changed{check}")
+    _refuse_unchanged(row)
     on_step("what its queries saw")
     try:
         recoveries = _recovered(ways, method, row)
@@ -116,10 +121,23 @@ def explain_method(
             found = _explained_changes(ways, method, row, on_step)
     except Unrecoverable as error:
         raise ValueError(f"{row.label}: which tokens its queries see cannot be recovered: {error}") from None
-    changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
-    said = _shares(ways, table) if evicts else f"every query sees every token; changed: {' and '.join(changed)}"
+    losses = row.per_token.nll, row.per_token.nll_full
+    told = window_tokens(runner, tokenizer, tokens, *losses, table, Policy(), row.per_token.kl)
     acts: Literal["evicts", "changes"] = "evicts" if evicts else "changes"
-    return MethodExplanation(row.method, row.budget, row.how, row.check, acts, said, found)
+    said = _shares(ways, table) if evicts else _changes(recoveries)
+    return MethodExplanation(row.method, row.budget, row.how, row.check, acts, said, replace(found, per_token=told))
+
+
+def _changes(recoveries: Iterable[Recovery]) -> str:
+    """Say what a method does that evicts nothing."""
+    changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
+    return f"every query sees every token; changed: {' and '.join(changed)}"
+
+
+def _refuse_unchanged(row: Evaluation) -> None:
+    if not row.changed:
+        check = f"; {row.check}" if row.check else ""
+        raise ValueError(f"nothing to explain: {row.label}: no token's prediction changed{check}")
 
 
 def _recovered(ways: Ways, method: Method, row: Evaluation) -> list[Recovery]:

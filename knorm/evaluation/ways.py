@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from knorm.evaluation.damage import Damage, PerToken, compare, head_of, summed
+from knorm.evaluation.damage import PerToken, compare, head_of, summed
 from knorm.evaluation.recovery import Beside
+from knorm.evaluation.sums import Damage
 from knorm.evaluation.windows import Windows, check_prompt
 from knorm.methods.budget import Budget
 from knorm.methods.caches import CacheMethod, stored_bytes

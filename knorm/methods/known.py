@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 
 # Presses that are not opened by their class and a ratio alone: how kvpress' own documentation opens them.
 PRESSES: Mapping[str, str] = {
@@ -43,3 +44,11 @@ WEIGHTS: Mapping[str, str] = {
 CACHES = ("DynamicCache", "StaticCache", 'QuantizedCache(backend="fp8")')
 
 NO_PRESS = ("gpt_neox",)  # architectures, as configurations name them, that presses cannot be hooked into
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of a `package` that methods may come from; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

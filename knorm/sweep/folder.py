@@ -71,13 +71,20 @@ class Folder:
             told = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in before["axes"].items())
             raise ValueError(f"{self.place} is the folder of another plan ({told}): give another folder")
 
-    def begin(self, rows: Iterable[str], targets: Mapping[str, Any], axes: Mapping[str, Any]) -> None:
+    def begin(
+        self,
+        rows: Iterable[str],
+        targets: Mapping[str, Any],
+        axes: Mapping[str, Any],
+        study: Mapping[str, Any] | None = None,
+    ) -> None:
         """Make the folder ready for a plan.
 
         Args:
             rows: the names of the plan's rows.
             targets: what loading targets told.
             axes: the plan in words, for messages.
+            study: the plan with the names of its cells, from which table.stored joins the results.
 
         Raises:
             ValueError: the folder holds a plan that has no row in common with this one.
@@ -86,7 +93,7 @@ class Folder:
         rows = sorted(rows)
         self.refuse_other(rows)
         self.place.mkdir(parents=True, exist_ok=True)
-        fields = {"form": _FORM, "axes": axes, "rows": rows, "targets": targets}
+        fields = {"form": _FORM, "axes": axes, "rows": rows, "targets": targets, "study": study or {}}
         if fields != self.known():
             write_whole(self.place / "plan.json", lambda beside: beside.write_text(json.dumps(fields, indent=1)))
         for folder in (self.results, self.claims):

@@ -20,6 +20,7 @@ from knorm.evaluation.ways import Evaluation, Ways
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.environment import device_class
 from knorm.methods.door import method
+from knorm.methods.known import version_of
 from knorm.methods.method import Method, MethodError
 from knorm.methods.policies import PolicyMethod
 from knorm.models import hush, load_model, load_text
@@ -68,8 +69,14 @@ def measure_cell(fields: Mapping[str, Any], hint: Mapping[str, Any] | None = Non
     peak = torch.cuda.max_memory_allocated() if cuda else 0
     return outcome(
         fields, values, failed=failed, fault=fault, seconds=time.perf_counter() - begin, memory=peak or _memory(),
-        environment={**versions(cell.device), "device_class": device_class(cell.device)},
+        environment=_environment(cell.device),
     )  # fmt: skip
+
+
+def _environment(device: str) -> dict[str, str]:
+    kvpress = version_of("kvpress")
+    own = {**versions(device), "device_class": device_class(device)}
+    return own if kvpress is None else {**own, "kvpress": kvpress}
 
 
 def _line(error: BaseException) -> str:

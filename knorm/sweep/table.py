@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from knorm.sweep.cells import CONTROL, Cell
+from knorm.sweep.cells import CONTROL, Cell, cell_of
 from knorm.sweep.folder import Folder
 
 if TYPE_CHECKING:
-    from knorm.evaluation.damage import Damage
+    from knorm.evaluation.sums import Damage
 
 
 MOST_LETTERED = 100  # rows: letters of more would be words that nobody reads
@@ -163,13 +163,50 @@ def read_result(folder: Folder, name: str) -> Result | None:
         raise ValueError(f"{where} is damaged: remove it, and its cell is done again") from None
 
 
-def join(folder: Folder, cells: Mapping[str, Cell], *, rows: bool = True) -> Table:
+def stored(folder: Folder) -> tuple[dict[str, Any], Table, dict[str, str]]:
+    """Join what a folder holds of the plan that was run last, without the plan's file and without its methods.
+
+    Args:
+        folder: of a sweep.
+
+    Returns:
+        The study, as Ready.stored wrote it; its results; the environment of the first of them.
+
+    Raises:
+        ValueError: no folder of a sweep, none that says what was planned, or a result that is damaged.
+    """
+    known = folder.known()
+    if not known:
+        raise ValueError(f"{folder.place} holds no sweep: knorm sweep PLAN {folder.place} makes one")
+    try:
+        study, names = dict(known["study"]), [*map(str, known["study"]["cells"])]
+        windows = int(study["plan"]["windows"])
+    except (KeyError, TypeError, ValueError):
+        said = "does not say which cells were planned: run the same knorm sweep on it again"
+        raise ValueError(f"{folder.place / 'plan.json'} {said}") from None
+    there = folder.states()
+    cells: dict[str, Cell] = {}
+    environment: dict[str, str] = {}
+    for name in names:
+        if name in there and (result := read_result(folder, name)) is not None:
+            try:
+                cells[name] = cell_of(result.cell)
+            except TypeError:
+                raise ValueError(f"{folder.results / name}.json is no result of this version of knorm") from None
+            environment = environment or result.environment
+    table = join(folder, cells, windows=windows)
+    table.cells = len(names)
+    return study, table, environment
+
+
+def join(folder: Folder, cells: Mapping[str, Cell], *, rows: bool = True, windows: int | None = None) -> Table:
     """Join results into a table; it is the same, to the bit, however often the study was interrupted.
 
     Args:
         folder: that the results are in.
         cells: of the plan, by name.
         rows: False where only failures and laws are asked for: damage that is done is counted, and not read.
+        windows: that a row has when it is whole; by default, all those of its cells.
 
     Returns:
         The table.
@@ -191,7 +228,8 @@ def join(folder: Folder, cells: Mapping[str, Cell], *, rows: bool = True) -> Tab
             if result is not None and _counted(table, cells[name], result) and result.damage is not None:
                 parts.append((cells[name], result.damage))
         if parts and rows:
-            table.damage.append(_row(parts, sum(cells[name].last - cells[name].first for name in names)))
+            planned = sum(cells[name].last - cells[name].first for name in names)
+            table.damage.append(_row(parts, windows or planned))
     return table
 
 
@@ -213,9 +251,7 @@ def _counted(table: Table, cell: Cell, result: Result) -> bool:
 
 
 def _row(parts: list[tuple[Cell, DamageFields]], planned: int) -> DamageRow:
-    import torch
-
-    from knorm.evaluation.damage import Sums, damage_of
+    from knorm.evaluation.sums import Sums, damage_of
 
     parts.sort(key=lambda part: part[0].first)
     fields = [values for _, values in parts]
@@ -223,8 +259,8 @@ def _row(parts: list[tuple[Cell, DamageFields]], planned: int) -> DamageRow:
     names = [*SumsFields.model_fields]
     values = np.array([[x for f in fields for x in getattr(f.sums, n)] for n in names])
     raw = b"".join(base64.b64decode(f.kl) for f in fields)
-    tokens = torch.from_numpy(np.frombuffer(raw, dtype="<f8").copy()).view(sum(counts), -1)
-    sums = Sums(**dict(zip(names, torch.from_numpy(values), strict=True)), tokens=tokens)
+    tokens = np.frombuffer(raw, dtype="<f8").reshape(sum(counts), -1)
+    sums = Sums(**dict(zip(names, values, strict=True)), tokens=tokens)
     weights = np.array(counts) / sum(counts)
     seen = sum(np.array(f.tokens_seen) * weight for f, weight in zip(fields, weights, strict=True))
     return DamageRow(
@@ -241,7 +277,7 @@ def _row(parts: list[tuple[Cell, DamageFields]], planned: int) -> DamageRow:
         bytes_full=fields[0].bytes_full,
         kl=(sums.kl / tokens.shape[1]).tolist(),
         changes=(sums.delta_nll / tokens.shape[1]).tolist(),
-        nll_full=float(sums.nll_full.sum()) / tokens.numel(),
+        nll_full=float(sums.nll_full.sum()) / tokens.size,
     )
 
 
@@ -257,15 +293,13 @@ def groups(rows: Sequence[DamageRow]) -> dict[tuple[Any, ...], list[DamageRow]]:
 
 def apart(rows: Sequence[DamageRow]) -> list[str]:
     """Give letters to rows of a group that have all windows, as `knorm ppl` does; others, and too many, get none."""
-    import torch
-
     from knorm.evaluation.distinct import NOISE, letters
 
     whole = [row for row in rows if row.whole]
     if len(whole) > MOST_LETTERED:
         return [""] * len(rows)
     noise = max([NOISE, *(2 * row.damage.kl for row in whole if row.cell.method.target == CONTROL)])
-    given = iter(letters([torch.tensor(row.kl, dtype=torch.float64)[:, None] for row in whole], noise))
+    given = iter(letters([np.array(row.kl)[:, None] for row in whole], noise))
     return [next(given) if row.whole else "" for row in rows]
 
 

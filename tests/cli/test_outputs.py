@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import stat
+from importlib import metadata
 from pathlib import Path
 
 import click
@@ -188,3 +189,15 @@ def test_links_that_lead_round_are_wrong_usage_wherever_they_are_given(line, run
     code, out, err = run_knorm(*line.split())
     assert (code, out) == (2, ""), err
     assert "loop" in err.splitlines()[-1]
+
+
+def test_the_environment_names_kvpress_where_it_is_installed(monkeypatch):
+    def version(name):
+        if name == "kvpress":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(metadata, "version", lambda name: "1.2.3")
+    assert outputs.environment()["kvpress"] == "1.2.3"
+    monkeypatch.setattr(metadata, "version", version)
+    assert outputs.environment()["kvpress"] is None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import sweeping
-from commands import new_environment, strict_json
+from commands import in_a_new_process, new_environment, strict_json
 
 from knorm.cli import schemas
 from knorm.cli.swept import lasting
@@ -80,6 +80,40 @@ def test_the_same_command_again_gives_the_same_table_and_runs_nothing(sweep, mon
     assert code == 0
     assert Path("first.json").read_bytes() == Path("second.json").read_bytes()
     assert "6 of 6 cells are done" in said
+
+
+STORED = """
+import json, sys
+from pathlib import Path
+from knorm.cli.swept import table_fields
+from knorm.sweep.folder import Folder
+from knorm.sweep.table import stored
+study, table, versions = stored(Folder(Path(sys.argv[1])))
+print(json.dumps([table_fields(study, table), versions["torch"], "torch" in sys.modules]))
+"""
+
+
+def test_its_folder_tells_the_same_table_without_the_plan_and_without_pytorch(sweep):
+    plan = PLAN.replace('"mine.py:newest"', '"mine.py:newest", "mine.py:breaks"')
+    sweep(plan, "--json", "swept.json")
+    swept = strict_json("swept.json")
+    told, version, loaded = json.loads(in_a_new_process(STORED, "out", check=True).stdout)
+    assert version.startswith(swept["environment"]["torch"])
+    assert not loaded
+    again = schemas.FORMS["knorm-sweep"].model_validate({**swept, **told}).model_dump(mode="json", by_alias=True)
+    assert again == swept
+    for file in [*Path("out/results").iterdir()][::2]:
+        file.unlink()
+    told, _, _ = json.loads(in_a_new_process(STORED, "out", check=True).stdout)
+    assert (told["cells"], told["done"] + len(told["failures"])) == (8, 4)
+    assert {row["windows"] for row in told["rows"] if not row["complete"]} <= {2}
+
+
+def test_what_is_planned_less_later_is_told_so_though_nothing_is_left_to_do(sweep):
+    sweep(PLAN)
+    sweep(PLAN.replace('"knorm", ', ""))
+    told, _, _ = json.loads(in_a_new_process(STORED, "out", check=True).stdout)
+    assert {row["method"] for row in told["rows"]} == {"full cache, again", "mine.py:newest"}
 
 
 def test_a_dry_run_runs_nothing_and_learns_from_what_is_done(sweep):

@@ -5,7 +5,7 @@ A name means the same in all of them: losses are in nats per token, times in sec
 
 from __future__ import annotations
 
-from knorm.cli.schemas import quality, swept, timing, verdicts
+from knorm.cli.schemas import paged, quality, swept, timing, verdicts
 from knorm.cli.schemas.parts import Result
 
 VERSION = 1  # raised where a field changes its name or meaning
@@ -28,5 +28,6 @@ FORMS: dict[str, type[Result]] = {  # the name of a schema -> its form
     "knorm-golden-log": verdicts.GoldenLog,
     "knorm-sweep": swept.Swept,
     "knorm-sweep-plan": swept.Planned,
+    "knorm-page": paged.Paged,
     "knorm-init": verdicts.Initialised,
 }

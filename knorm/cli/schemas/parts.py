@@ -37,6 +37,7 @@ class Environment(Part):
     torch: str
     transformers: str
     numpy: str
+    kvpress: str | None = said("null where it is not installed", default=None)
 
 
 class Result(Part):

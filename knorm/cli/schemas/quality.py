@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from knorm.cli.schemas.parts import Count, Doubt, Part, PolicyFields, Result, Share, TextFields, said
+from knorm.page.form import WindowShown
 
 
 class CurveRow(Part):
@@ -144,6 +145,7 @@ class ExplanationFields(Part):
     effects: list[EffectRow] = said("the best first")
     worst: list[WorstToken]
     conclusions: list[str] = said("in words")
+    per_token: WindowShown | None = said("the tokens of one window, with --tokens", default=None)
 
 
 class Explanation(ExplanationFields, TextFields, Result):

@@ -1,0 +1,275 @@
+"""What a page shows, as the JSON beside it holds it: every verdict and number of the page, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from knorm.strict import Strict
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+CheckName = Annotated[str, Field(pattern=r"^\w+$")]
+Verdict = Literal["holds", "refuted", "expected failure", "unexpectedly holds", "untested", "does not apply"]
+Nats = Annotated[float, Field(ge=-1e6, le=1e6)]
+Divergence = Annotated[float, Field(ge=0, le=1e6)]
+Size = Annotated[float, Field(gt=0, le=1e18)]
+
+
+class Part(Strict):
+    """Hold fields of a page; none may be missing, none may be added, and no number is infinite."""
+
+    model_config = ConfigDict(strict=False)
+
+
+class Source(Part):
+    """Name what results were read from.
+
+    Attributes:
+        name: of the file or folder, without those above it.
+        form: the schema of the results.
+        digest: of their bytes.
+        versions: of what they depend on, by package.
+        cells: of a sweep's plan, and missing: those without a result; null for other results.
+        failures: of a sweep's cells, in words.
+    """
+
+    name: str
+    form: str
+    digest: str
+    versions: dict[str, str]
+    cells: Count | None = None
+    missing: Count | None = None
+    failed_cells: list[str] = Field(default_factory=list)
+
+
+class Law(Part):
+    """Name a check, and the law that it tries to refute."""
+
+    check: CheckName
+    law: str
+    family: str
+
+
+class Judged(Part):
+    """Hold what became of one check on one method, as `knorm check` says it."""
+
+    check: CheckName
+    verdict: Verdict
+    examples: Count
+    answered: Count
+    evicted: Count
+    fault: bool
+    counterexample: str | None
+    given: str | None
+    snippet: str | None
+    reason: str | None
+    needs: list[str]
+
+
+class MethodVerdicts(Part):
+    """Hold what became of one method; source: index of the results that it is from."""
+
+    name: str
+    source: Count
+    seed: int
+    profile: str
+    device: str
+    not_run: str | None
+    results: list[Judged]
+
+
+class Matrix(Part):
+    """Hold the verdicts that were found by one revision of the laws: those of another are not compared with them."""
+
+    suite: str
+    laws: list[Law]
+    methods: list[MethodVerdicts]
+
+
+class Point(Part):
+    """Hold what a method costs, as difference from the full cache of its own environment.
+
+    Attributes:
+        source: index of the results that it is from.
+        control: this is the full cache, run again.
+        mean_seen: tokens that a query sees, on average over layers and heads.
+
+    All else is as in knorm-sweep.
+    """
+
+    source: Count
+    control: bool
+    method: str
+    keep_ratio: float | None
+    keep_tokens: Count | None
+    device: str
+    how: str
+    checked: str
+    changed: bool
+    complete: bool
+    windows: Count
+    letters: str
+    tokens: Count
+    ppl: float | None
+    delta_nll: Nats
+    delta_nll_low: Nats | None
+    delta_nll_high: Nats | None
+    kl: Divergence
+    kl_low: Nats | None
+    kl_high: Nats | None
+    kl_99: Divergence
+    kl_largest: Divergence
+    accuracy: float
+    same_top: float
+    delta_p_rms: float
+    bytes_per_token: Size
+    bytes_per_token_full: Size
+    mean_seen: float
+
+    @property
+    def label(self) -> str:
+        """Name the method and its budget."""
+        return label_of(self.method, self.keep_ratio, self.keep_tokens)
+
+
+class Frontier(Part):
+    """Hold methods that ran on the same windows of a text; noise_kl: KL up to which nothing is told apart."""
+
+    model: str
+    dtype: str
+    text: str
+    column: str
+    window: Count
+    windows: Count
+    prompt_length: Count
+    seed: int
+    noise_kl: float
+    points: list[Point]
+
+
+class CurvePoint(Part):
+    """Hold one ratio of a curve of knorm's own policy."""
+
+    keep_ratio: float
+    nll: float
+    ppl: float | None
+    standard_error: float | None
+    accuracy: float
+    mean_cache: float
+    recent: float | None
+
+
+class CurveShown(Part):
+    """Hold a curve of knorm's own policy, in which no full cache was run beside it."""
+
+    source: Count
+    model: str
+    text: str
+    window: Count
+    windows: Count
+    policy_told: str
+    rows: list[CurvePoint]
+
+
+class Change(Part):
+    """Hold what one change to an explained run did."""
+
+    name: str
+    change: float
+    low: float | None
+    high: float | None
+    recovered: float | None
+    sentence: str
+
+
+class Lost(Part):
+    """Name an evicted token to which the full model attends, and its share of the attention."""
+
+    position: Count
+    attention: float
+
+
+class TokenShown(Part):
+    """Hold one token of a window; what was not scored has no losses.
+
+    Attributes:
+        token: as text.
+        gone: for each layer and head the query that no longer saw it; the window's length: none.
+        lost: what its prediction would have attended to and could not, most attended first.
+    """
+
+    token: str
+    nll_full: float | None
+    nll: float | None
+    kl: float | None
+    lost: list[Lost]
+
+
+class WindowShown(Part):
+    """Hold the tokens of one window, and when each head evicted them.
+
+    Attributes:
+        window: its index in the text.
+        evicted_at: for each layer, key/value head and token the first query that no longer saw it; the window's length
+            where none was. Null where every query saw every token.
+    """
+
+    window: Count
+    shown_tokens: list[TokenShown]
+    evicted_at: list[list[list[Count]]] | None
+
+    @model_validator(mode="after")
+    def _fits(self) -> WindowShown:
+        length = len(self.shown_tokens)
+        heads = [head for layer in self.evicted_at or () for head in layer]
+        if any(len(head) != length or max(head, default=0) > length for head in heads):
+            raise ValueError(f"evicted_at should have a time from 0 to {length} for each of {length} tokens")
+        if any(lost.position >= length for token in self.shown_tokens for lost in token.lost):
+            raise ValueError(f"lost should name one of {length} tokens")
+        return self
+
+
+class Explained(Part):
+    """Hold why a method's predictions moved."""
+
+    source: Count
+    model: str
+    text: str
+    method: str
+    keep_ratio: float | None
+    keep_tokens: Count | None
+    windows: Count
+    prompt_length: Count
+    nll: float
+    nll_full: float
+    tokens: Count
+    conclusions: list[str]
+    interventions: list[Change]
+    per_token: WindowShown | None
+
+    @property
+    def label(self) -> str:
+        """Name the method and its budget."""
+        return label_of(self.method, self.keep_ratio, self.keep_tokens)
+
+
+class Page(Part):
+    """Hold a page."""
+
+    title: str
+    sources: list[Source]
+    matrices: list[Matrix]
+    frontiers: list[Frontier]
+    curves: list[CurveShown]
+    explained: list[Explained]
+
+
+def label_of(method: str, keep_ratio: float | None, keep_tokens: int | None) -> str:
+    """Name a method and its budget, as tables do.
+
+    >>> label_of("knorm", 0.5, None), label_of("mine.py:f", None, 64), label_of("fp8", None, None)
+    ('knorm 0.5', 'mine.py:f 64 tokens', 'fp8')
+    """
+    budget = f"{keep_ratio:.4g}" if keep_ratio is not None else f"{keep_tokens} tokens" if keep_tokens else ""
+    return f"{method} {budget}".strip()

@@ -1,0 +1,108 @@
+"""From the parts of a page to its HTML: templates fill it, everything in them is escaped, and nothing is loaded."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knorm.page.figures import BOX, kl_figure, nll_figure
+from knorm.page.form import Page
+from knorm.page.matrix import grid_of
+from knorm.page.text import shown
+from knorm.page.words import SIGNS, loud, word_of
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MOST_BYTES = 2_000_000  # of a page
+_PLAIN = 1e12  # larger numbers are written with a power of ten
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def check_jinja() -> None:
+    """Raise ValueError, before the work, where jinja2 is not installed."""
+    try:
+        import jinja2  # noqa: F401
+    except ImportError:
+        raise ValueError("a page needs the package jinja2: pip install 'knorm[page]'") from None
+
+
+def render(page: Page) -> str:
+    """Write a page as HTML: the same parts give the same text.
+
+    Args:
+        page: its parts.
+
+    Returns:
+        A whole document, which loads nothing.
+
+    Raises:
+        ValueError: a page larger than MOST_BYTES.
+
+    Example:
+        >>> "<title>empty</title>" in render(
+        ...     Page(title="empty", sources=[], matrices=[], frontiers=[], curves=[], explained=[])
+        ... )
+        True
+    """
+    style, script = (_TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    template = _environment().get_template("page.html.jinja")
+    html = template.render(
+        page=page,
+        grids=[grid_of(matrix) for matrix in page.matrices],
+        figures=[(frontier, [kl_figure(frontier), nll_figure(frontier)]) for frontier in page.frontiers],
+        texts=[(part, shown(part)) for part in page.explained],
+        style=_raw(style),
+        script=_raw(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    size = len(html.encode("utf-8", "replace"))
+    if size > MOST_BYTES:
+        raise ValueError(
+            f"the page would have {size:,} bytes, but should have at most {MOST_BYTES:,}: give fewer RESULTS"
+        )
+    return html
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    made = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.filters |= {"number": number, "visible": visible}
+    made.globals |= {"word_of": word_of, "loud": loud, "signs": SIGNS, "box": BOX}
+    return made
+
+
+def _raw(text: str) -> Any:
+    """Mark our own style and script as safe; nothing that was read is in them."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def number(value: float | None, form: str = "") -> Any:
+    """Write a number for people, with its exact value for programs and for sorting.
+
+    >>> str(number(0.06884, ".3f")), str(number(None))
+    ('<data value="0.06884">0.069</data>', '<span class="none">–</span>')
+    """
+    from markupsafe import Markup
+
+    if value is None:
+        return Markup('<span class="none">–</span>')
+    shown = format(value, form if abs(value) < _PLAIN else ".3g").replace("-", "−")
+    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
+
+
+def visible(text: str) -> str:
+    """Write out what would not be seen in a table.
+
+    >>> visible("a b" + chr(10))
+    'a·b⏎'
+    """
+    return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
