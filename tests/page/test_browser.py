@@ -191,6 +191,12 @@ def test_the_slider_takes_the_text_back_in_time(opened):
     press(opened, Keys.ARROW_RIGHT)
     assert state() == (0, last - 2)
     assert one(opened, "path.now").get_attribute("d").startswith("M0 2H")
+    for _ in range(min(gone) - 2):
+        press(opened, Keys.ARROW_RIGHT)
+    first = sum(int(token.get_attribute("data-gone")) == min(gone) for token in every(opened, ".tokens a[data-gone]"))
+    assert state() == (first, last - min(gone))
+    press(opened, Keys.END)
+    assert state() == (len(every(opened, ".tokens a[data-gone]")), 0)
 
 
 def test_a_token_tells_who_evicted_it_and_arrows_move(opened):

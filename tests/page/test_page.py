@@ -464,6 +464,15 @@ def test_an_axis_holds_its_values_and_what_is_written_beside_it_stands_in_order(
         assert 0 <= axis.place(1e-9) <= 300
 
 
+def test_noise_is_twice_what_the_noisiest_control_shows(page, loaded, tmp_path):
+    assert page("ppl.json")[1]["frontiers"][0]["noise_kl"] == 1e-8
+    told = loaded("ppl.json")
+    told["rows"][0]["kl"] = 0.003
+    (tmp_path / "noisy.json").write_text(json.dumps(told))
+    (frontier,) = page("ppl.json", tmp_path / "noisy.json", out="noisy")[1]["frontiers"]
+    assert frontier["noise_kl"] == 0.006
+
+
 def test_the_front_has_what_no_other_beats(loaded, page):
     _, told = page("ppl.json")
     base = told["frontiers"][0]["points"][1]
