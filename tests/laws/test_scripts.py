@@ -10,15 +10,17 @@ import pytest
 import torch
 from commands import in_a_new_process
 from mutants import MUTANTS
+from mutants.parts import TurnedCache, WindowCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from knorm.laws import CHECKS, run_check
+from knorm.laws import CHECKS, Subject, Traits, run_check
 from knorm.laws.loading import load_target
 from knorm.laws.probe import FAMILIES
 from knorm.laws.reading import Reading
 from knorm.laws.scripts import program
+from knorm.laws.shown import under_the_mask
 from knorm.laws.witness import witness
 
 _spec = importlib.util.spec_from_file_location("exam", Path(__file__).parents[2] / "tools" / "exam.py")
@@ -26,7 +28,6 @@ exam = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(exam)
 
 CACHES = [mutant for mutant in MUTANTS if mutant.subject.make_cache is not None]
-BY_KNORM = {"TurnsByAnotherBase"}  # keys turned to their places: the oracle is knorm's
 ALONE = "import sys; sys.modules['knorm'] = None; exec(compile(sys.stdin.read(), 'snippet', 'exec'))"
 
 
@@ -59,9 +60,6 @@ def ran(monkeypatch, capsys):
 @pytest.mark.parametrize("mutant", CACHES, ids=lambda mutant: mutant.name)
 def test_a_program_shows_what_is_wrong_with_each_mutant(mutant, ran):
     result = run_check(CHECKS[mutant.check], importable(mutant.subject))
-    if mutant.name in BY_KNORM:
-        assert "reproduce(" in result.snippet
-        return
     assert "import knorm" not in result.snippet
     assert "from knorm" not in result.snippet
     tries = 10 if mutant.name == "RollsDice" else 1  # which may fall alike twice
@@ -80,6 +78,19 @@ def test_a_program_sees_what_the_witness_sees(family, real, ran):
     looks = witness(subject, reading).looks
     assert len(looks) == len(scope["run"]) == 8
     for look in looks:
+        tokens, seen, _, _ = scope["run"][look.call, look.layer]
+        assert torch.equal(tokens, look.tokens)
+        assert torch.equal(seen, look.seen)
+
+
+@pytest.mark.parametrize(("cache", "positions"), [(WindowCache, "kept"), (TurnedCache, "renumbered")])
+def test_a_program_finds_a_right_cache_right(cache, positions, ran):
+    subject = importable(Subject(cache.__name__, Traits(positions=positions), make_cache=cache))
+    subject.shows = under_the_mask(renumbered=positions == "renumbered")
+    reading = Reading(prompt=9, calls=(1, 2, 7), rows=2, seed=4, real=True)
+    printed, scope = ran(program(subject, reading))
+    assert float(printed.rpartition("by ")[2]) < 1e-5, printed
+    for look in witness(subject, reading).looks:
         tokens, seen, _, _ = scope["run"][look.call, look.layer]
         assert torch.equal(tokens, look.tokens)
         assert torch.equal(seen, look.seen)
