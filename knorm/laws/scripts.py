@@ -67,7 +67,7 @@ def noting(attention):
     def noted(module, query, key, value, mask, *more, **named):
         result = attention(module, query, key, value, mask, *more, **named)
         if start is not None:
-            looks[call, module.layer_idx] = look(module.layer_idx, query, key, value, mask)
+            looks[call, module.layer_idx] = look(module, query, key, value, mask)
         return result
 
     return noted
@@ -94,9 +94,9 @@ def named(value):
     return [(part << torch.arange(width)).sum(-1) for part, width in zip(parts, WIDTHS)]
 
 
-def look(layer, query, key, value, mask):
+def look(module, query, key, value, mask):
     \"\"\"Return the token in each slot, and which slots each query sees: [rows, heads, groups, queries, slots].\"\"\"
-    rows, heads, queries, slots = *query.shape[:3], key.shape[2]
+    layer, rows, heads, queries, slots = module.layer_idx, *query.shape[:3], key.shape[2]
     seen = torch.ones(queries, slots, dtype=torch.bool)
     if mask is None:
         seen = seen if ATTENTION == "eager" or queries == 1 else seen.tril()
@@ -115,6 +115,10 @@ def look(layer, query, key, value, mask):
         scores = query.reshape(rows, HEADS, -1, queries, 64) @ key[:, :, None].mT / 8
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
         seen = seen & ~(other[:, :, None, None] & (weights < torch.finfo(torch.float32).tiny))
+    elif slots > queries and getattr(module, "masked_key_indices", None) is not None:  # where kvpress puts such a key
+        row, head, slot = module.masked_key_indices
+        seen = seen.clone()
+        seen[row, head, :, :, slot] = False
     return tokens, seen, key, value
 
 
@@ -192,10 +196,11 @@ def begin(row):
     torch.manual_seed(SEED)
 
 
-def feed(cache, number, first, stop, **more):
+def feed(cache, number, first, stop, given=None, **more):
     global call, start, fed
     call, start, fed = number, first, None
-    logits = model(input_ids=ids[:, first:stop], use_cache=True, CACHE=cache, **more).logits
+    given = ids[:, first:stop] if given is None else given
+    logits = model(input_ids=given, use_cache=True, CACHE=cache, **more).logits
     start = None
     return logits
 """
@@ -226,14 +231,26 @@ def read(row=None):
             first += size
     return looks, torch.cat(logits, 1), cache
 """
+_READ_DELIMITED = _READ_PRESS.replace(
+    "DynamicCache(), PROMPT\n",
+    'DynamicCache(), PROMPT\n    own.update_model_and_tokenizer(model, fast, delimiter_token="</s>")\n',
+).replace("0, PROMPT)[", "0, PROMPT, delimited(ids[:, :PROMPT]))[")
 _TOKENIZER = """\
 words = {"<s>": 0, "</s>": 127, **{f"w{n}": n for n in range(1, 127)}}
 tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
 tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-folder = tempfile.mkdtemp()  # where such a press looks for the model's tokenizer
 fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="w1")
+"""
+_LENT = """\
+folder = tempfile.mkdtemp()  # where such a press looks for the model's tokenizer
 fast.save_pretrained(folder)
 model.config._name_or_path = folder
+"""
+_DELIMITED = """\
+def delimited(prompt):
+    \"\"\"The last quarter of a prompt is the question, up to 32 tokens: a delimiter stands before it.\"\"\"
+    question, middle = max(1, min(32, PROMPT // 4)), torch.full((ROWS, 1), own.delimiter_token_id)
+    return torch.cat([prompt[:, :-question], middle, prompt[:, -question:]], 1)
 """
 _IMPORTS = {
     "contextlib": "import contextlib",
@@ -257,8 +274,7 @@ def program(subject: Subject, case: Text | Reading) -> str | None:
         case: the smallest that refutes.
 
     Returns:
-        The program; None where the target cannot be imported again, the check shows nothing, or a run needs more than
-        a program writes here: a press that reads a delimiter.
+        The program; None where the target cannot be imported again, or the check shows nothing.
     """
     if not (subject.opens and subject.shows):
         return None
@@ -302,15 +318,16 @@ def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
     else:
         method = subject.method(reading.keep_ratio)
         press = method.press  # type: ignore[attr-defined]
-        if reads_delimiter(press):
-            return None
         late, prefill = acts_while_decoding(press), type(press).__name__ != "DecodingPress"
         head += [f"PREFILL, WHILE_DECODING, RENUMBERS = {prefill}, {late}, {renumbers(press)}"]
         if method.budget is not None:
             attribute, value = setting(method.name, press, method.budget, 1000)
             opens += f"\npress.{attribute} = {value}"
-        more = [_TOKENIZER] if lends_tokenizer(press) else []
         read = _READ_PRESS
+        if lends_tokenizer(press):
+            more = [_TOKENIZER + _LENT]
+        elif reads_delimiter(press):
+            more, read = [_TOKENIZER, _DELIMITED], _READ_DELIMITED
     hooks = _FUSED if reading.family == "gpt_neox" else _SEPARATE
     return [
         "\n".join(head),
