@@ -105,7 +105,7 @@ def confirms(printed: str, counterexample: str) -> bool:
         return f"is {length[1]} after {length[2]} tokens" in said
     if error := re.match(r"([\w.]*(?:Error|Exception|Interrupt))\b", last):
         return error[1].rpartition(".")[2] in said
-    for words in (r"was given \d+ of \d+ scores", r"slot \d+ holds", "was not refused", "compression_ratio is"):
+    for words in (r"\w+ was given \d+ of \d+ scores", r"slot \d+ holds", "was not refused", "compression_ratio is"):
         if found := re.search(words, printed):
             return found[0].removesuffix(" holds") in said
     return bool(last)  # what a function returned: numbers for a reader

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_RANKING = {"topk", "sort", "argsort", "msort", "kthvalue", "median", "argmax", "argmin", "max", "min", "quantile"}
+RANKING = {"topk", "sort", "argsort", "msort", "kthvalue", "median", "argmax", "argmin", "max", "min", "quantile"}
 
 
 class Ranked(TorchDispatchMode):
@@ -35,7 +35,7 @@ class Ranked(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if not self.nans and name in _RANKING and args and isinstance(args[0], Tensor) and _ranks(name, args, kwargs):
+        if not self.nans and name in RANKING and args and isinstance(args[0], Tensor) and _ranks(name, args, kwargs):
             self.nans = int(args[0].isnan().sum()) if args[0].is_floating_point() else 0
             self.numbers, self.operation = args[0].numel(), name
         call: Callable[..., Any] = func

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from knorm.laws.ranked import RANKING
+
 
 def apart(first: str, second: str) -> str:
     """Write what prints how far two expressions for logits lie apart.
@@ -162,16 +164,19 @@ earlier = [sum(token < PROMPT for token in sees(looks, 1, layer, row, head, 0)) 
 print("the share of it that later queries do not see is", 1 - sum(earlier) / len(earlier))"""
 
 
-RANKED = """\
+RANKED = f"""\
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Ranked(TorchDispatchMode):
+    \"\"\"Tell of scores that are no numbers, where the places of the largest are asked for: not by max() of all.\"\"\"
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        if name in ("topk", "sort", "argsort", "kthvalue", "argmax", "max") and args[0].isnan().any():
+        name, kwargs = operation.overloadpacket.__name__, kwargs or {{}}
+        places = name not in ("max", "min") or "dim" in kwargs or isinstance((*args, None)[1], int)
+        if name in {sorted(RANKING)} and places and args[0].is_floating_point() and args[0].isnan().any():
             print(name, "was given", int(args[0].isnan().sum()), "of", args[0].numel(), "scores that are not numbers")
-        return operation(*args, **(kwargs or {}))
+        return operation(*args, **kwargs)
 
 
 with Ranked():

@@ -18,9 +18,10 @@ from transformers.models.llama import modeling_llama
 from knorm.laws import CHECKS, Subject, Traits, run_check
 from knorm.laws.loading import load_target
 from knorm.laws.probe import FAMILIES
+from knorm.laws.ranked import Ranked
 from knorm.laws.reading import Reading
 from knorm.laws.scripts import program
-from knorm.laws.shown import under_the_mask
+from knorm.laws.shown import RANKED, under_the_mask
 from knorm.laws.witness import witness
 
 _spec = importlib.util.spec_from_file_location("exam", Path(__file__).parents[2] / "tools" / "exam.py")
@@ -124,7 +125,25 @@ def test_a_program_runs_where_there_is_no_knorm(target, check):
         ("the query at 3 sees [1, 3]", "keeps the budget: sees 2 earlier tokens", False),
         ("6144 bytes are held, but", "sees what is held: 4,096 bytes are held", False),
         ("topk was given 2 of 9 scores that are not numbers", "sees by numbers: topk was given 1 of 9 scores", False),
+        ("max was given 2 of 9 scores that are not numbers", "sees by numbers: topk was given 2 of 9 scores", False),
     ],
 )
 def test_a_program_that_shows_nothing_confirms_nothing(printed, counterexample, confirmed):
     assert exam.confirms(printed, counterexample) is confirmed
+
+
+def test_a_program_tells_what_is_ranked_as_the_law_does(capsys):
+    scores = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
+
+    def read():
+        scores.max()  # of all: no place is asked for
+        torch.maximum(scores, scores)
+        scores[1].topk(1)
+        scores.max(dim=1)
+
+    exec(RANKED, {"torch": torch, "read": read})
+    with Ranked() as ranked:
+        read()
+    printed = capsys.readouterr().out
+    assert printed == "max was given 1 of 4 scores that are not numbers\n"
+    assert (ranked.operation, ranked.nans, ranked.numbers) == ("max", 1, 4)
