@@ -33,7 +33,8 @@ import torch
 from knorm.laws import Result, iter_results
 from knorm.laws.catalogue.seen import listed
 from knorm.laws.loading import load_target
-from knorm.methods.known import WEIGHTS
+from knorm.laws.standins import SAID
+from knorm.methods.known import WEIGHTS, lacking
 from knorm.methods.targets import expanded
 
 ROOT = Path(__file__).parents[1]
@@ -70,9 +71,8 @@ def targets_of(names: list[str]) -> list[tuple[str, str, str | None]]:
 
 def examine(target: str, traits: dict[str, object]) -> tuple[list[Result], str]:
     """Try every law that applies; returns the results, or what kept the target from being loaded."""
-    weights = next((where for press, where in WEIGHTS.items() if press in target), None)
-    if weights:
-        return [], f"not run: reads {weights}"
+    if lacks := next((lacks for press in WEIGHTS if press in target and (lacks := lacking(press))), ""):
+        return [], f"not run: its stand-in weights need {lacks}"
     try:
         subject = load_target(target, traits=traits)
     except ValueError as error:
@@ -134,6 +134,7 @@ def row(target: str, variant: str | None, results: list[Result], why: str, secon
     counts = [sum(result.verdict == verdict for result in results) for verdict in ("holds", "untested")]
     refuted = ", ".join(f"`{result.check}`" for result in results if result.verdict == "refuted") or "-"
     evicted = max((result.evicted for result in results), default=0)
+    name += f", {SAID}" if any(SAID in (result.reason or "") for result in results) else ""
     return f"| {name} | {counts[0]} | {refuted} | {counts[1]} | {evicted} | {seconds:.0f} |"
 
 

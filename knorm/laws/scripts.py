@@ -7,9 +7,13 @@ that print what is wrong, Subject.shows.
 
 from __future__ import annotations
 
+from textwrap import indent
+from typing import Any
+
 from knorm.laws.model import CONFIG
 from knorm.laws.probe import FAMILIES, HEADS, SIZES
 from knorm.laws.reading import Reading
+from knorm.laws.standins import written
 from knorm.laws.strategies import Text
 from knorm.laws.subjects import Subject
 from knorm.methods.presses import acts_while_decoding, lends_tokenizer, reads_delimiter, renumbers, setting
@@ -196,10 +200,9 @@ def begin(row):
     torch.manual_seed(SEED)
 
 
-def feed(cache, number, first, stop, given=None, **more):
+def feed(cache, number, first, given, **more):
     global call, start, fed
     call, start, fed = number, first, None
-    given = ids[:, first:stop] if given is None else given
     logits = model(input_ids=given, use_cache=True, CACHE=cache, **more).logits
     start = None
     return logits
@@ -209,10 +212,10 @@ def read(row=None):
     begin(row)
     cache = opened(KEEP_RATIO, LENGTH - 7, ROWS)
     places, first = torch.arange(LENGTH).expand(ROWS, -1), PROMPT
-    logits = [feed(cache, 0, 0, PROMPT, position_ids=places[:, :PROMPT])[:, -1:]]
+    logits = [feed(cache, 0, 0, ids[:, :PROMPT], position_ids=places[:, :PROMPT])[:, -1:]]
     for number, size in enumerate(CALLS, 1):
         more = {} if RENUMBERS else {"position_ids": places[:, first : first + size]}
-        logits.append(feed(cache, number, first, first + size, **more))
+        logits.append(feed(cache, number, first, ids[:, first : first + size], **more))
         first += size
     return looks, torch.cat(logits, 1), cache
 """
@@ -221,20 +224,17 @@ def read(row=None):
     global own
     begin(row)
     own, cache, first = copy.deepcopy(press), DynamicCache(), PROMPT
+PREPARED
     with own(model) if PREFILL else contextlib.nullcontext():
-        logits = [feed(cache, 0, 0, PROMPT)[:, -1:]]
+        logits = [feed(cache, 0, 0, QUESTION)[:, -1:]]
     shift = cache.get_seq_length() - PROMPT if RENUMBERS else 0
     with own(model) if WHILE_DECODING else contextlib.nullcontext():
         for number, size in enumerate(CALLS, 1):
             places = torch.arange(first, first + size).expand(ROWS, -1) + shift
-            logits.append(feed(cache, number, first, first + size, position_ids=places))
+            logits.append(feed(cache, number, first, ids[:, first : first + size], position_ids=places))
             first += size
     return looks, torch.cat(logits, 1), cache
 """
-_READ_DELIMITED = _READ_PRESS.replace(
-    "DynamicCache(), PROMPT\n",
-    'DynamicCache(), PROMPT\n    own.update_model_and_tokenizer(model, fast, delimiter_token="</s>")\n',
-).replace("0, PROMPT)[", "0, PROMPT, delimited(ids[:, :PROMPT]))[")
 _TOKENIZER = """\
 words = {"<s>": 0, "</s>": 127, **{f"w{n}": n for n in range(1, 127)}}
 tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
@@ -301,6 +301,7 @@ def _of_text(subject: Subject, text: Text) -> list[str] | None:
 
 
 def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
+    more: list[str] = []
     heads = FAMILIES[reading.family].get("num_key_value_heads", HEADS)
     attention = "eager" if subject.eager else "sdpa"
     head = [
@@ -312,7 +313,7 @@ def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
         f"LENGTH, SCALE, REAL = {reading.length + 8}, {reading.scale}, {reading.real}",
         f"KEEP_RATIO, MADE_IN = {reading.keep_ratio}, torch.{reading.dtype}",
     ]
-    opens, read, more = subject.opens, _READ_CACHE, []
+    opens, read = subject.opens, _READ_CACHE
     if subject.method is None:
         head += [f"RENUMBERS = {subject.traits.positions == 'renumbered'}"]
     else:
@@ -323,11 +324,7 @@ def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
         if method.budget is not None:
             attribute, value = setting(method.name, press, method.budget, 1000)
             opens += f"\npress.{attribute} = {value}"
-        read = _READ_PRESS
-        if lends_tokenizer(press):
-            more = [_TOKENIZER + _LENT]
-        elif reads_delimiter(press):
-            more, read = [_TOKENIZER, _DELIMITED], _READ_DELIMITED
+        more, read = _of_press(press)
     hooks = _FUSED if reading.family == "gpt_neox" else _SEPARATE
     return [
         "\n".join(head),
@@ -341,6 +338,19 @@ def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
         _keyword(_DRAW),
         read,
     ]
+
+
+def _of_press(press: Any) -> tuple[list[str], str]:
+    """Write what a press needs besides itself, and read(), which runs it."""
+    functions, prepared = written(press, "own")
+    more, given = [functions] if functions else [], "ids[:, :PROMPT]"
+    if lends_tokenizer(press):
+        more.append(_TOKENIZER + _LENT)
+    elif reads_delimiter(press):
+        more += [_TOKENIZER, _DELIMITED]
+        prepared, given = 'own.update_model_and_tokenizer(model, fast, delimiter_token="</s>")', f"delimited({given})"
+    read = _READ_PRESS.replace("PREPARED\n", indent(f"{prepared}\n", " " * 4) if prepared else "")
+    return more, read.replace("QUESTION", given)
 
 
 def _keyword(text: str) -> str:

@@ -6,7 +6,7 @@ import copy
 import inspect
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,15 @@ def renumbers(press: Any) -> bool:
 
 
 class PressMethod(Method):
-    """Run a press, its class or an instance; a copy is opened for each run, with its budget set."""
+    """Run a press, its class or an instance; a copy is opened for each run, with its budget set.
+
+    Attributes:
+        press: an instance.
+        prepare: is called with each copy and the model before it is opened; by default nothing is.
+    """
 
     kind = "press"
+    prepare: Callable[[Any, PreTrainedModel], None] | None = None
 
     def __init__(self, name: str, press: Any, budget: Budget | None, options: dict[str, Any] | None = None) -> None:
         super().__init__(name, budget, press)
@@ -103,13 +109,20 @@ def _compresses_nothing(press: Any) -> bool:
         return False
 
 
+def nested_at(press: Any, path: str = "press") -> Iterator[tuple[str, Any]]:
+    """Generate a press and those that it wraps, each behind where it is: press, press.base_press, press.presses[0]."""
+    yield path, press
+    for name, value in vars(press).items():
+        many = isinstance(value, (list, tuple))
+        for index, inner in enumerate(value if many else [value]):
+            if is_press(type(inner)):
+                yield from nested_at(inner, f"{path}.{name}" + f"[{index}]" * many)
+
+
 def nested(press: Any) -> Iterator[Any]:
     """Generate a press and those that it wraps."""
-    yield press
-    for value in vars(press).values():
-        for inner in value if isinstance(value, (list, tuple)) else [value]:
-            if is_press(type(inner)):
-                yield from nested(inner)
+    for _, each in nested_at(press):
+        yield each
 
 
 def _base(press: Any) -> type:
@@ -187,6 +200,8 @@ class _PressSession(Session):
         self._delimiter: int | None = None
         if self._finch:
             self._prepare_finch()
+        if method.prepare is not None:
+            method.prepare(press, model)
         if method.budget is None or method.budget.keep_tokens is None:
             self._open(1000)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import tiny, tokens
@@ -13,6 +15,7 @@ from knorm.methods.budget import NeedsBudget, TakesNoBudget
 from knorm.methods.door import method
 from knorm.methods.kinds import kind_of
 from knorm.methods.known import CACHES
+from knorm.methods.method import Method, Session
 from knorm.methods.restored import restored
 from knorm.methods.targets import Call, expanded, load_target, parse_target
 
@@ -189,7 +192,7 @@ def test_a_model_is_put_back_as_it_was():
         with restored(model) as changed:
             layer.rotary_emb = model.model.rotary_emb
             layer.masked_key_indices = [1]
-            layer.layer_idx = 7
+            layer._own = layer.layer_idx = 7
             layer.register_forward_hook(lambda *_: None)
             model.config.use_cache = False
             model.resize_token_embeddings(90)
@@ -202,9 +205,29 @@ def test_a_model_is_put_back_as_it_was():
         next(spoiling)
     assert not hasattr(layer, "rotary_emb")
     assert not hasattr(layer, "masked_key_indices")
+    assert not hasattr(layer, "_own")
     assert layer.layer_idx == 0
     assert not layer._forward_hooks
     assert (model.config.vocab_size, model.config.use_cache) == (97, True)
     assert torch.equal(model.lm_head.weight, weight)
     assert model(input_ids=tokens(1, 4)).logits.shape == (1, 4, 97)
     assert {"model.layers.0.self_attn.rotary_emb", "config"} <= {*changed}
+
+
+def test_what_breaks_a_session_off_is_told_not_what_follows_from_it():
+    class Late(Method):
+        def start(self, model, length, batch, tokenizer):
+            session = Session(model, DynamicCache())
+            session._prefill.enter_context(scored())
+            return session
+
+    @contextmanager
+    def scored():
+        yield
+        raise TypeError("there are no scores")
+
+    model = tiny("llama")
+    with pytest.raises(IndexError, match="first"), Late("late", None).open(model):
+        raise IndexError("first")
+    with pytest.raises(TypeError, match="no scores"), Late("late", None).open(model):
+        pass

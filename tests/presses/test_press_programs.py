@@ -23,17 +23,34 @@ print(json.dumps([[call, layer, tokens.tolist(), seen.tolist()] for (call, layer
 """
 
 
+PRESSES = [
+    "AdaKVPress(KnormPress())",
+    "DMSPress(KVzapPress(), threshold=0.0, sliding_window_size=8)",
+    "DuoAttentionPress(head_compression_ratio=0.5)",
+    "ExpectedAttentionStatsPress",
+    "FastKVzipPress",
+    "FinchPress",
+    "KVzipPress",
+    "KeyRerotationPress(KnormPress())",
+    "LUKVPress",
+    "QFilterPress",
+    "RestoreKVPress",
+]
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "press", ["AdaKVPress(KnormPress())", "FinchPress", "KVzipPress", "KeyRerotationPress(KnormPress())"]
-)
+@pytest.mark.parametrize("press", PRESSES)
 def test_a_program_sees_what_the_witness_sees(press):
+    if press == "RestoreKVPress":
+        pytest.importorskip("peft")
     subject = load_target(f"kvpress:{press}")
     renumbered = subject.traits.positions == "renumbered"
     subject = replace(subject, shows=under_the_mask(renumbered=renumbered) + SEEN)
     reading = Reading(prompt=40, calls=(1, 2, 7), seed=4, real=True)
     done = in_a_new_process(ALONE, input=program(subject, reading), check=True)
     compared, seen = done.stdout.splitlines()[-2:]
-    assert float(compared.rpartition("by ")[2]) < 1e-3, "the press is right"
-    looks = [[x.call, x.layer, x.tokens.tolist(), x.seen.tolist()] for x in witness(subject, reading).looks]
+    run = witness(subject, reading)
+    assert run.evicted
+    assert float(compared.rpartition("by ")[2]) < 1e-3 or subject.traits.merges_values, "the press is right"
+    looks = [[x.call, x.layer, x.tokens.tolist(), x.seen.tolist()] for x in run.looks]
     assert sorted(json.loads(seen)) == sorted(looks)
