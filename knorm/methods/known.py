@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from importlib.util import find_spec
+
+TRIED = "0.5.5"  # of kvpress
+
+
+def other_version() -> str:
+    """Say which kvpress is installed, and which was tried.
+
+    Returns:
+        "kvpress 0.6.0 is installed, but 0.5.5 was tried: pip install kvpress==0.5.5"; nothing where they are the same.
+    """
+    try:
+        installed = importlib.metadata.version("kvpress")
+    except importlib.metadata.PackageNotFoundError:
+        installed = "of no known version"
+    return "" if installed == TRIED else f"kvpress {installed} is installed, but {TRIED} was tried: {_INSTALL}"
+
+
+_INSTALL = f"pip install kvpress=={TRIED}"
 
 # Presses that are not opened by their class and a ratio alone: how kvpress' own documentation opens them.
 PRESSES: Mapping[str, str] = {

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
-from knorm.methods.kinds import is_press
-from knorm.methods.known import WEIGHTS
+from knorm.methods.kinds import is_press, signature_of
+from knorm.methods.known import TRIED, WEIGHTS, other_version
 from knorm.methods.method import Method, Session, Tokenizer
 from knorm.model_attention import implementation_of
 
@@ -66,10 +66,13 @@ class PressMethod(Method):
     def __init__(self, name: str, press: Any, budget: Budget | None, options: dict[str, Any] | None = None) -> None:
         super().__init__(name, budget, press)
         if source := sys.modules.get(_base(press).__module__):
-            self.home = Path(source.__file__ or "").parents[1]
+            folders = Path(source.__file__ or "").parents
+            self.home = next((folder for folder in folders if folder.name == "kvpress"), folders[0])
         if isinstance(press, type):
             press = _made(press, budget, options or {})
         self.press = press
+        for part in nested(press):
+            _check_interface(part)
         if budget is not None:
             _give(name, copy.deepcopy(press), budget, 1000)  # refused now, not in the middle of a run
         elif _compresses_nothing(press):
@@ -91,6 +94,8 @@ class PressMethod(Method):
 
     def _blamed(self, error: Exception) -> str | None:
         blamed = super()._blamed(error)
+        if blamed is not None:
+            blamed += _other()
         weights = next((WEIGHTS[type(x).__name__] for x in nested(self.press) if type(x).__name__ in WEIGHTS), None)
         if blamed is None or weights is None:
             return blamed
@@ -123,6 +128,40 @@ def nested(press: Any) -> Iterator[Any]:
     """Generate a press and those that it wraps."""
     for _, each in nested_at(press):
         yield each
+
+
+# What knorm uses of a press besides compression_ratio, by its class or one that it is derived from: attributes, and
+# methods with the arguments that they are called with.
+_ATTRIBUTES = {"DecodingPress": ("target_size",), "CompressionRatioDecodingPress": ("target_compression_ratio",)}
+_CALLS: dict[str, dict[str, tuple[str, ...]]] = {
+    "BasePress": {"__call__": ("model",)},
+    "FinchPress": {"update_model_and_tokenizer": ("model", "tokenizer", "delimiter_token")},
+}
+
+
+def _check_interface(press: Any) -> None:
+    """Raise ValueError, in one line, for a press that is not called as those of the version that was tried."""
+    kind, bases = type(press), _bases(press)
+    said = ""
+    for base in sorted(bases & _ATTRIBUTES.keys()):
+        said = said or next((f"has no {name}" for name in _ATTRIBUTES[base] if not hasattr(press, name)), "")
+    for base in sorted(bases & _CALLS.keys()):
+        for name, arguments in _CALLS[base].items():
+            signature = signature_of(getattr(press, name)) if hasattr(press, name) else None
+            try:
+                if signature is None:
+                    raise TypeError
+                signature.bind(*arguments)
+            except TypeError:
+                said = said or f"has no {name}({', '.join(arguments)})" + (f", but {name}{signature}" * bool(signature))
+    if said:
+        other = other_version() or f"kvpress {TRIED} was tried"
+        raise ValueError(f"{kind.__name__} {said}: its interface is another than the one that knorm uses; {other}")
+
+
+def _other() -> str:
+    other = other_version()
+    return f"; {other}" if other else ""
 
 
 def _base(press: Any) -> type:
@@ -186,7 +225,7 @@ def _give(name: str, press: Any, budget: Budget, length: int) -> None:
     except AttributeError:
         raise TakesNoBudget(
             f"{name} takes no compression_ratio: drop keep_ratio and keep_tokens, and write its own budget into the "
-            "target"
+            f"target{_other()}"
         ) from None
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import DynamicCache
 
 import knorm
 from knorm import Policy
+from knorm.laws.loading import load_target as load_subject
 from knorm.methods.budget import NeedsBudget, TakesNoBudget
 from knorm.methods.door import method
 from knorm.methods.kinds import kind_of
@@ -231,3 +235,60 @@ def test_what_breaks_a_session_off_is_told_not_what_follows_from_it():
         raise IndexError("first")
     with pytest.raises(TypeError, match="no scores"), Late("late", None).open(model):
         pass
+
+
+@pytest.fixture
+def another_kvpress(monkeypatch, tmp_path):
+    """A kvpress whose presses are called otherwise than those of the version that was tried."""
+    file = tmp_path / "kvpress" / "__init__.py"
+    file.parent.mkdir()
+    file.write_text(NEWER)
+    spec = spec_from_file_location("kvpress", file)
+    package = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kvpress", package)
+    spec.loader.exec_module(package)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.1")
+
+
+NEWER = """
+class BasePress:
+    compression_ratio: float = 0.5
+    def __call__(self, model, cache): ...
+class SnapPress(BasePress):
+    def __init__(self, share=0.5): ...
+class Opened(BasePress):
+    def __call__(self, model): ...
+class DecodingPress(Opened): ...
+class SharePress(Opened):
+    compression_ratio = property(lambda self: 0.5)
+    __annotations__ = {}
+class FinchPress(Opened):
+    def update_model_and_tokenizer(self, model, tokenizer): ...
+class FailingPress(Opened):
+    def __call__(self, model):
+        raise KeyError("cache_position")
+"""
+
+
+@pytest.mark.usefixtures("another_kvpress")
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("kvpress:SnapPress", "SnapPress has no __call__(model), but __call__(model, cache): its interface is another"),
+        ("kvpress:DecodingPress", "DecodingPress has no target_size: its interface is another"),
+        ("kvpress:FinchPress", "has no update_model_and_tokenizer(model, tokenizer, delimiter_token), but update_"),
+        ("kvpress:SharePress", "takes no compression_ratio"),
+        ("kvpress:SnapKVPress", "kvpress has no 'SnapKVPress'; it has SnapPress"),
+        ("kvpress:SnapPress(window_size=8)", "got an unexpected keyword argument 'window_size'"),
+        ("kvpress:FailingPress", "FailingPress raised KeyError: 'cache_position'"),
+    ],
+)
+def test_a_press_of_another_kvpress_is_one_line_that_names_the_version_that_was_tried(target, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        knorm.evaluate(tiny("llama"), tokens(1, 48), method(target, keep_ratio=0.5), prompt_length=32)
+    assert str(raised.value).endswith("kvpress 9.1 is installed, but 0.5.5 was tried: pip install kvpress==0.5.5")
+    assert "\n" not in str(raised.value)
+    if target not in ("kvpress:FailingPress", "kvpress:SharePress"):  # the law `runs` refutes, and no budget is needed
+        with pytest.raises(ValueError, match=re.escape(said)) as raised:
+            load_subject(target)
+        assert str(raised.value).endswith("but 0.5.5 was tried: pip install kvpress==0.5.5")
