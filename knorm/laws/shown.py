@@ -165,20 +165,37 @@ print("the share of it that later queries do not see is", 1 - sum(earlier) / len
 
 
 RANKED = f"""\
+import types
+
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Ranked(TorchDispatchMode):
+def note(name, x, *args, dim=None, **_):
     \"\"\"Tell of scores that are no numbers, where the places of the largest are asked for: not by max() of all.\"\"\"
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name, kwargs = operation.overloadpacket.__name__, kwargs or {{}}
-        places = name not in ("max", "min") or "dim" in kwargs or isinstance((*args, None)[1], int)
-        if name in {sorted(RANKING)} and places and args[0].is_floating_point() and args[0].isnan().any():
-            print(name, "was given", int(args[0].isnan().sum()), "of", args[0].numel(), "scores that are not numbers")
-        return operation(*args, **kwargs)
+    places = name not in ("max", "min") or dim is not None or (args and isinstance(args[0], int))
+    if places and x.is_floating_point() and x.isnan().any():
+        print(name, "was given", int(x.isnan().sum()), "of", x.numel(), "scores that are not numbers")
 
 
+class Below(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, kinds, args=(), kwargs=None):
+        if operation.overloadpacket.__name__ in RANKING:
+            note(operation.overloadpacket.__name__, *args, **(kwargs or {{}}))
+        return operation(*args, **(kwargs or {{}}))
+
+
+class Ranked(TorchFunctionMode):
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        if isinstance(function, types.FunctionType):  # torch's own Python
+            with Below():
+                return function(*args, **(kwargs or {{}}))
+        if getattr(function, "__name__", "") in RANKING:
+            note(function.__name__, *args, **(kwargs or {{}}))
+        return function(*args, **(kwargs or {{}}))
+
+
+RANKING = {sorted(RANKING)}
 with Ranked():
     read()"""
 

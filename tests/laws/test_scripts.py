@@ -132,18 +132,29 @@ def test_a_program_that_shows_nothing_confirms_nothing(printed, counterexample, 
     assert exam.confirms(printed, counterexample) is confirmed
 
 
-def test_a_program_tells_what_is_ranked_as_the_law_does(capsys):
+@pytest.mark.parametrize(
+    ("rank", "operation", "numbers"),
+    [
+        (lambda x: x.max(dim=1), "max", 4),
+        (lambda x: torch.min(x, 1), "min", 4),
+        (lambda x: x[0].topk(1), "topk", 2),
+        (lambda x: torch.argsort(x, descending=True), "argsort", 4),
+        (lambda x: torch.ops.aten.sort(x), "sort", 4),
+        (lambda x: torch.nn.functional.gumbel_softmax(x, hard=True), "max", 4),
+    ],
+)
+def test_a_program_tells_what_is_ranked_as_the_law_does(rank, operation, numbers, capsys):
     scores = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
 
     def read():
         scores.max()  # of all: no place is asked for
         torch.maximum(scores, scores)
+        torch.max(scores, scores)
         scores[1].topk(1)
-        scores.max(dim=1)
+        rank(scores)
 
     exec(RANKED, {"torch": torch, "read": read})
     with Ranked() as ranked:
         read()
-    printed = capsys.readouterr().out
-    assert printed == "max was given 1 of 4 scores that are not numbers\n"
-    assert (ranked.operation, ranked.nans, ranked.numbers) == ("max", 1, 4)
+    assert (ranked.operation, ranked.numbers) == (operation, numbers)
+    assert capsys.readouterr().out == f"{operation} was given {ranked.nans} of {numbers} scores that are not numbers\n"
