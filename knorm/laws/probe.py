@@ -116,11 +116,28 @@ def tagged(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
     return ((numbers[..., _FIELD_OF] >> _BIT_OF) & 1).float() * 2 - 1
 
 
-def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+_SOME = 512  # tokens; a table of their tags is kept, since most readings are shorter
+
+
+@lru_cache(maxsize=32)
+def _table(rows: int, heads: int, layer: int) -> Tensor:
+    return tagged(rows, heads, layer, torch.arange(_SOME))
+
+
+def _tags_of(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
+    """Return what `tagged` writes, from a table where the positions follow each other."""
+    first, stop = int(positions[0]), int(positions[-1]) + 1
+    if stop - first != len(positions) or stop > _SOME:
+        return tagged(rows, heads, layer, positions)
+    return _table(rows, heads, layer)[:, :, first:stop].clone()
+
+
+def read_tags(values: Tensor, plain: bool | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """Read values that `tagged` wrote, possibly rounded since.
 
     Args:
         values: [..., 64].
+        plain: what `exact` says of them, where that is known.
 
     Returns:
         The fields by name, int64 [...], and whether they name a token at all: False for zeros and for mixtures.
@@ -129,7 +146,7 @@ def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     numbers = ((values > 0).float() @ _WEIGHTS).long()  # sums of powers of two below 2^16: exact
     fields = dict(zip((name for name, _ in _FIELDS), numbers.unbind(-1), strict=True))
     sound = (fields["position"] + fields["inverse"] == 0xFFFF) & (fields["fill"] == _FILL)
-    if not exact(values):
+    if not (exact(values) if plain is None else plain):
         size = values.abs()
         sound &= size.amin(-1) > 0.5 * size.amax(-1)
     return fields, sound
@@ -166,7 +183,6 @@ class Draws:
     tokens: int | None = None
     keys: Tensor | None = field(init=False, default=None)
     given: Tensor | None = field(init=False, default=None)
-    _tables: dict[tuple[int, int], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.drawn:
@@ -200,20 +216,11 @@ class Draws:
 
     def tags(self, layer: int, rows: int, count: int) -> Tensor:
         """Return values [rows, kv_heads, count, 64] for the tokens that are projected."""
-        values = self._tagged(layer, rows, self.positions(count))
+        values = _tags_of(rows, kv_heads_of(self.model), layer, self.positions(count))
         if self.noisy:
             drawn = torch.rand(values.shape, generator=torch.Generator().manual_seed(layer + count))
             values = values * (0.8 + 0.4 * drawn)
         return values
-
-    def _tagged(self, layer: int, rows: int, positions: Tensor) -> Tensor:
-        first, stop = int(positions[0]), int(positions[-1]) + 1
-        if stop - first != len(positions) or stop > self.length:  # of a call that a method makes, or of more tokens
-            return tagged(rows, kv_heads_of(self.model), layer, positions)
-        if (layer, rows) not in self._tables:
-            every = torch.arange(self.length)
-            self._tables[layer, rows] = tagged(rows, kv_heads_of(self.model), layer, every)
-        return self._tables[layer, rows][:, :, first:stop].clone()
 
     def drawn_keys(self, layer: int, rows: int, count: int) -> Tensor:
         """Return keys [rows, kv_heads, count, 64] for the tokens that are projected."""

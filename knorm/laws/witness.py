@@ -196,7 +196,8 @@ class _Recorder:
         """Read calls of one shape, with what they were given side by side along the slots."""
         value, sizes = torch.cat([given.value for given in every], 2), [given.value.shape[2] for given in every]
         layer = torch.tensor([given.layer for given in every]).repeat_interleave(torch.tensor(sizes))
-        fields, sound = read_tags(value)
+        plain = exact(value)
+        fields, sound = read_tags(value, plain)
         tokens = fields["position"].clone()
         places = torch.arange(value.shape[0])[:, None, None], torch.arange(self.heads)[None, :, None]
         at_home = (fields["row"] == places[0]) & (fields["head"] == places[1]) & (fields["layer"] == layer)
@@ -204,7 +205,7 @@ class _Recorder:
         tokens[sound & ~at_home] = ASTRAY
         tokens[~sound] = MIXED
         value_error = torch.zeros(tokens.shape)
-        if not exact(value):
+        if not plain:
             tokens[(value == 0).all(-1)] = EMPTY
             off = (value.float().abs() - 1).abs().amax(-1)
             value_error = torch.where(tokens >= 0, off, 0.0).nan_to_num(torch.inf)
