@@ -260,6 +260,9 @@ def _differ(subject: Subject, one: Witnessed, other: Witnessed, row: int | None 
     """Say where two runs differ in what is seen; row: the one to look at; None: all."""
     for first, second in zip(one.looks, other.looks, strict=True):
         rows = slice(None) if row is None else slice(row, row + 1)
+        pairs = ((first.tokens, second.tokens), (first.seen, second.seen))
+        if all(torch.equal(x[rows], y[rows]) for x, y in pairs):
+            continue
         length = int(first.positions[-1]) + 1
         mine, theirs = first.seen_by_token(length)[rows], second.seen_by_token(length)[rows]
         if not torch.equal(mine, theirs):
