@@ -126,10 +126,16 @@ def _table(rows: int, heads: int, layer: int) -> Tensor:
 
 def _tags_of(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
     """Return what `tagged` writes, from a table where the positions follow each other."""
+    places = _follow(positions, _SOME)
+    return tagged(rows, heads, layer, positions) if places is None else _table(rows, heads, layer)[:, :, places].clone()
+
+
+def _follow(positions: Tensor, most: int) -> slice | None:
+    """Return the slice that positions are, where each follows the one before and all lie below `most`."""
+    if not len(positions):
+        return None
     first, stop = int(positions[0]), int(positions[-1]) + 1
-    if stop - first != len(positions) or stop > _SOME:
-        return tagged(rows, heads, layer, positions)
-    return _table(rows, heads, layer)[:, :, first:stop].clone()
+    return slice(first, stop) if stop - first == len(positions) and stop <= most else None
 
 
 def read_tags(values: Tensor, plain: bool | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -225,11 +231,11 @@ class Draws:
     def drawn_keys(self, layer: int, rows: int, count: int) -> Tensor:
         """Return keys [rows, kv_heads, count, 64] for the tokens that are projected."""
         assert self.keys is not None
-        places = self.positions(count)
-        first, stop = int(places[0]), int(places[-1]) + 1
-        if stop - first == len(places) and stop <= self.length and rows == self.keys.shape[1]:
-            return self.keys[layer][:, :, first:stop].clone()  # which a cache may write into
-        return self.keys[layer][torch.arange(rows) % self.keys.shape[1]][:, :, places % self.length]
+        positions = self.positions(count)
+        places = _follow(positions, self.length)
+        if places is not None and rows == self.keys.shape[1]:
+            return self.keys[layer][:, :, places].clone()  # which a cache may write into
+        return self.keys[layer][torch.arange(rows) % self.keys.shape[1]][:, :, positions % self.length]
 
 
 @contextmanager
