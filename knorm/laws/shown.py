@@ -158,7 +158,7 @@ print("the logits differ from the plain model's{where}, under the same mask by",
 
 
 def under_the_mask(*, renumbered: bool) -> str:
-    """Show the plain model under a mask made of what was seen; where `renumbered`, with its keys turned to their slots."""
+    """Show the plain model under a mask of what was seen; where `renumbered`, with its keys turned to their slots."""
     if renumbered:
         where = ", keys turned to their slots"
         return _MASKED.format(turn=_TURN, start=_START, slots=_SLOTS, placed=_PLACED, where=where)
