@@ -25,7 +25,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "declared verify values workspace history",
     "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
-    "replay readings known adapters loading shown scripts snippets search "
+    "replay readings known standins adapters loading shown scripts snippets search "
     "catalogue runner own own_model own_cache process",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",

@@ -12,7 +12,7 @@ from knorm.golden.project import DeclaredCheck, Project, find_project
 from knorm.laws.names import refuse_unknown
 from knorm.laws.process.protocol import Request
 from knorm.laws.process.usage import check_request
-from knorm.methods.known import WEIGHTS
+from knorm.methods.known import lacking
 from knorm.methods.targets import expanded
 
 NOTHING = (
@@ -91,9 +91,10 @@ def asked_of(
 
 
 def _left_out(word: str, target: str) -> str:
-    """Say why one of those that * stands for is not tried: it needs what no package brings."""
+    """Say why one of those that * stands for is not tried: it needs a package that is not there."""
     press = target.partition(":")[2].partition("(")[0]
-    return f"it reads {WEIGHTS[press]}" if word.endswith(":*") and press in WEIGHTS else ""
+    lacks = lacking(press) if word.endswith(":*") else ""
+    return f"its stand-in weights need {lacks}, which is not installed" if lacks else ""
 
 
 def _declared(project: Project, name: str, declared: DeclaredCheck, request: Request) -> Asked:

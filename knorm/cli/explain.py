@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ from knorm.cli.outputs import file_option, write_json
 from knorm.cli.setting import TextOptions, load_setting, text_options
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from knorm.evaluation.explain import Explanation
 
 
@@ -97,14 +100,19 @@ def explain(
     for knorm ppl.
     """
     given = explicit(context)
-    _refuse_misplaced(given, other=target not in (None, "knorm"), stored=positions == "stored")
+    if tokens is not None and json is None:
+        raise ValueError("--tokens goes into --json: name a file there, which knorm page shows")
     if target not in (None, "knorm"):
+        if plot or positions == "stored":
+            raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
         asked = _asked(str(target), policy_options, keep_tokens, kind, given)
         fields = _explain_target(
             asked, policy_options, text_options, model_options, given=given, newest=newest, worst=worst, tokens=tokens,
             json=json, quiet=quiet,
         )  # fmt: skip
         return write_json(json, fields, "method")
+    if given & {"keep_tokens", "kind"}:
+        raise ValueError("--keep-tokens and --as are about a TARGET other than knorm: give one, or drop them")
     setting = load_setting(policy_options, text_options, model_options, json=json, plot=plot)
 
     from knorm.cli.explained import show_explanation
@@ -114,10 +122,7 @@ def explain(
 
     runner, (policy,) = setting.runner, setting.policies
     with progress_bar(quiet) as progress:
-        task = progress.add_task("evaluations", total=None)
-
-        def step(name: str) -> None:
-            progress.update(task, advance=1, description=name)
+        step = partial(_step, progress, progress.add_task("evaluations", total=None))
 
         options: dict[str, Any] = {"newest": newest, "worst": worst, "tokens": tokens, "stored": positions == "stored"}
         explanation = explain(runner, setting.tokenizer, policy, **options, on_step=step)
@@ -129,14 +134,8 @@ def explain(
     sys.exit(HOLDS)
 
 
-def _refuse_misplaced(given: frozenset[str], *, other: bool, stored: bool) -> None:
-    """Raise ValueError for options that are not about what is explained; other: a method other than knorm's own."""
-    if "tokens" in given and "json" not in given:
-        raise ValueError("--tokens goes into --json: name a file there, which knorm page shows")
-    if other and ("plot" in given or stored):
-        raise ValueError("--plot and --positions stored are about knorm's own policies: drop them, or the TARGET")
-    if not other and given & {"keep_tokens", "kind"}:
-        raise ValueError("--keep-tokens and --as are about a TARGET other than knorm: give one, or drop them")
+def _step(progress: Progress, task: TaskID, name: str) -> None:
+    progress.update(task, advance=1, description=name)
 
 
 def _asked(

@@ -95,7 +95,9 @@ class Report:
         if held := self._held:
             names, seconds = ", ".join(result.check for result in held), sum(result.seconds for result in held)
             what = "" if self.heading else f"{held[0].family}: "
-            self._write("holds", (f"{what}{names} ", ""), (f"[{_tried(held)}; {seconds:.1f} s]", "dim"))
+            why = dict.fromkeys(result.reason for result in held if result.reason)
+            evidence = "; ".join([*why, _tried(held), f"{seconds:.1f} s"])
+            self._write("holds", (f"{what}{names} ", ""), (f"[{evidence}]", "dim"))
         self._held = []
 
     def _show(self, result: Result) -> None:

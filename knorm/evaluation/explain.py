@@ -31,8 +31,8 @@ from knorm.rounding import ROUNDING, OrderProbe, Rounding
 from knorm.statistics import interval
 
 NO_LOSS = 0.005  # nats a token: less is nothing to explain
-_WORSE_THAN_CHANCE = "Norms choose worse than chance here."
 STARVED = 0.8 * NEWEST  # so many of the newest tokens cached, on average, are few
+_WORSE = "Norms choose worse than chance here."
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Explanation:
     nll        of the run; nll_full: of the full cache; nll_empty: of no cache, None where that is not run
     windows    how many were scored, and tokens in all; recent: as in a curve's row
     effects    of single changes, ranked by what they take back; worst: tokens that got worse
-    verdict    sentences, the cause first
-    per_token  each token of one window, where that is asked for
+    verdict    sentences, the cause first; per_token: a window's tokens, where they were asked for
     """
 
     nll: float
@@ -210,10 +209,6 @@ def verdict_of(found: Explanation, worse_than_chance: str) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _nll(measured: Callable[..., tuple[Tensor, Run]], change: Intervention, **options: Unpack[Changes]) -> Tensor:
-    return measured(change.name, change.policy, change.prompt_length, options)[0]
-
-
 def _refuse_idle(run: Run, policy: Policy, layers: int, length: int, prompt_length: int) -> None:
     if all(bool((lost == length).all()) for lost in run.evicted_at):
         raise ValueError(_nothing_evicted(policy, layers, length, prompt_length))
@@ -283,46 +278,46 @@ def explain(
         runner: the model, the windows of the text, and their prompt.
         tokenizer: of the model, to show tokens.
         policy: of the run to explain.
-        newest: how many of the newest tokens one intervention protects (half the budget, if that is less).
-        stored: explain the run of a loop that takes positions from the stored length; what corrects them is tried.
+        newest: of the newest tokens, those that one intervention protects (half the budget, if that is less).
+        stored: the run is a loop's that takes positions from the stored length; corrections are tried.
         worst: how many tokens to show of those that got worse.
         tokens: the window, from 0, of which each token is told.
-        on_step: called with the name of each evaluation before it begins.
+        on_step: called with each evaluation's name before it.
 
     Returns:
-        The effects, ranked by what they take back, the worst tokens and a verdict in words.
-
-    Raises:
-        ValueError: where no token is evicted, and what perplexity.exact_nll raises.
+        The effects, ranked by what they take back, worst tokens and a verdict. Raises ValueError as exact_nll does.
 
     Example:
         >>> (model, tokenizer), ids = load_embedded(), torch.arange(64).view(2, 32)
-        >>> runner = Runner(model, knorm.evaluation.windows.Windows(ids), prompt_length=16)
-        >>> explain(runner, tokenizer, Policy(0.5)).tokens
+        >>> windows = knorm.evaluation.windows.Windows(ids)
+        >>> explain(Runner(model, windows, prompt_length=16), tokenizer, Policy(0.5)).tokens
         32
     """
     check_window(runner.model, runner.windows.input_ids, tokens)
-    length, prompt = runner.windows.input_ids.shape[1], runner.prompt_length
-    of_run: Any = {"layers": runner.model.config.num_hidden_layers, "length": length, "prompt_length": prompt}
+    length, prompt_length = runner.windows.input_ids.shape[1], runner.prompt_length
+    of_run: Any = {"layers": runner.model.config.num_hidden_layers, "length": length, "prompt_length": prompt_length}
 
     def measured(name: str, policy: Policy, prompt_length: int, changes: Changes) -> tuple[Tensor, Run]:
         on_step(name)
         run = runner.run(policy, prompt_length=prompt_length, **changes)
         return run.nll.double().cpu(), run
 
-    places: Changes = {"position_ids": stored_positions(policy, length, prompt)} if stored else {}
-    own, run = measured("the run", policy, prompt, places)
+    def nlls(change: Intervention, **options: Unpack[Changes]) -> Tensor:
+        return measured(change.name, change.policy, change.prompt_length, options)[0]
+
+    places: Changes = {"position_ids": stored_positions(policy, length, prompt_length)} if stored else {}
+    own, run = measured("the run", policy, prompt_length, places)
     _refuse_idle(run, policy, **of_run)
-    full, _ = measured("full cache", Policy(), prompt, {})
-    empty, _ = measured("no cache", Policy(), prompt, {"schedule": sees_itself})
+    full = measured("full cache", Policy(), prompt_length, {})[0]
+    empty = measured("no cache", Policy(), prompt_length, {"schedule": sees_itself})[0]
     changes = interventions(policy, **of_run, newest=newest, stored=stored)
-    evaluated = [(change, partial(_nll, measured, change)) for change in changes]
-    ranked, rounding = rank_effects(evaluated, own, float((own - full).mean()), policy, runner.model.dtype)
+    tried = ((change, partial(nlls, change)) for change in changes)
+    ranked, rounding = rank_effects(tried, own, float((own - full).mean()), policy, runner.model.dtype)
     on_step("tokens")
     found = Explanation(
         float(own.mean()), float(full.mean()), float(empty.mean()), len(own), own.numel(),
-        mean_recent(run, policy, prompt), ranked,
+        mean_recent(run, policy, prompt_length), ranked,
         tuple(worst_tokens(runner, tokenizer, run, full, worst, policy, rounding)), (),
         window_tokens(runner, tokenizer, tokens, own, full, run.evicted_at, policy),
     )  # fmt: skip
-    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE_THAN_CHANCE))
+    return replace(found, verdict=verdict_of(found, "" if policy.score == "random" else _WORSE))

@@ -6,7 +6,7 @@ changes keys or values instead, is given them back as the model computed them: o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -39,6 +39,9 @@ from knorm.schedule import cache_lengths, evicted_like, never
 
 Table = list[Tensor]  # for each layer: evicted_at, int64 [windows, kv_heads, T]
 Step = Callable[[str], None]
+
+
+_BY_KEYS = "its schedule follows from its keys"
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,12 @@ def explain_method(
 
     Raises:
         MethodError: what the method's own code raised.
-        ValueError: where nothing changed, where what the queries saw cannot be recovered, and for a model whose
-            schedules cannot be run in one pass.
+        ValueError: nothing changed, what queries saw cannot be recovered, or the model's schedules are not one pass.
 
     Example:
-        >>> from knorm.evaluation.windows import Windows
-        >>> model, tokenizer = load_embedded()
-        >>> ways = Ways(model, Windows(torch.arange(96).view(2, 48)), 24, tokenizer=tokenizer)
-        >>> def newest(keys, values, keep_ratio):
-        ...     return keys[:, :, -12:], values[:, :, -12:]
+        >>> (model, tokenizer), ids = load_embedded(), torch.arange(96).view(2, 48)
+        >>> ways = Ways(model, knorm.evaluation.windows.Windows(ids), 24, tokenizer=tokenizer)
+        >>> newest = lambda keys, values, keep_ratio: (keys[:, :, -12:], values[:, :, -12:])
         >>> explain_method(ways, method(newest, keep_ratio=0.5)).explanation.windows
         2
     """
@@ -106,34 +106,32 @@ def explain_method(
     runner = Runner(ways.model, ways.windows, ways.prompt_length, ways.batch)
     if method.policy is not None:
         found = explain(runner, tokenizer, method.policy, newest=newest, worst=worst, tokens=tokens, on_step=on_step)
-        said = "its schedule follows from its keys"
-        return MethodExplanation(method.name, method.budget, "schedule", "", "evicts", said, found)
+        return MethodExplanation(method.name, method.budget, "schedule", "", "evicts", _BY_KEYS, found)
     on_step(method.label)
     row = ways.evaluate(method)
     _refuse_unchanged(row)
     on_step("what its queries saw")
     try:
-        table, said, found = _explained(ways, method, row, newest, worst, on_step)
+        recoveries = _recovered(ways, method, row)
+        evicts = any(recovery.evicts for recovery in recoveries)
+        table = [torch.cat(layer) for layer in zip(*(w.schedule() for w in recoveries), strict=True)] if evicts else []
+        if evicts:
+            found = _Evicted(ways, row, table, recoveries[0].shift).explained(newest, worst, on_step)
+        else:
+            found = _explained_changes(ways, method, row, on_step)
     except Unrecoverable as error:
         raise ValueError(f"{row.label}: which tokens its queries see cannot be recovered: {error}") from None
-    own = row.per_token
-    told = window_tokens(runner, tokenizer, tokens, own.nll, own.nll_full, table, Policy(), own.kl)
-    acts: Literal["evicts", "changes"] = "evicts" if table else "changes"
+    losses = row.per_token.nll, row.per_token.nll_full
+    told = window_tokens(runner, tokenizer, tokens, *losses, table, Policy(), row.per_token.kl)
+    acts: Literal["evicts", "changes"] = "evicts" if evicts else "changes"
+    said = _shares(ways, table) if evicts else _changes(recoveries)
     return MethodExplanation(row.method, row.budget, row.how, row.check, acts, said, replace(found, per_token=told))
 
 
-def _explained(
-    ways: Ways, method: Method, row: Evaluation, newest: int, worst: int, on_step: Step
-) -> tuple[Table, str, Explanation]:
-    """Explain a run that changed something: its schedule, empty where it evicts nothing; what was seen; effects."""
-    recoveries = _recovered(ways, method, row)
-    if not any(recovery.evicts for recovery in recoveries):
-        changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
-        said = f"every query sees every token; changed: {' and '.join(changed)}"
-        return [], said, _explained_changes(ways, method, row, on_step)
-    table = [torch.cat(layer) for layer in zip(*(w.schedule() for w in recoveries), strict=True)]
-    found = _Evicted(ways, row, table, recoveries[0].shift).explained(newest, worst, on_step)
-    return table, _shares(ways, table), found
+def _changes(recoveries: Iterable[Recovery]) -> str:
+    """Say what a method does that evicts nothing."""
+    changed = sorted(set().union(*(recovery.changed for recovery in recoveries)))
+    return f"every query sees every token; changed: {' and '.join(changed)}"
 
 
 def _refuse_unchanged(row: Evaluation) -> None:

@@ -42,7 +42,7 @@ class TokenView:
 
 @dataclass(frozen=True)
 class LostToken:
-    """Name an evicted token by its position; attention: its share of the full model's, mean over compressed heads."""
+    """Name an evicted token's `position`, and the full model's mean `attention` to it, by compressed head."""
 
     position: int
     attention: float
@@ -50,11 +50,11 @@ class LostToken:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Hold one token as text, and what its prediction lost.
+    """Hold one token and what became of it.
 
-    nll, nll_full    of the run and of the full cache, in nats; None where the token is not scored
-    kl               KL(full || run), in nats; None where it is not known
-    lost             evicted tokens to which the full model attends, the most attended first
+    token      as text
+    nll_full   and nll, kl: in nats, with the full cache, in the run, and between both; None where it is not scored
+    lost       what its prediction could no longer see
     """
 
     token: str
@@ -80,15 +80,15 @@ class WindowTokens:
 
 
 def check_window(model: PreTrainedModel, input_ids: Tensor, window: int | None) -> None:
-    """Refuse, before the work, a window that cannot be told token by token.
+    """Refuse a window that cannot be told token by token, before the work.
 
     Args:
-        model: whose layers and heads count.
-        input_ids: int64 [windows, T].
-        window: its index; None: none is asked for.
+        model: a causal language model of transformers.
+        input_ids: [windows, tokens].
+        window: its index; None where none is asked for.
 
     Raises:
-        ValueError: a window that is not there, or too large.
+        ValueError: it is not there, or too large.
     """
     if window is None:
         return

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from knorm.cache import KnormCache
 from knorm.core import compress
 from knorm.laws.known import known_traits
+from knorm.laws.standins import stand_in, stood_in
 from knorm.laws.subjects import Subject, takes_layer
 from knorm.laws.targets import CALLED_AS, KINDS
 from knorm.laws.traits import KNORM, METHOD, Traits, traits_of
@@ -198,8 +199,13 @@ def _press(target: Any, traits: Traits, name: str, source: _Source | None, optio
     if not is_press(kind):
         raise TypeError(f"{kind.__name__} is no press of kvpress")
 
+    def made(budget: Budget | None) -> PressMethod:
+        made = PressMethod(name, target, budget, dict(options))
+        made.prepare = stand_in
+        return made
+
     def method(keep_ratio: float) -> Method:
-        return PressMethod(name, target, Budget(str(keep_ratio)), dict(options))
+        return made(Budget(str(keep_ratio)))
 
     budgeted = True
     try:
@@ -207,7 +213,7 @@ def _press(target: Any, traits: Traits, name: str, source: _Source | None, optio
     except TakesNoBudget:
         budgeted = False
         try:
-            example = PressMethod(name, target, None, dict(options))
+            example = made(None)
         except NeedsBudget as error:
             raise TypeError(str(error)) from error
         own = example
@@ -230,6 +236,7 @@ def _press(target: Any, traits: Traits, name: str, source: _Source | None, optio
         acts_late=late,
         eager=press.reads_weights,
         opens=opens,
+        stands_in=bool(stood_in(press.press)),
     )
 
 

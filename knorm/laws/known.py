@@ -49,6 +49,11 @@ KVPRESS: Mapping[str, Known] = {  # kvpress 0.5.5, the docstrings of the classes
         "cosine-similar surviving neighbor",
     ),
     "RandomPress": Known({"deterministic": False}, "Randomly selects which key-value pairs to prune."),
+    "RestoreKVPress": Known(
+        {"merges_values": True, "positions": "renumbered"},
+        "n=8 restore tokens attend to the full KV cache in one LoRA-adapted pass, producing a context-conditioned "
+        "restore cache that fills n*L*H slots of the same budget while the base evictor fills the rest",
+    ),
     "ThinKPress": Known(
         {"lossy": 1.0, "evicts": False},
         "ThinK compresses the dimensions of the keys, and not the sequence length. [...] Here, we zero out the pruned "

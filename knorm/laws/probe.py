@@ -126,11 +126,34 @@ def tagged(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
     return ((numbers[..., _FIELD_OF] >> _BIT_OF) & 1).float() * 2 - 1
 
 
-def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+_SOME = 512  # tokens; a table of their tags is kept, since most readings are shorter
+
+
+@lru_cache(maxsize=32)
+def _table(rows: int, heads: int, layer: int) -> Tensor:
+    return tagged(rows, heads, layer, torch.arange(_SOME))
+
+
+def _tags_of(rows: int, heads: int, layer: int, positions: Tensor) -> Tensor:
+    """Return what `tagged` writes, from a table where the positions follow each other."""
+    places = _follow(positions, _SOME)
+    return tagged(rows, heads, layer, positions) if places is None else _table(rows, heads, layer)[:, :, places].clone()
+
+
+def _follow(positions: Tensor, most: int) -> slice | None:
+    """Return the slice that positions are, where each follows the one before and all lie below `most`."""
+    if not len(positions):
+        return None
+    first, stop = int(positions[0]), int(positions[-1]) + 1
+    return slice(first, stop) if stop - first == len(positions) and stop <= most else None
+
+
+def read_tags(values: Tensor, plain: bool | None = None) -> tuple[dict[str, Tensor], Tensor]:
     """Read values that `tagged` wrote, possibly rounded since.
 
     Args:
         values: [..., 64].
+        plain: what `exact` says of them, where that is known.
 
     Returns:
         The fields by name, int64 [...], and whether they name a token at all: False for zeros and for mixtures.
@@ -138,9 +161,16 @@ def read_tags(values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     values = values.float()
     numbers = ((values > 0).float() @ _WEIGHTS).long()  # sums of powers of two below 2^16: exact
     fields = dict(zip((name for name, _ in _FIELDS), numbers.unbind(-1), strict=True))
-    size = values.abs()
     sound = (fields["position"] + fields["inverse"] == 0xFFFF) & (fields["fill"] == _FILL)
-    return fields, sound & (size.amin(-1) > 0.5 * size.amax(-1))
+    if not (exact(values) if plain is None else plain):
+        size = values.abs()
+        sound &= size.amin(-1) > 0.5 * size.amax(-1)
+    return fields, sound
+
+
+def exact(values: Tensor) -> bool:
+    """Tell whether all `values`, of any shape, are the tags that `tagged` wrote, bit for bit; mostly they are."""
+    return bool((values.abs() == 1).all())
 
 
 @dataclass
@@ -217,9 +247,10 @@ class Draws:
         Returns:
             Float32 [rows, kv_heads, count, 64].
         """
-        values = tagged(rows, kv_heads_of(self.model), layer, self.positions(count))
+        values = _tags_of(rows, kv_heads_of(self.model), layer, self.positions(count))
         if self.noisy:
-            values *= 0.8 + 0.4 * torch.rand(values.shape, generator=torch.Generator().manual_seed(layer + count))
+            drawn = torch.rand(values.shape, generator=torch.Generator().manual_seed(layer + count))
+            values = values * (0.8 + 0.4 * drawn)
         return values
 
     def drawn_keys(self, layer: int, rows: int, count: int) -> Tensor:
@@ -234,8 +265,11 @@ class Draws:
             Float32 [rows, kv_heads, count, 64].
         """
         assert self.keys is not None
-        places = self.positions(count) % self.length
-        return self.keys[layer][torch.arange(rows) % self.keys.shape[1]][:, :, places]
+        positions = self.positions(count)
+        places = _follow(positions, self.length)
+        if places is not None and rows == self.keys.shape[1]:
+            return self.keys[layer][:, :, places].clone()  # which a cache may write into
+        return self.keys[layer][torch.arange(rows) % self.keys.shape[1]][:, :, positions % self.length]
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from knorm.laws.subjects import Subject
 LEAST = 20  # answered cases without which nothing is said to hold
 RATIOS = (0.5, 0.3, 0.75, 0.5, 0.1)
 CALLS = ((1, 1, 1, 1), (1, 2, 7), (2, 1, 1, 1), (7, 1, 2), (1,) * 9)
-LATE = ((1,) * 18 + (2, 7), (1,) * 34)  # for what acts every so many calls; of several rows, the fewer
+# For what acts every so many calls; of several rows, the fewer. Three, so that each family gets each.
+LATE = ((1,) * 18 + (2, 7), (1,) * 34, (1,) * 18 + (2, 7))
 SHORT = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 20, 24, 33, 40, 65, 70)
 LONG = (5, 13, 24, 40, 65, 70, 80, 90, 100, 128, 129, 131, 140, 150, 160, 192, 200, 256, 270, 300)
 LATER = (5, 24, 65, *LONG[LONG.index(100) :])  # for what acts late, often at a number of tokens only

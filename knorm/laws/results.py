@@ -51,7 +51,8 @@ class Result:
         counterexample: the sentence with the evidence, of the smallest case that refutes the law.
         given: shapes, dtype and ratio of that case.
         snippet: Python that shows it.
-        reason: why the check does not apply or is untested, or why a failure was expected.
+        reason: why the check does not apply or is untested, or why a failure was expected; of what was judged with
+            stand-in weights, that it was.
         needs: the traits that keep it from applying: with other values of these it would.
 
     Example:

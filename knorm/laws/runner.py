@@ -18,6 +18,7 @@ from knorm.laws.registry import CHECKS, Check, Refuted, Untested, find
 from knorm.laws.results import PROFILES, Profile, Result, judged
 from knorm.laws.search import Search, draw_cases, read_cases
 from knorm.laws.snippets import snippet
+from knorm.laws.standins import SAID
 from knorm.laws.subjects import Subject, in_words
 from knorm.laws.traits import Traits
 
@@ -104,6 +105,8 @@ def run_check(
         said = str(error) if isinstance(error, Refuted) else f"{check.name}: {in_words(error)}"
         script = snippet(check, subject, case, calls)
         fields = {"verdict": "refuted", "counterexample": said, "given": repr(case), "snippet": script}
+    if subject.stands_in and fields["verdict"] != "does not apply":
+        fields["reason"] = "; ".join([SAID, *([fields["reason"]] if "reason" in fields else [])])
     fields |= {"examples": search.tried, "answered": search.answered, "evicted": search.evicted}
     return Result(check.name, check.law, check.family, seconds=time.perf_counter() - begin, **fields)
 

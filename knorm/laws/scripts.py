@@ -7,9 +7,13 @@ that print what is wrong, Subject.shows.
 
 from __future__ import annotations
 
+from textwrap import indent
+from typing import Any
+
 from knorm.laws.model import CONFIG
 from knorm.laws.probe import FAMILIES, HEADS, SIZES
 from knorm.laws.reading import Reading
+from knorm.laws.standins import written
 from knorm.laws.strategies import Text
 from knorm.laws.subjects import Subject
 from knorm.methods.presses import acts_while_decoding, lends_tokenizer, reads_delimiter, renumbers, setting
@@ -67,7 +71,7 @@ def noting(attention):
     def noted(module, query, key, value, mask, *more, **named):
         result = attention(module, query, key, value, mask, *more, **named)
         if start is not None:
-            looks[call, module.layer_idx] = look(module.layer_idx, query, key, value, mask)
+            looks[call, module.layer_idx] = look(module, query, key, value, mask)
         return result
 
     return noted
@@ -94,9 +98,9 @@ def named(value):
     return [(part << torch.arange(width)).sum(-1) for part, width in zip(parts, WIDTHS)]
 
 
-def look(layer, query, key, value, mask):
+def look(module, query, key, value, mask):
     \"\"\"Return the token in each slot, and which slots each query sees: [rows, heads, groups, queries, slots].\"\"\"
-    rows, heads, queries, slots = *query.shape[:3], key.shape[2]
+    layer, rows, heads, queries, slots = module.layer_idx, *query.shape[:3], key.shape[2]
     seen = torch.ones(queries, slots, dtype=torch.bool)
     if mask is None:
         seen = seen if ATTENTION == "eager" or queries == 1 else seen.tril()
@@ -115,6 +119,10 @@ def look(layer, query, key, value, mask):
         scores = query.reshape(rows, HEADS, -1, queries, 64) @ key[:, :, None].mT / 8
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
         seen = seen & ~(other[:, :, None, None] & (weights < torch.finfo(torch.float32).tiny))
+    elif slots > queries and getattr(module, "masked_key_indices", None) is not None:  # where kvpress puts such a key
+        row, head, slot = module.masked_key_indices
+        seen = seen.clone()
+        seen[row, head, :, :, slot] = False
     return tokens, seen, key, value
 
 
@@ -192,10 +200,10 @@ def begin(row):
     torch.manual_seed(SEED)
 
 
-def feed(cache, number, first, stop, **more):
+def feed(cache, number, first, given, **more):
     global call, start, fed
     call, start, fed = number, first, None
-    logits = model(input_ids=ids[:, first:stop], use_cache=True, CACHE=cache, **more).logits
+    logits = model(input_ids=given, use_cache=True, CACHE=cache, **more).logits
     start = None
     return logits
 """
@@ -204,10 +212,10 @@ def read(row=None):
     begin(row)
     cache = opened(KEEP_RATIO, LENGTH - 7, ROWS)
     places, first = torch.arange(LENGTH).expand(ROWS, -1), PROMPT
-    logits = [feed(cache, 0, 0, PROMPT, position_ids=places[:, :PROMPT])[:, -1:]]
+    logits = [feed(cache, 0, 0, ids[:, :PROMPT], position_ids=places[:, :PROMPT])[:, -1:]]
     for number, size in enumerate(CALLS, 1):
         more = {} if RENUMBERS else {"position_ids": places[:, first : first + size]}
-        logits.append(feed(cache, number, first, first + size, **more))
+        logits.append(feed(cache, number, first, ids[:, first : first + size], **more))
         first += size
     return looks, torch.cat(logits, 1), cache
 """
@@ -216,13 +224,14 @@ def read(row=None):
     global own
     begin(row)
     own, cache, first = copy.deepcopy(press), DynamicCache(), PROMPT
+PREPARED
     with own(model) if PREFILL else contextlib.nullcontext():
-        logits = [feed(cache, 0, 0, PROMPT)[:, -1:]]
+        logits = [feed(cache, 0, 0, QUESTION)[:, -1:]]
     shift = cache.get_seq_length() - PROMPT if RENUMBERS else 0
     with own(model) if WHILE_DECODING else contextlib.nullcontext():
         for number, size in enumerate(CALLS, 1):
             places = torch.arange(first, first + size).expand(ROWS, -1) + shift
-            logits.append(feed(cache, number, first, first + size, position_ids=places))
+            logits.append(feed(cache, number, first, ids[:, first : first + size], position_ids=places))
             first += size
     return looks, torch.cat(logits, 1), cache
 """
@@ -230,10 +239,18 @@ _TOKENIZER = """\
 words = {"<s>": 0, "</s>": 127, **{f"w{n}": n for n in range(1, 127)}}
 tokenizer = Tokenizer(models.WordLevel(words, unk_token="w1"))
 tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-folder = tempfile.mkdtemp()  # where such a press looks for the model's tokenizer
 fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="w1")
+"""
+_LENT = """\
+folder = tempfile.mkdtemp()  # where such a press looks for the model's tokenizer
 fast.save_pretrained(folder)
 model.config._name_or_path = folder
+"""
+_DELIMITED = """\
+def delimited(prompt):
+    \"\"\"The last quarter of a prompt is the question, up to 32 tokens: a delimiter stands before it.\"\"\"
+    question, middle = max(1, min(32, PROMPT // 4)), torch.full((ROWS, 1), own.delimiter_token_id)
+    return torch.cat([prompt[:, :-question], middle, prompt[:, -question:]], 1)
 """
 _IMPORTS = {
     "contextlib": "import contextlib",
@@ -257,8 +274,7 @@ def program(subject: Subject, case: Text | Reading) -> str | None:
         case: the smallest that refutes.
 
     Returns:
-        The program; None where the target cannot be imported again, the check shows nothing, or a run needs more than
-        a program writes here: a press that reads a delimiter.
+        The program; None where the target cannot be imported again, or the check shows nothing.
     """
     if not (subject.opens and subject.shows):
         return None
@@ -285,6 +301,7 @@ def _of_text(subject: Subject, text: Text) -> list[str] | None:
 
 
 def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
+    more: list[str] = []
     heads = FAMILIES[reading.family].get("num_key_value_heads", HEADS)
     attention = "eager" if subject.eager else "sdpa"
     head = [
@@ -296,21 +313,18 @@ def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
         f"LENGTH, SCALE, REAL = {reading.length + 8}, {reading.scale}, {reading.real}",
         f"KEEP_RATIO, MADE_IN = {reading.keep_ratio}, torch.{reading.dtype}",
     ]
-    opens, read, more = subject.opens, _READ_CACHE, []
+    opens, read = subject.opens, _READ_CACHE
     if subject.method is None:
         head += [f"RENUMBERS = {subject.traits.positions == 'renumbered'}"]
     else:
         method = subject.method(reading.keep_ratio)
         press = method.press  # type: ignore[attr-defined]
-        if reads_delimiter(press):
-            return None
         late, prefill = acts_while_decoding(press), type(press).__name__ != "DecodingPress"
         head += [f"PREFILL, WHILE_DECODING, RENUMBERS = {prefill}, {late}, {renumbers(press)}"]
         if method.budget is not None:
             attribute, value = setting(method.name, press, method.budget, 1000)
             opens += f"\npress.{attribute} = {value}"
-        more = [_TOKENIZER] if lends_tokenizer(press) else []
-        read = _READ_PRESS
+        more, read = _of_press(press)
     hooks = _FUSED if reading.family == "gpt_neox" else _SEPARATE
     return [
         "\n".join(head),
@@ -324,6 +338,19 @@ def _of_reading(subject: Subject, reading: Reading) -> list[str] | None:
         _keyword(_DRAW),
         read,
     ]
+
+
+def _of_press(press: Any) -> tuple[list[str], str]:
+    """Write what a press needs besides itself, and read(), which runs it."""
+    functions, prepared = written(press, "own")
+    more, given = [functions] if functions else [], "ids[:, :PROMPT]"
+    if lends_tokenizer(press):
+        more.append(_TOKENIZER + _LENT)
+    elif reads_delimiter(press):
+        more += [_TOKENIZER, _DELIMITED]
+        prepared, given = 'own.update_model_and_tokenizer(model, fast, delimiter_token="</s>")', f"delimited({given})"
+    read = _READ_PRESS.replace("PREPARED\n", indent(f"{prepared}\n", " " * 4) if prepared else "")
+    return more, read.replace("QUESTION", given)
 
 
 def _keyword(text: str) -> str:

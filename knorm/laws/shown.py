@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from knorm.laws.ranked import RANKING
+
 
 def apart(first: str, second: str) -> str:
     """Write what prints how far `first` and `second`, expressions for logits of the same shape, lie apart.
@@ -105,31 +107,62 @@ cache.crop(-{tokens})
 
 READ = "run, *_ = read()\n"
 RUNS = "read()"
-UNDER_THE_MASK = """\
+_TURN = """\
+
+def turned(states, places):
+    half = states.shape[-1] // 2
+    angles = places[..., None].double() * 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    one, two = states.double().split(half, -1)
+    return torch.cat([one * angles.cos() - two * angles.sin(), two * angles.cos() + one * angles.sin()], -1)
+
+
+model.base_model.rotary_emb.inv_freq.zero_()  # keys and queries are turned below
+"""
+_START = """\
+        places = torch.arange(total).expand(ROWS, HEADS, total)
+"""
+_SLOTS = """\
+            slots = torch.zeros(ROWS, HEADS, total + 1, dtype=torch.long)
+            places = slots.scatter(2, index, torch.arange(index.shape[2]).expand_as(index))[..., :-1]
+"""
+_PLACED = """
+        queries, keys = turned(queries, places[:, :, None, at]), turned(keys, places[:, :, None])"""
+_MASKED = """\
 run, logits, _ = read()
 total = ids.shape[1]
-
+{turn}
 
 def masked(module, query, key, value, *_, **__):
-    \"\"\"The plain model's attention to the tokens that each query was seen to see.\"\"\"
-    groups = query.shape[1] // key.shape[1]
-    allowed = torch.zeros(ROWS, HEADS, groups, total, total + 1, dtype=torch.bool)
-    allowed[..., :-1] = torch.ones(total, total, dtype=torch.bool).tril()
-    for (call, layer), (tokens, seen, *_) in run.items():
-        if layer == module.layer_idx:
-            first = (PROMPT + sum(CALLS[: call - 1])) if call else 0
+    \"\"\"The plain model's attention to the tokens that each query was seen to see{where}.\"\"\"
+    groups, parts = query.shape[1] // key.shape[1], []
+    for call, size in enumerate([PROMPT, *CALLS]):
+        at = torch.arange(size) + (PROMPT + sum(CALLS[: call - 1]) if call else 0)
+        allowed = (torch.arange(total) <= at[:, None]).expand(ROWS, HEADS, groups, size, total)
+{start}        if (call, module.layer_idx) in run:
+            tokens, seen, *_ = run[call, module.layer_idx]
+            index = tokens.where((tokens >= 0) & (tokens < total), total)
             shown = torch.zeros(*seen.shape[:4], total + 1, dtype=torch.int)
-            index = tokens.where((tokens >= 0) & (tokens < total), total)[:, :, None, None].expand_as(seen)
-            allowed[:, :, :, first : first + seen.shape[3]] = shown.scatter_add_(-1, index, seen.int()) > 0
-    scores = query.unflatten(1, (HEADS, groups)).double() @ key[:, :, None].double().mT / 8
-    weights = scores.masked_fill(~allowed[..., :-1], -torch.inf).softmax(-1)
-    return (weights @ value[:, :, None].double()).flatten(1, 2).transpose(1, 2).to(key.dtype).contiguous(), None
+            shown.scatter_add_(-1, index[:, :, None, None].expand_as(seen), seen.int())
+            allowed = shown[..., :-1] > 0
+{slots}        queries = query.unflatten(1, (HEADS, groups))[..., at, :].double()
+        keys = key[:, :, None].double(){placed}
+        weights = (queries @ keys.mT / 8).masked_fill(~allowed, -torch.inf).softmax(-1)
+        parts.append(weights @ value[:, :, None].double())
+    return torch.cat(parts, 3).flatten(1, 2).transpose(1, 2).to(key.dtype).contiguous(), None
 
 
 functions["sdpa"] = modeling.eager_attention_forward = masked
 call, start, fed = 0, 0, None
 plain = model(ids, use_cache=False).logits[:, -logits.shape[1] :]
-print("the logits differ from the plain model's under the same mask by", float((logits - plain).abs().max()))"""
+print("the logits differ from the plain model's{where}, under the same mask by", float((logits - plain).abs().max()))"""
+
+
+def under_the_mask(*, renumbered: bool) -> str:
+    """Show the plain model under a mask of what was seen; where `renumbered`, with its keys turned to their slots."""
+    if renumbered:
+        where = ", keys turned to their slots"
+        return _MASKED.format(turn=_TURN, start=_START, slots=_SLOTS, placed=_PLACED, where=where)
+    return _MASKED.format(turn="", start="", slots="", placed="", where="")
 
 
 REPORTED = """\
@@ -140,18 +173,38 @@ earlier = [sum(token < PROMPT for token in sees(looks, 1, layer, row, head, 0)) 
 print("the share of it that later queries do not see is", 1 - sum(earlier) / len(earlier))"""
 
 
-RANKED = """\
+RANKED = f"""\
+import types
+
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Ranked(TorchDispatchMode):
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name = operation.overloadpacket.__name__
-        if name in ("topk", "sort", "argsort", "kthvalue", "argmax", "max") and args[0].isnan().any():
-            print(name, "was given", int(args[0].isnan().sum()), "of", args[0].numel(), "scores that are not numbers")
-        return operation(*args, **(kwargs or {}))
+def note(name, x, *args, dim=None, **_):
+    \"\"\"Tell of scores that are no numbers, where the places of the largest are asked for: not by max() of all.\"\"\"
+    places = name not in ("max", "min") or dim is not None or (args and isinstance(args[0], int))
+    if places and x.is_floating_point() and x.isnan().any():
+        print(name, "was given", int(x.isnan().sum()), "of", x.numel(), "scores that are not numbers")
 
 
+class Below(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, kinds, args=(), kwargs=None):
+        if operation.overloadpacket.__name__ in RANKING:
+            note(operation.overloadpacket.__name__, *args, **(kwargs or {{}}))
+        return operation(*args, **(kwargs or {{}}))
+
+
+class Ranked(TorchFunctionMode):
+    def __torch_function__(self, function, kinds, args=(), kwargs=None):
+        if isinstance(function, types.FunctionType):  # torch's own Python
+            with Below():
+                return function(*args, **(kwargs or {{}}))
+        if getattr(function, "__name__", "") in RANKING:
+            note(function.__name__, *args, **(kwargs or {{}}))
+        return function(*args, **(kwargs or {{}}))
+
+
+RANKING = {sorted(RANKING)}
 with Ranked():
     read()"""
 

@@ -232,6 +232,19 @@ def beyond_a_byte(traits: Traits) -> Iterator[Cache]:
         yield Cache(keys, tagged_values(1, 1, length, keys.dtype, widths[0]), ratio)
 
 
+def one_apart(traits: Traits) -> Iterator[Cache]:
+    """Keys that lie together but for the first, as of models that take their first token for a sink.
+
+    Products with what they have in common are large, and of both signs. The `traits` tell dtypes, widths and lengths.
+    """
+    length = max(3, traits.prune_after, traits.min_length, 2 * traits.protected)
+    dtypes, widths = made_for(traits)
+    if traits.affords(length, 0.5):
+        keys = torch.full((1, 1, length, widths[0]), 8.0, dtype=dtypes[0])
+        keys[:, :, 0, 1::2] = -8
+        yield Cache(keys, tagged_values(1, 1, length, keys.dtype, widths[0]), 0.5)
+
+
 @dataclass(frozen=True)
 class Text:
     """Hold tokens for a tiny model, and how they are fed to it.

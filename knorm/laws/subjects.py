@@ -81,6 +81,7 @@ class Subject:
             keeps everything.
         acts_late: True where it acts while tokens are decoded.
         eager: True where it reads attention weights, which only eager attention has.
+        stands_in: True where it reads weights of others, for which stand-ins are given: results say so.
         evaluate: (model, input_ids, prompt_length, keep_ratio) -> NLL [batch, T-1], for an evaluator.
         code: lines of Python that import the target and define compress(keys, values, keep_ratio).
         opens: lines that import the target and define opened(keep_ratio, length, rows), which makes a cache of it; of a
@@ -108,6 +109,7 @@ class Subject:
     budgeted: bool = True
     acts_late: bool = False
     eager: bool = False
+    stands_in: bool = False
     opens: str = ""
     shows: str = ""
     calls: list[Call] = field(default_factory=list)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from knorm.laws.probe import (
     FOREIGN,
     Draws,
     attention_modules,
+    exact,
     kv_heads_of,
     probe,
     probe_tokenizer,
@@ -155,49 +156,90 @@ class BareCache:
         return int(self.cache.get_seq_length()) if self.renumbered else self.tokens
 
 
-class _Recorder:
-    """Writes down a Look whenever the model's own attention is called in a call of the run's own."""
+class _Given(NamedTuple):
+    """Hold what one call of an attention was given, as it was then."""
 
-    def __init__(self, model: PreTrainedModel, draws: Draws, run: Witnessed) -> None:
-        self.draws, self.run, self.call = draws, run, 0
+    call: int
+    layer: int
+    start: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return rows, key/value heads and width."""
+        return (*self.value.shape[:2], *self.value.shape[3:])
+
+
+class _Recorder:
+    """Writes down what the model's own attention is given in each call of the run's own; what that was is read at once
+    when the run is over, since a run has many small calls.
+    """
+
+    def __init__(self, model: PreTrainedModel, draws: Draws) -> None:
+        self.draws, self.call = draws, 0
         self.eager = implementation_of(model.config) == "eager"
         self.layer_of = {id(module): layer for layer, module in enumerate(attention_modules(model))}
         self.heads = kv_heads_of(model)
+        self._given: list[_Given] = []
 
     def __call__(
         self, attention: Any, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **keywords: Any
     ) -> Any:
         result = attention(module, query, key, value, mask, **keywords)  # first: what does not fit is the method's
-        layer = self.layer_of.get(id(module))
-        if self.draws.start is not None and layer is not None:
-            self.run.looks.append(self._look(layer, query, key, value, mask))
+        layer, start = self.layer_of.get(id(module)), self.draws.start
+        if start is not None and layer is not None:
+            copies = query, key.clone(), value.clone(), None if mask is None else mask.clone()  # caches write in place
+            self._given.append(_Given(self.call, layer, start, *copies))
         return result
 
-    def _look(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Look:
-        rows, heads, queries, _ = query.shape
-        slots, groups = key.shape[2], heads // self.heads
-        allowed = _allowed(mask, queries, slots, self.eager).expand(rows, heads, queries, slots)
-        allowed = allowed.view(rows, self.heads, groups, queries, slots).clone()
-        fields, sound = read_tags(value)
+    def looks(self) -> list[Look]:
+        """Read what was written down: a Look for each call and layer."""
+        shapes = dict.fromkeys(given.shape for given in self._given)
+        read = {
+            id(given): look
+            for shape in shapes
+            for given, look in self._read([given for given in self._given if given.shape == shape])
+        }
+        return [read[id(given)] for given in self._given]
+
+    def _read(self, every: list[_Given]) -> Iterator[tuple[_Given, Look]]:
+        """Read calls of one shape, with what they were given side by side along the slots."""
+        value, sizes = torch.cat([given.value for given in every], 2), [given.value.shape[2] for given in every]
+        layer = torch.tensor([given.layer for given in every]).repeat_interleave(torch.tensor(sizes))
+        plain = exact(value)
+        fields, sound = read_tags(value, plain)
         tokens = fields["position"].clone()
-        places = torch.arange(rows)[:, None, None], torch.arange(self.heads)[None, :, None]
+        places = torch.arange(value.shape[0])[:, None, None], torch.arange(self.heads)[None, :, None]
         at_home = (fields["row"] == places[0]) & (fields["head"] == places[1]) & (fields["layer"] == layer)
         tokens[tokens >= FOREIGN] = STRANGE
         tokens[sound & ~at_home] = ASTRAY
         tokens[~sound] = MIXED
-        tokens[(value == 0).all(-1)] = EMPTY
-        real = tokens.clamp(min=0)
-        value_error = torch.where(tokens >= 0, (value.float().abs() - 1).abs().amax(-1), torch.zeros(()))
-        key_error = torch.zeros(tokens.shape)
+        value_error = torch.zeros(tokens.shape)
+        if not plain:
+            tokens[(value == 0).all(-1)] = EMPTY
+            off = (value.float().abs() - 1).abs().amax(-1)
+            value_error = torch.where(tokens >= 0, off, 0.0).nan_to_num(torch.inf)
+        key_error = error = torch.zeros(tokens.shape)
+        keys: tuple[Tensor, ...] = ()
         if self.draws.given is not None:
-            given = self.draws.given[layer][(*places, real % self.draws.length)]
-            error = ((key.float() - given).abs().amax(-1) / given.abs().amax(-1)).nan_to_num(torch.inf)
-            key_error = torch.where(tokens >= 0, error, key_error)
-            if (error > 1e-3).any():  # else all are the keys that were given
-                allowed &= ~_let_through(query, key, given, allowed)
-        assert self.draws.start is not None
-        positions = self.draws.start + torch.arange(queries)
-        return Look(self.call, layer, positions, tokens, allowed, key_error, value_error.nan_to_num(torch.inf))
+            at = (layer, *places, tokens.clamp(min=0) % self.draws.length)
+            own, key = self.draws.given[at], torch.cat([given.key for given in every], 2).float()
+            if not torch.equal(key, own):  # else all are the keys that were given, as mostly
+                error = ((key - own).abs().amax(-1) / own.abs().amax(-1)).nan_to_num(torch.inf)
+                key_error = torch.where(tokens >= 0, error, 0.0)
+                keys = own.split(sizes, 2) if (error > 1e-3).any() else ()
+        parts = zip(every, *(x.split(sizes, 2) for x in (tokens, key_error, value_error, error)), strict=True)
+        for index, (given, *read, off) in enumerate(parts):
+            rows, heads, queries, _ = given.query.shape
+            slots, shape = given.key.shape[2], (rows, self.heads, heads // self.heads, queries, given.key.shape[2])
+            seen = _allowed(given.mask, queries, slots, self.eager).expand(rows, heads, queries, slots).reshape(shape)
+            if keys and (off > 1e-3).any():
+                seen = seen & ~_let_through(given.query, given.key, keys[index], seen)
+            positions = given.start + torch.arange(queries)
+            yield given, Look(given.call, given.layer, positions, read[0], seen, read[1], read[2])
 
 
 def _allowed(mask: Tensor | None, queries: int, slots: int, eager: bool) -> Tensor:
@@ -261,7 +303,7 @@ def witness(subject: Subject, reading: Reading) -> Witnessed:
         noisy=reading.dtype != "float32",  # where what is ranked matters, no value may be constant
     )
     run = Witnessed(reading)
-    recorder = _Recorder(model, draws, run)
+    recorder = _Recorder(model, draws)
     torch.manual_seed(reading.seed)
     half = reading.dtype != "float32"  # what is ranked matters there, and watching takes time
     with (
@@ -271,13 +313,14 @@ def witness(subject: Subject, reading: Reading) -> Witnessed:
         observed(model, recorder),
         _opened(subject, model, reading) as method,
     ):
-        _read(model, method, reading, draws, recorder)
-    run.ranked = ranked
+        _read(model, method, run, draws, recorder)
+    run.ranked, run.looks = ranked, recorder.looks()
     return run
 
 
-def _read(model: PreTrainedModel, method: Opened, reading: Reading, draws: Draws, recorder: _Recorder) -> None:
-    ids, keyword, run = reading.input_ids, cache_keyword(model), recorder.run
+def _read(model: PreTrainedModel, method: Opened, run: Witnessed, draws: Draws, recorder: _Recorder) -> None:
+    reading = run.reading
+    ids, keyword = reading.input_ids, cache_keyword(model)
     places = torch.arange(reading.length).expand(ids.shape)
     given = method.prompt(ids[:, : reading.prompt], places[:, : reading.prompt])
     draws.begin(0)

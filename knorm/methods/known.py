@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import metadata
+from importlib.util import find_spec
+
+TRIED = "0.5.5"  # of kvpress
+
+
+def other_version() -> str:
+    """Say which kvpress is installed, and which was tried.
+
+    Returns:
+        "kvpress 0.6.0 is installed, but 0.5.5 was tried: pip install kvpress==0.5.5"; nothing where they are the same.
+    """
+    installed = version_of("kvpress") or "of no known version"
+    return "" if installed == TRIED else f"kvpress {installed} is installed, but {TRIED} was tried: {_INSTALL}"
+
+
+_INSTALL = f"pip install kvpress=={TRIED}"
 
 # Presses that are not opened by their class and a ratio alone: how kvpress' own documentation opens them.
 PRESSES: Mapping[str, str] = {
@@ -18,6 +34,7 @@ PRESSES: Mapping[str, str] = {
     "CriticalKVPress": "CriticalKVPress(KnormPress())",
     "DMSPress": "DMSPress(KnormPress(), threshold=-6.0, sliding_window_size=32)",
     "DecodingPress": "DecodingPress(KnormPress(), compression_interval=16, target_size=128)",
+    "DuoAttentionPress": "DuoAttentionPress(head_compression_ratio=0.5)",
     "EntropyGatedChunkKVPress": "EntropyGatedChunkKVPress(SnapKVPress(), chunk_length=10)",
     "KeyRerotationPress": "KeyRerotationPress(KnormPress())",
     "MergingPress": "MergingPress(KnormPress())",
@@ -40,6 +57,26 @@ WEIGHTS: Mapping[str, str] = {
     "RestoreKVPress": "an adapter of its model: higokri/RestoreKV-<model> on the hub",
 }
 
+_NEEDS = {"RestoreKVPress": "peft"}  # what stand-in weights of a press are made with, if not with kvpress alone
+
+
+def lacking(press: str) -> str:
+    """Say which package stand-in weights of a press need, if it is not installed.
+
+    Args:
+        press: name of its class.
+
+    Returns:
+        The package; nothing where nothing is lacking.
+
+    Example:
+        >>> lacking("KnormPress")
+        ''
+    """
+    needs = _NEEDS.get(press, "")
+    return needs if needs and find_spec(needs) is None else ""
+
+
 # Caches of transformers that keep all that they are given, and those that do not.
 CACHES = ("DynamicCache", "StaticCache", 'QuantizedCache(backend="fp8")')
 
@@ -47,7 +84,7 @@ NO_PRESS = ("gpt_neox",)  # architectures, as configurations name them, that pre
 
 
 def version_of(package: str) -> str | None:
-    """Return the version of `package`, from which methods may come; None where it is not installed."""
+    """Return the version of a `package` that methods may come from; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -82,12 +82,18 @@ class Session:
         """Return the position of the first token after the prompt."""
         return self.tokens
 
-    def close(self) -> None:
-        """End both phases, the last one first."""
+    def close(self, error: BaseException | None = None) -> None:
+        """End both phases, the last one first.
+
+        Args:
+            error: what broke the session off, if anything did: what a phase would do at its end is not done then, and
+                cannot fail in its place.
+        """
+        told = (None, None, None) if error is None else (type(error), error, error.__traceback__)
         try:
-            self._decode.close()
+            self._decode.__exit__(*told)
         finally:
-            self._prefill.close()
+            self._prefill.__exit__(*told)
 
 
 def _home(code: Any) -> Path | None:
@@ -183,8 +189,10 @@ class Method(ABC):
             session = self.start(model, length, batch, tokenizer)
             try:
                 yield session
-            finally:
-                session.close()
+            except BaseException as error:
+                session.close(error)
+                raise
+            session.close()
 
     @contextmanager
     def open(

@@ -6,7 +6,7 @@ import copy
 import inspect
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from knorm.methods.budget import Budget, NeedsBudget, TakesNoBudget
-from knorm.methods.kinds import is_press
-from knorm.methods.known import WEIGHTS
+from knorm.methods.kinds import is_press, signature_of
+from knorm.methods.known import TRIED, WEIGHTS, other_version
 from knorm.methods.method import Method, Session, Tokenizer
 from knorm.model_attention import implementation_of
 
@@ -53,17 +53,26 @@ def renumbers(press: Any) -> bool:
 
 
 class PressMethod(Method):
-    """Run a press, its class or an instance; a copy is opened for each run, with its budget set."""
+    """Run a press, its class or an instance; a copy is opened for each run, with its budget set.
+
+    Attributes:
+        press: an instance.
+        prepare: is called with each copy and the model before it is opened; by default nothing is.
+    """
 
     kind = "press"
+    prepare: Callable[[Any, PreTrainedModel], None] | None = None
 
     def __init__(self, name: str, press: Any, budget: Budget | None, options: dict[str, Any] | None = None) -> None:
         super().__init__(name, budget, press)
         if source := sys.modules.get(_base(press).__module__):
-            self.home = Path(source.__file__ or "").parents[1]
+            folders = Path(source.__file__ or "").parents
+            self.home = next((folder for folder in folders if folder.name == "kvpress"), folders[0])
         if isinstance(press, type):
             press = _made(press, budget, options or {})
         self.press = press
+        for part in nested(press):
+            _check_interface(part)
         if budget is not None:
             _give(name, copy.deepcopy(press), budget, 1000)  # refused now, not in the middle of a run
         elif _compresses_nothing(press):
@@ -85,6 +94,8 @@ class PressMethod(Method):
 
     def _blamed(self, error: Exception) -> str | None:
         blamed = super()._blamed(error)
+        if blamed is not None:
+            blamed += _other()
         weights = next((WEIGHTS[type(x).__name__] for x in nested(self.press) if type(x).__name__ in WEIGHTS), None)
         if blamed is None or weights is None:
             return blamed
@@ -103,13 +114,54 @@ def _compresses_nothing(press: Any) -> bool:
         return False
 
 
+def nested_at(press: Any, path: str = "press") -> Iterator[tuple[str, Any]]:
+    """Generate a press and those that it wraps, each behind where it is: press, press.base_press, press.presses[0]."""
+    yield path, press
+    for name, value in vars(press).items():
+        many = isinstance(value, (list, tuple))
+        for index, inner in enumerate(value if many else [value]):
+            if is_press(type(inner)):
+                yield from nested_at(inner, f"{path}.{name}" + f"[{index}]" * many)
+
+
 def nested(press: Any) -> Iterator[Any]:
     """Generate a press and those that it wraps."""
-    yield press
-    for value in vars(press).values():
-        for inner in value if isinstance(value, (list, tuple)) else [value]:
-            if is_press(type(inner)):
-                yield from nested(inner)
+    for _, each in nested_at(press):
+        yield each
+
+
+# What knorm uses of a press besides compression_ratio, by its class or one that it is derived from: attributes, and
+# methods with the arguments that they are called with.
+_ATTRIBUTES = {"DecodingPress": ("target_size",), "CompressionRatioDecodingPress": ("target_compression_ratio",)}
+_CALLS: dict[str, dict[str, tuple[str, ...]]] = {
+    "BasePress": {"__call__": ("model",)},
+    "FinchPress": {"update_model_and_tokenizer": ("model", "tokenizer", "delimiter_token")},
+}
+
+
+def _check_interface(press: Any) -> None:
+    """Raise ValueError, in one line, for a press that is not called as those of the version that was tried."""
+    kind, bases = type(press), _bases(press)
+    said = ""
+    for base in sorted(bases & _ATTRIBUTES.keys()):
+        said = said or next((f"has no {name}" for name in _ATTRIBUTES[base] if not hasattr(press, name)), "")
+    for base in sorted(bases & _CALLS.keys()):
+        for name, arguments in _CALLS[base].items():
+            signature = signature_of(getattr(press, name)) if hasattr(press, name) else None
+            try:
+                if signature is None:
+                    raise TypeError
+                signature.bind(*arguments)
+            except TypeError:
+                said = said or f"has no {name}({', '.join(arguments)})" + (f", but {name}{signature}" * bool(signature))
+    if said:
+        other = other_version() or f"kvpress {TRIED} was tried"
+        raise ValueError(f"{kind.__name__} {said}: its interface is another than the one that knorm uses; {other}")
+
+
+def _other() -> str:
+    other = other_version()
+    return f"; {other}" if other else ""
 
 
 def _base(press: Any) -> type:
@@ -173,7 +225,7 @@ def _give(name: str, press: Any, budget: Budget, length: int) -> None:
     except AttributeError:
         raise TakesNoBudget(
             f"{name} takes no compression_ratio: drop keep_ratio and keep_tokens, and write its own budget into the "
-            "target"
+            f"target{_other()}"
         ) from None
 
 
@@ -187,6 +239,8 @@ class _PressSession(Session):
         self._delimiter: int | None = None
         if self._finch:
             self._prepare_finch()
+        if method.prepare is not None:
+            method.prepare(press, model)
         if method.budget is None or method.budget.keep_tokens is None:
             self._open(1000)
 

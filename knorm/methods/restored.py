@@ -40,7 +40,7 @@ def restored(model: nn.Module) -> Iterator[list[str]]:
 
 def _parts(module: nn.Module) -> dict[str, Any]:
     parts: dict[str, Any] = {name: dict(vars(module)[name]) for name in _TABLES}
-    parts["plain"] = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    parts["plain"] = {name: value for name, value in vars(module).items() if name not in _TABLES}
     parts["data"] = {name: value.data for name, value in module._parameters.items() if value is not None}
     return parts
 
@@ -53,7 +53,7 @@ def _put_back(module: nn.Module, parts: dict[str, Any]) -> Iterator[str]:
             yield from sorted(map(str, own.keys() ^ parts[table].keys()))
             own.clear()
             own.update(parts[table])
-    for name in [name for name in vars(module) if not name.startswith("_") and name not in parts["plain"]]:
+    for name in [name for name in vars(module) if name not in _TABLES and name not in parts["plain"]]:
         delattr(module, name)
         yield name
     for name, value in parts["plain"].items():

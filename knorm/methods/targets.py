@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from knorm.methods.known import ABSTRACT, CACHES, PRESSES
+from knorm.methods.known import ABSTRACT, CACHES, PRESSES, other_version
 from knorm.paths import resolved
 
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
@@ -178,7 +178,7 @@ def load_target(target: Target) -> tuple[Any, dict[str, Any]]:
             return named, {}
         positional, keywords = _arguments(target, module, target.call)
     except _Missing as error:
-        raise ValueError(f"target {target.spec!r}: {error}") from error.__cause__
+        raise ValueError(f"target {target.spec!r}: {error}{_version(target)}") from error.__cause__
     from knorm.methods.kinds import is_press, signature_of
 
     if isinstance(named, type) and is_press(named):
@@ -188,6 +188,12 @@ def load_target(target: Target) -> tuple[Any, dict[str, Any]]:
         names = [*signature.parameters] if signature else []
         keywords = {**dict(zip(names, positional, strict=False)), **keywords}
     return named, keywords
+
+
+def _version(target: Target) -> str:
+    """Say that another kvpress than the one that was tried is installed: what is not there may be called otherwise."""
+    other = other_version() if target.where.partition(".")[0] == "kvpress" and _is_there("kvpress") else ""
+    return f"; {other}" if other else ""
 
 
 def _arguments(target: Target, module: ModuleType, call: Call) -> tuple[list[Any], dict[str, Any]]:
@@ -209,9 +215,8 @@ def _called(target: Target, function: Callable[..., Any], positional: list[Any],
         return function(*positional, **keywords)
     except Exception as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"target {target.spec!r}: {getattr(function, '__name__', function)} refused: {said}"
-        ) from error
+        name = getattr(function, "__name__", function)
+        raise ValueError(f"target {target.spec!r}: {name} refused: {said}{_version(target)}") from error
 
 
 class _Missing(Exception):

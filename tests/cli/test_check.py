@@ -619,6 +619,14 @@ def test_a_result_in_a_terminal_wraps_but_its_snippet_and_the_command_do_not():
     assert " ".join(lines[1:5]).split() == ["word"] * 20 + ["given:", "keys", "and", "values"]
 
 
+def test_what_was_judged_with_stand_in_weights_says_so():
+    held = Result("pairing", "Pairs.", "provenance", "holds", 60, answered=60, reason="with stand-in weights")
+    untested = Result("shape", "Shapes.", "provenance", "untested", reason="with stand-in weights; none was drawn")
+    lines = shown(held, untested, width=120)
+    assert "holds    provenance: pairing [with stand-in weights; 60 tried, 60 answered; 0.0 s]" in lines
+    assert "untested shape: Shapes. [with stand-in weights; none was drawn; 0.0 s]" in lines
+
+
 def test_what_holds_is_a_line_for_each_family_unless_verbose():
     held = [
         Result("pairing", "Pairs.", "provenance", "holds", 60, answered=57, evicted=51),

@@ -165,18 +165,6 @@ def test_a_figure_is_known_as_knorms_own(tmp_path, suffix):
     assert not outputs.is_ours(file), "drawn by somebody else"
 
 
-def test_the_environment_names_kvpress_where_it_is_installed(monkeypatch):
-    def version(name):
-        if name == "kvpress":
-            raise metadata.PackageNotFoundError(name)
-        return "1.2.3"
-
-    monkeypatch.setattr(metadata, "version", lambda name: "1.2.3")
-    assert outputs.environment()["kvpress"] == "1.2.3"
-    monkeypatch.setattr(metadata, "version", version)
-    assert outputs.environment()["kvpress"] is None
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -203,3 +191,15 @@ def test_links_that_lead_round_are_wrong_usage_wherever_they_are_given(line, run
     code, out, err = run_knorm(*line.split())
     assert (code, out) == (2, ""), err
     assert "loop" in err.splitlines()[-1]
+
+
+def test_the_environment_names_kvpress_where_it_is_installed(monkeypatch):
+    def version(name):
+        if name == "kvpress":
+            raise metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(metadata, "version", lambda name: "1.2.3")
+    assert outputs.environment()["kvpress"] == "1.2.3"
+    monkeypatch.setattr(metadata, "version", version)
+    assert outputs.environment()["kvpress"] is None

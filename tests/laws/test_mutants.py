@@ -68,6 +68,14 @@ def test_every_mutant_stands_in_the_table():
     assert not [mutant.name for mutant in MUTANTS if f"| `{mutant.name}` | {mutant.bug} |" not in LAWS]
 
 
+@pytest.mark.parametrize("seed", [9, 15, 16, 19])
+def test_scores_that_overflow_are_found_whatever_is_drawn(seed):
+    mutant = next(mutant for mutant in MUTANTS if mutant.check == "ranks_numbers")
+    result = run_check(CHECKS["ranks_numbers"], mutant.subject, seed=seed)
+    assert result.verdict == "refuted"
+    assert mutant.words in result.counterexample
+
+
 def run_on_seed_document(compressor, seed):
     return run_check(CHECKS["time_order"], Subject("l2compress", Traits(**PROMISES), compress=compressor), seed=seed)
 

@@ -10,15 +10,18 @@ import pytest
 import torch
 from commands import in_a_new_process
 from mutants import MUTANTS
+from mutants.parts import TurnedCache, WindowCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
 
-from knorm.laws import CHECKS, run_check
+from knorm.laws import CHECKS, Subject, Traits, run_check
 from knorm.laws.loading import load_target
 from knorm.laws.probe import FAMILIES
+from knorm.laws.ranked import Ranked
 from knorm.laws.reading import Reading
 from knorm.laws.scripts import program
+from knorm.laws.shown import RANKED, under_the_mask
 from knorm.laws.witness import witness
 
 _spec = importlib.util.spec_from_file_location("exam", Path(__file__).parents[2] / "tools" / "exam.py")
@@ -26,7 +29,6 @@ exam = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(exam)
 
 CACHES = [mutant for mutant in MUTANTS if mutant.subject.make_cache is not None]
-BY_KNORM = {"TurnsByAnotherBase"}  # keys turned to their places: the oracle is knorm's
 ALONE = "import sys; sys.modules['knorm'] = None; exec(compile(sys.stdin.read(), 'snippet', 'exec'))"
 
 
@@ -59,9 +61,6 @@ def ran(monkeypatch, capsys):
 @pytest.mark.parametrize("mutant", CACHES, ids=lambda mutant: mutant.name)
 def test_a_program_shows_what_is_wrong_with_each_mutant(mutant, ran):
     result = run_check(CHECKS[mutant.check], importable(mutant.subject))
-    if mutant.name in BY_KNORM:
-        assert "reproduce(" in result.snippet
-        return
     assert "import knorm" not in result.snippet
     assert "from knorm" not in result.snippet
     tries = 10 if mutant.name == "RollsDice" else 1  # which may fall alike twice
@@ -80,6 +79,19 @@ def test_a_program_sees_what_the_witness_sees(family, real, ran):
     looks = witness(subject, reading).looks
     assert len(looks) == len(scope["run"]) == 8
     for look in looks:
+        tokens, seen, _, _ = scope["run"][look.call, look.layer]
+        assert torch.equal(tokens, look.tokens)
+        assert torch.equal(seen, look.seen)
+
+
+@pytest.mark.parametrize(("cache", "positions"), [(WindowCache, "kept"), (TurnedCache, "renumbered")])
+def test_a_program_finds_a_right_cache_right(cache, positions, ran):
+    subject = importable(Subject(cache.__name__, Traits(positions=positions), make_cache=cache))
+    subject.shows = under_the_mask(renumbered=positions == "renumbered")
+    reading = Reading(prompt=9, calls=(1, 2, 7), rows=2, seed=4, real=True)
+    printed, scope = ran(program(subject, reading))
+    assert float(printed.rpartition("by ")[2]) < 1e-5, printed
+    for look in witness(subject, reading).looks:
         tokens, seen, _, _ = scope["run"][look.call, look.layer]
         assert torch.equal(tokens, look.tokens)
         assert torch.equal(seen, look.seen)
@@ -113,7 +125,36 @@ def test_a_program_runs_where_there_is_no_knorm(target, check):
         ("the query at 3 sees [1, 3]", "keeps the budget: sees 2 earlier tokens", False),
         ("6144 bytes are held, but", "sees what is held: 4,096 bytes are held", False),
         ("topk was given 2 of 9 scores that are not numbers", "sees by numbers: topk was given 1 of 9 scores", False),
+        ("max was given 2 of 9 scores that are not numbers", "sees by numbers: topk was given 2 of 9 scores", False),
     ],
 )
 def test_a_program_that_shows_nothing_confirms_nothing(printed, counterexample, confirmed):
     assert exam.confirms(printed, counterexample) is confirmed
+
+
+@pytest.mark.parametrize(
+    ("rank", "operation", "numbers"),
+    [
+        (lambda x: x.max(dim=1), "max", 4),
+        (lambda x: torch.min(x, 1), "min", 4),
+        (lambda x: x[0].topk(1), "topk", 2),
+        (lambda x: torch.argsort(x, descending=True), "argsort", 4),
+        (lambda x: torch.ops.aten.sort(x), "sort", 4),
+        (lambda x: torch.nn.functional.gumbel_softmax(x, hard=True), "max", 4),
+    ],
+)
+def test_a_program_tells_what_is_ranked_as_the_law_does(rank, operation, numbers, capsys):
+    scores = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
+
+    def read():
+        scores.max()  # of all: no place is asked for
+        torch.maximum(scores, scores)
+        torch.max(scores, scores)
+        scores[1].topk(1)
+        rank(scores)
+
+    exec(RANKED, {"torch": torch, "read": read})
+    with Ranked() as ranked:
+        read()
+    assert (ranked.operation, ranked.numbers) == (operation, numbers)
+    assert capsys.readouterr().out == f"{operation} was given {ranked.nans} of {numbers} scores that are not numbers\n"

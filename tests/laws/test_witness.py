@@ -11,7 +11,7 @@ from knorm.laws import CHECKS, Subject, Traits, check_compressor, run_check
 from knorm.laws.adapters import adapt
 from knorm.laws.blame import is_ours, is_refusal
 from knorm.laws.known import KVPRESS, TRANSFORMERS
-from knorm.laws.probe import FAMILIES, probe, read_tags, tagged
+from knorm.laws.probe import FAMILIES, FOREIGN, Draws, probe, read_tags, tagged
 from knorm.laws.reading import Reading
 from knorm.laws.replay import replayed
 from knorm.laws.witness import EMPTY, Unanswered, witness, witnessed
@@ -151,3 +151,20 @@ def test_every_known_trait_stands_for_a_sentence():
     for known in (*KVPRESS.values(), *TRANSFORMERS.values()):
         Traits(**known.traits)
         assert len(known.sentence.split()) > 5
+
+
+def test_tokens_that_are_projected_may_be_none_or_more_than_a_reading_has():
+    draws = Draws(probe(), 1, 20, 0)
+    draws.begin(0)
+    assert draws.tags(0, 1, 0).shape == draws.drawn_keys(0, 1, 0).shape == (1, 2, 0, 64)
+    draws.begin(0)
+    fields, sound = read_tags(draws.tags(1, 2, 600))
+    assert sound.all()
+    assert torch.equal(fields["position"][1, 1], torch.arange(600))
+    draws.begin(5)
+    keys = draws.drawn_keys(1, 1, 30)
+    assert torch.equal(keys, draws.keys[1][:, :, torch.arange(5, 35) % 20])
+    draws.begin(5)
+    assert torch.equal(draws.drawn_keys(1, 1, 3), draws.keys[1][:, :, 5:8])
+    draws.end()
+    assert (read_tags(draws.tags(0, 1, 3))[0]["position"] >= FOREIGN).all()

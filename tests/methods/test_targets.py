@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
+
 import pytest
 import torch
 from tiny import tiny, tokens
@@ -9,10 +14,12 @@ from transformers import DynamicCache
 
 import knorm
 from knorm import Policy
+from knorm.laws.loading import load_target as load_subject
 from knorm.methods.budget import NeedsBudget, TakesNoBudget
 from knorm.methods.door import method
 from knorm.methods.kinds import kind_of
 from knorm.methods.known import CACHES
+from knorm.methods.method import Method, Session
 from knorm.methods.restored import restored
 from knorm.methods.targets import Call, expanded, load_target, parse_target
 
@@ -189,7 +196,7 @@ def test_a_model_is_put_back_as_it_was():
         with restored(model) as changed:
             layer.rotary_emb = model.model.rotary_emb
             layer.masked_key_indices = [1]
-            layer.layer_idx = 7
+            layer._own = layer.layer_idx = 7
             layer.register_forward_hook(lambda *_: None)
             model.config.use_cache = False
             model.resize_token_embeddings(90)
@@ -202,9 +209,86 @@ def test_a_model_is_put_back_as_it_was():
         next(spoiling)
     assert not hasattr(layer, "rotary_emb")
     assert not hasattr(layer, "masked_key_indices")
+    assert not hasattr(layer, "_own")
     assert layer.layer_idx == 0
     assert not layer._forward_hooks
     assert (model.config.vocab_size, model.config.use_cache) == (97, True)
     assert torch.equal(model.lm_head.weight, weight)
     assert model(input_ids=tokens(1, 4)).logits.shape == (1, 4, 97)
     assert {"model.layers.0.self_attn.rotary_emb", "config"} <= {*changed}
+
+
+def test_what_breaks_a_session_off_is_told_not_what_follows_from_it():
+    class Late(Method):
+        def start(self, model, length, batch, tokenizer):
+            session = Session(model, DynamicCache())
+            session._prefill.enter_context(scored())
+            return session
+
+    @contextmanager
+    def scored():
+        yield
+        raise TypeError("there are no scores")
+
+    model = tiny("llama")
+    with pytest.raises(IndexError, match="first"), Late("late", None).open(model):
+        raise IndexError("first")
+    with pytest.raises(TypeError, match="no scores"), Late("late", None).open(model):
+        pass
+
+
+@pytest.fixture
+def another_kvpress(monkeypatch, tmp_path):
+    """A kvpress whose presses are called otherwise than those of the version that was tried."""
+    file = tmp_path / "kvpress" / "__init__.py"
+    file.parent.mkdir()
+    file.write_text(NEWER)
+    spec = spec_from_file_location("kvpress", file)
+    package = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "kvpress", package)
+    spec.loader.exec_module(package)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.1")
+
+
+NEWER = """
+class BasePress:
+    compression_ratio: float = 0.5
+    def __call__(self, model, cache): ...
+class SnapPress(BasePress):
+    def __init__(self, share=0.5): ...
+class Opened(BasePress):
+    def __call__(self, model): ...
+class DecodingPress(Opened): ...
+class SharePress(Opened):
+    compression_ratio = property(lambda self: 0.5)
+    __annotations__ = {}
+class FinchPress(Opened):
+    def update_model_and_tokenizer(self, model, tokenizer): ...
+class FailingPress(Opened):
+    def __call__(self, model):
+        raise KeyError("cache_position")
+"""
+
+
+@pytest.mark.usefixtures("another_kvpress")
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("kvpress:SnapPress", "SnapPress has no __call__(model), but __call__(model, cache): its interface is another"),
+        ("kvpress:DecodingPress", "DecodingPress has no target_size: its interface is another"),
+        ("kvpress:FinchPress", "has no update_model_and_tokenizer(model, tokenizer, delimiter_token), but update_"),
+        ("kvpress:SharePress", "takes no compression_ratio"),
+        ("kvpress:SnapKVPress", "kvpress has no 'SnapKVPress'; it has SnapPress"),
+        ("kvpress:SnapPress(window_size=8)", "got an unexpected keyword argument 'window_size'"),
+        ("kvpress:FailingPress", "FailingPress raised KeyError: 'cache_position'"),
+    ],
+)
+def test_a_press_of_another_kvpress_is_one_line_that_names_the_version_that_was_tried(target, said):
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        knorm.evaluate(tiny("llama"), tokens(1, 48), method(target, keep_ratio=0.5), prompt_length=32)
+    assert str(raised.value).endswith("kvpress 9.1 is installed, but 0.5.5 was tried: pip install kvpress==0.5.5")
+    assert "\n" not in str(raised.value)
+    if target not in ("kvpress:FailingPress", "kvpress:SharePress"):  # the law `runs` refutes, and no budget is needed
+        with pytest.raises(ValueError, match=re.escape(said)) as raised:
+            load_subject(target)
+        assert str(raised.value).endswith("but 0.5.5 was tried: pip install kvpress==0.5.5")

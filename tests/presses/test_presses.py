@@ -10,12 +10,15 @@ from commands import in_a_new_process
 pytest.importorskip("kvpress.presses", reason="kvpress is not installed: run tox -e kvpress")
 
 import kvpress
+from kvpress.presses.expected_attention_with_stats import ExpectedAttentionStats
 
 from knorm.laws import CHECKS, Traits, run_check
 from knorm.laws.adapters import adapt
 from knorm.laws.loading import load_target
 from knorm.laws.reading import Reading
+from knorm.laws.standins import SAID, stood_in
 from knorm.laws.witness import witnessed
+from knorm.methods.known import PRESSES, WEIGHTS
 
 FIRST_ROW = "all rows get the chunks that the first row's scores choose"
 SHORT = "chunks of fewer tokens than the ends that it keeps have no queries"
@@ -55,10 +58,24 @@ def test_a_crash_without_a_word_is_told_from_a_refusal():
     assert window.answered < window.examples
 
 
-def test_what_needs_weights_is_untested_and_says_why():
-    result = verdict(kvpress.DuoAttentionPress, "runs")
-    assert result.verdict == "untested"
-    assert "Checkpoint" in result.reason
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_what_reads_weights_of_others_is_judged_with_stand_ins_and_says_so(name):
+    pytest.importorskip("peft") if name == "RestoreKVPress" else None
+    subject = load_target(f"kvpress:{PRESSES.get(name, name)}")
+    result = run_check(CHECKS["sees_once"], subject)
+    assert (result.verdict, result.reason) == ("holds", SAID)
+    assert result.evicted >= 20
+    assert run_check(CHECKS["sees_again"], subject).verdict == "holds", "the same weights each time"
+
+
+def test_weights_of_its_own_are_left_to_a_press(tmp_path):
+    named = {"dataset_name": "mine", "model_name": "mine", "num_samples": 1, "sample_seq_len": 1, "n_sink": 4}
+    ExpectedAttentionStats(num_layers=2, num_heads=4, head_dim=64, **named).save_pretrained(tmp_path)
+    own = kvpress.ExpectedAttentionStatsPress(stats_folder=str(tmp_path))
+    assert not stood_in(own)
+    assert [path for path, _ in stood_in(kvpress.DMSPress(kvpress.KVzapPress(), threshold=0.0))] == ["press.press"]
+    result = run_check(CHECKS["sees_once"], adapt(own))
+    assert (result.verdict, result.reason) == ("holds", None)
 
 
 def test_masked_heads_are_read_as_the_librarys_own_attention_reads_them():

@@ -9,7 +9,7 @@ import torch
 from knorm.laws.catalogue.selection import out_of_rank
 from knorm.laws.ranked import Ranked
 from knorm.laws.registry import Refuted, Vacuous, check
-from knorm.laws.strategies import Cache, made_for
+from knorm.laws.strategies import Cache, made_for, one_apart
 from knorm.laws.subjects import Raised, Subject
 
 _BY_NORM = {"scores": "key_norm", "merges_values": False}
@@ -44,7 +44,7 @@ def check_subnormal(compressor: Subject, cache: Cache) -> None:
 LARGE = 2.0**6  # times keys of up to 8: their squares overflow float16, and nothing else
 
 
-@check()
+@check(first=one_apart)
 def check_ranks_numbers(compressor: Subject, cache: Cache) -> None:
     """Finite keys, large ones too, are ranked by numbers: nothing is chosen by comparing what is none."""
     if cache.keys.double().abs().amax() > 8:

@@ -260,6 +260,9 @@ def _differ(subject: Subject, one: Witnessed, other: Witnessed, row: int | None 
     """Say where two runs differ in what is seen; row: the one to look at; None: all."""
     for first, second in zip(one.looks, other.looks, strict=True):
         rows = slice(None) if row is None else slice(row, row + 1)
+        pairs = ((first.tokens, second.tokens), (first.seen, second.seen))
+        if all(torch.equal(x[rows], y[rows]) for x, y in pairs):
+            continue
         length = int(first.positions[-1]) + 1
         mine, theirs = first.seen_by_token(length)[rows], second.seen_by_token(length)[rows]
         if not torch.equal(mine, theirs):
@@ -297,18 +300,18 @@ def check_attends_exactly(subject: Subject, reading: Reading) -> None:
     run = witnessed(subject, reading)
     if any(not torch.equal(look.seen_by_token(run.length).sum(-1), look.seen.sum(-1)) for look in run.looks):
         raise Vacuous  # what is seen is no token, or one that is there twice: other laws'
-    expected = replayed(run, renumbered=subject.traits.positions == "renumbered")
+    renumbered = subject.traits.positions == "renumbered"
+    expected = replayed(run, renumbered=renumbered)
     logits = torch.cat(run.logits, 1)
     difference = (logits - expected[:, -logits.shape[1] :]).abs().nan_to_num(torch.inf)
     if difference.max() > CLOSE:
-        if subject.traits.positions == "kept":
-            subject.shows = shown.UNDER_THE_MASK
+        subject.shows = shown.under_the_mask(renumbered=renumbered)
         row, at = (difference.amax(-1) > CLOSE).nonzero()[0].tolist()
         token = run.length - logits.shape[1] + at
         raise Refuted(
             f"attends exactly: the logits after token {token} of row {row} differ by {float(difference.max()):.3g} "
             "from those of the plain model under the same mask"
-            + (", its keys turned to their places in the cache" if subject.traits.positions == "renumbered" else "")
+            + (", its keys turned to their places in the cache" if renumbered else "")
         )
 
 
