@@ -53,11 +53,22 @@ def renumbers(press: Any) -> bool:
 
 
 class PressMethod(Method):
-    """Run a press, its class or an instance; a copy is opened for each run, with its budget set.
+    """Run a press of kvpress; a copy is opened for each run, with its budget set.
+
+    Args:
+        name: what tables and errors call it.
+        press: an instance, which is left as it is, or a class.
+        budget: in place of the press' own; None leaves it as it is.
+        options: arguments of the class; for an instance they count for nothing.
 
     Attributes:
         press: an instance.
         prepare: is called with each copy and the model before it is opened; by default nothing is.
+
+    Raises:
+        NeedsBudget: without a budget the press would remove nothing.
+        TakesNoBudget: the press takes none, or only one of the other kind.
+        ValueError: the class needs more arguments, or its interface is another than that of the version tried.
     """
 
     kind = "press"
@@ -115,7 +126,10 @@ def _compresses_nothing(press: Any) -> bool:
 
 
 def nested_at(press: Any, path: str = "press") -> Iterator[tuple[str, Any]]:
-    """Generate a press and those that it wraps, each behind where it is: press, press.base_press, press.presses[0]."""
+    """Generate `press` and those that it wraps at any depth, each behind where it is, outer ones first.
+
+    The first is at `path`; others are at press.base_press, press.presses[0] and the like.
+    """
     yield path, press
     for name, value in vars(press).items():
         many = isinstance(value, (list, tuple))
@@ -125,7 +139,7 @@ def nested_at(press: Any, path: str = "press") -> Iterator[tuple[str, Any]]:
 
 
 def nested(press: Any) -> Iterator[Any]:
-    """Generate a press and those that it wraps."""
+    """Generate `press` and those that it wraps at any depth, outer ones first."""
     for _, each in nested_at(press):
         yield each
 

@@ -19,7 +19,17 @@ _ASIDE, _APART = 24, 13  # between points of one size that lose nearly the same
 
 @dataclass(frozen=True)
 class Mark:
-    """Hold one point of a figure: where it stands, its interval, its number, and where that is written."""
+    """Hold one point of a figure. Places are in the figure's units: x to the right, y down.
+
+    Attributes:
+        number: from 1 up, as in the table below the figure.
+        x: place of the bytes per token; moved aside where two points would cover each other. y: place of the loss.
+        low: place of the lower end of the interval, high: of the upper; both are y where there is no interval.
+        number_x: place of the middle of the number, number_y: of its base line.
+        front: True on the Pareto front.
+        within: True where the loss is not told from that of the full cache, run again.
+        point: what is shown.
+    """
 
     number: int
     x: float
@@ -35,7 +45,17 @@ class Mark:
 
 @dataclass(frozen=True)
 class Figure:
-    """Hold a frontier as it is drawn: `band` is its top and its height, `front` the outline of the Pareto front."""
+    """Hold a frontier as it is drawn, in a box of WIDTH x HEIGHT units.
+
+    Attributes:
+        view: "kl" or "nll"; title: how the loss is written.
+        marks: the points, in the order of the frontier.
+        x_ticks: bytes per token, each with its share of the full cache in words; "" where `full` is None.
+        y_ticks: losses.
+        band: (top, bottom) of what is not told from the full cache, run again.
+        front: outline of the Pareto front, as the path of an SVG; "" where no point is on it.
+        full: place of the full cache's bytes per token; None where it is not the same for all points.
+    """
 
     view: str
     title: str
@@ -63,7 +83,11 @@ def front_of(points: Sequence[Point], loss: Callable[[Point], float]) -> set[int
 
 
 def kl_figure(frontier: Frontier) -> Figure:
-    """Draw KL from the full cache against bytes per token, on a logarithmic axis above a strip for what is noise."""
+    """Draw the KL of `frontier` from the full cache against bytes per token.
+
+    The axis is logarithmic, in nats. What is not beyond the frontier's noise_kl stands in a strip below it, which is
+    not to scale. The frontier has at least one point.
+    """
     noise, points = frontier.noise_kl, frontier.points
     losses = [point.kl for point in points]
     beyond = [x for point in points for x in (point.kl, point.kl_high or 0.0) if x > noise]
@@ -85,7 +109,11 @@ def kl_figure(frontier: Frontier) -> Figure:
 
 
 def nll_figure(frontier: Frontier) -> Figure:
-    """Draw the change of the mean NLL against bytes per token; the band is the full cache's, run again."""
+    """Draw the change of the mean NLL of `frontier` against bytes per token.
+
+    The axis is in nats, as axes.signed_axis makes it. The band reaches as far to both sides of 0 as any interval of the
+    full cache, run again. The frontier has at least one point.
+    """
     points = frontier.points
     ends = [x for p in points for x in (p.delta_nll, p.delta_nll_low, p.delta_nll_high) if x is not None]
     axis, ticks = signed_axis(ends, BOTTOM, TOP)

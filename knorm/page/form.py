@@ -268,8 +268,17 @@ class Page(Part):
 def label_of(method: str, keep_ratio: float | None, keep_tokens: int | None) -> str:
     """Name a method and its budget, as tables do.
 
-    >>> label_of("knorm", 0.5, None), label_of("mine.py:f", None, 64), label_of("fp8", None, None)
-    ('knorm 0.5', 'mine.py:f 64 tokens', 'fp8')
+    Args:
+        method: its name.
+        keep_ratio: share of the cache, written with four significant digits; or None.
+        keep_tokens: their number; or None, as both are for a method with a budget of its own.
+
+    Returns:
+        The name alone where there is no budget.
+
+    Example:
+        >>> label_of("knorm", 0.5, None), label_of("mine.py:f", None, 64), label_of("fp8", None, None)
+        ('knorm 0.5', 'mine.py:f 64 tokens', 'fp8')
     """
     budget = f"{keep_ratio:.4g}" if keep_ratio is not None else f"{keep_tokens} tokens" if keep_tokens else ""
     return f"{method} {budget}".strip()

@@ -12,7 +12,14 @@ from knorm.page.words import counted, loud, word_of
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one method: the verdict of each column's law, or None where it was not tried, and what was found."""
+    """Hold one method as it is drawn.
+
+    Attributes:
+        method: whose verdicts they are.
+        counts: of its verdicts, in words.
+        cells: a verdict for each column of the grid; None where the check was not tried.
+        loud: verdicts that call for reading; held: that a law holds; unasked: that a law does not apply.
+    """
 
     method: MethodVerdicts
     counts: str
@@ -45,7 +52,11 @@ class Grid:
 
 
 def grid_of(matrix: Matrix) -> Grid:
-    """Choose the columns of a matrix, and put each verdict in its place."""
+    """Choose the columns of `matrix`, and put each verdict in its place; laws and methods keep their order.
+
+    A law is a column if some method does not simply obey it. A verdict on a check that is none of the matrix's laws
+    raises KeyError.
+    """
     words: dict[str, set[str]] = {law.check: set() for law in matrix.laws}
     for method in matrix.methods:
         for result in method.results:

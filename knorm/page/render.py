@@ -86,10 +86,14 @@ def _raw(text: str) -> Any:
 
 
 def number(value: float | None, form: str = "") -> Any:
-    """Write a number for people, with its exact value for programs and for sorting.
+    """Write `value` for people in the format `form`, with its exact value for programs and for sorting.
 
-    >>> str(number(0.06884, ".3f")), str(number(None))
-    ('<data value="0.06884">0.069</data>', '<span class="none">–</span>')
+    The form is what follows the colon in an f-string, by default all digits; of 10^12 and more, three digits are shown.
+    None is a dash. What is returned is HTML, which templates do not escape again.
+
+    Example:
+        >>> str(number(0.06884, ".3f")), str(number(None))
+        ('<data value="0.06884">0.069</data>', '<span class="none">–</span>')
     """
     from markupsafe import Markup
 
@@ -100,9 +104,10 @@ def number(value: float | None, form: str = "") -> Any:
 
 
 def visible(text: str) -> str:
-    """Write out what would not be seen in a table.
+    """Write `text` with a sign for each space, line feed and tab, which would not be seen in a table.
 
-    >>> visible("a b" + chr(10))
-    'a·b⏎'
+    Example:
+        >>> visible("a b" + chr(10))
+        'a·b⏎'
     """
     return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")

@@ -14,7 +14,13 @@ MOST_PAYERS = 5
 
 @dataclass(frozen=True)
 class Head:
-    """Hold what one head retains: `outline` is a path of an SVG, `share` what of all tokens it has at the end."""
+    """Hold what one key/value head retains of a window.
+
+    Attributes:
+        layer: from 0 up; head: its number in the layer.
+        outline: path of an SVG, see figures.retained_outline.
+        share: of the window's tokens, those that it never evicted, 0 to 1.
+    """
 
     layer: int
     head: int
@@ -48,7 +54,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shown:
-    """Hold a window as it is drawn; `heads`: by layer, empty where every query saw every token."""
+    """Hold a window as it is drawn.
+
+    Attributes:
+        length: tokens of the window.
+        head_count: key/value heads of all layers together; 0 where every query saw every token.
+        pieces: a token each, in their order.
+        heads: by layer; empty where every query saw every token.
+    """
 
     length: int
     head_count: int
@@ -57,7 +70,7 @@ class Shown:
 
 
 def shown(part: Explained) -> Shown | None:
-    """Prepare the text of an explanation; None where it holds none."""
+    """Prepare the text of `part`, an explanation; None where it was made without one (`per_token` is None)."""
     window = part.per_token
     if window is None:
         return None

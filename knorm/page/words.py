@@ -26,15 +26,19 @@ _WORDS = {
 
 
 def word_of(result: Judged) -> str:
-    """Name a verdict as the page does; what knorm itself broke off says nothing of the method."""
+    """Name the verdict of `result` as the page does: a key of SIGNS.
+
+    Where knorm itself failed, that is the word, for the verdict says nothing of the method.
+    """
     return "knorm failed" if result.fault else _WORDS.get(result.verdict, result.verdict)
 
 
 def counted(results: Iterable[Judged]) -> str:
-    """Count verdicts, in the order of the legend.
+    """Count the verdicts of `results` in words, in the order of the legend, SIGNS.
 
-    >>> counted([])
-    'nothing tried'
+    Example:
+        >>> counted([])
+        'nothing tried'
     """
     counts = Counter(map(word_of, results))
     told = (
@@ -44,5 +48,5 @@ def counted(results: Iterable[Judged]) -> str:
 
 
 def loud(word: str) -> bool:
-    """Tell whether a verdict is more than that a law holds or is not asked."""
+    """Tell whether a verdict's `word` calls for reading: all do except "holds", "not asked" and "not run"."""
     return word not in ("holds", "not asked", "not run")

@@ -111,7 +111,10 @@ class Cell:
 
 
 def cell_of(fields: Mapping[str, Any]) -> Cell:
-    """Read what Cell.as_json gave."""
+    """Return the cell of which Cell.as_json gave `fields`.
+
+    A field that is missing or unknown raises TypeError; a missing method, KeyError.
+    """
     return Cell(**{**fields, "method": Chosen(**fields["method"])})
 
 
@@ -129,11 +132,15 @@ def outcome(
 
     Args:
         fields: of Cell.as_json.
-        values: what was measured, in the form that its measure has.
-        failed: why the method has no result here.
-        fault: a traceback of knorm's own.
-        seconds: that it took; memory: the most bytes that the process had.
+        values: what was measured, in the form that its measure has; None where nothing was.
+        failed: why the method has no result here; None where it has one.
+        fault: the traceback of a fault of knorm's own; None where there was none.
+        seconds: wall time that it took.
+        memory: the most bytes that the process had, or that were allocated on the GPU; 0 where it is not known.
         environment: versions and the device.
+
+    Returns:
+        The fields of table.Result; the values stand under the name of the cell's measure.
     """
     return {
         "form": "knorm-sweep-cell", "version": VERSION, "cell": dict(fields), "failed": failed, "fault": fault,
@@ -142,7 +149,17 @@ def outcome(
 
 
 def choose(entry: Entry, plan: Plan) -> list[Chosen]:
-    """Load the targets of one entry of a plan, and give each its budgets. Loads PyTorch, but for knorm's own.
+    """Load the targets of one entry of a plan, and give each its budgets.
+
+    PyTorch is loaded, except for knorm's own method.
+
+    Args:
+        entry: a target or a pattern; its own budgets take the place of the plan's.
+        plan: whose budgets the others get.
+
+    Returns:
+        A method for each target and budget. One that has a budget of its own is there once, with that one; the others
+        keep half where neither the entry nor the plan gives a budget.
 
     Raises:
         ValueError: a target that does not exist, or takes no budget of this kind.
@@ -170,7 +187,10 @@ def choose(entry: Entry, plan: Plan) -> list[Chosen]:
 
 
 def misfit(chosen: Chosen, model: str) -> str | None:
-    """Say why a method cannot run on a model, where that is known before anything is loaded; else None."""
+    """Return why the method `chosen` cannot run on `model`, as far as that is known before anything is loaded.
+
+    None where it fits, and where only loading the model would tell. ValueError where no model has this name.
+    """
     architecture = model_type(model)
     if chosen.form == "press" and architecture in NO_PRESS:
         return "presses support no GPT-NeoX"

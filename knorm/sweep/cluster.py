@@ -92,14 +92,23 @@ class Cluster:
         yield from (place for place in self._places if place not in taken)
 
     def submit(self, place: int, name: str, fields: dict[str, Any], hint: Mapping[str, Any] | None) -> None:
-        """Make a cell a task."""
+        """Make a cell a task.
+
+        Args:
+            place: one of those that `free` generates.
+            name: of the cell.
+            fields: of Cell.as_json.
+            hint: how the cell's row is run; None where that is not known.
+        """
         self._running[self._task.remote(fields, hint, *self._where)] = place, name, fields
 
     def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
-        """Return what came back.
+        """Return (name, result) of a cell that has ended, in a list, which is empty after `seconds` without one.
+
+        A cell to which Ray lost its workers, after it was begun again, has failed.
 
         Raises:
-            Unfit: a worker lacks what the plan needs.
+            Unfit: a worker lacks what the plan needs, or the cluster cannot run the task.
         """
         ready, _ = self._ray.wait([*self._running], num_returns=1, timeout=seconds)
         results = []
@@ -149,7 +158,7 @@ def _room(study: Study, alone: bool) -> tuple[int, int, int]:
 
 
 def places(study: Study) -> int:
-    """Count the cells that the cluster can run at a time."""
+    """Count the cells of `study` that the cluster can run at a time; ValueError where no node has room for one."""
     return _room(study, False)[2]
 
 
@@ -168,7 +177,17 @@ def _collect(plan: Plan, where: Path, stage: Path) -> None:
 def work(
     fields: Mapping[str, Any], hint: Mapping[str, Any] | None, where: str, run: Work | None = None
 ) -> dict[str, Any] | str:
-    """Measure a cell on a node, in the plan's folder if the node has it, else in a copy of what it names."""
+    """Measure a cell on a node, in the plan's folder if the node has it, else in a copy of what it names.
+
+    Args:
+        fields: of Cell.as_json; beyond its limit, in seconds, the cell has failed.
+        hint: how the cell's row is run; None where that is not known.
+        where: the plan's folder.
+        run: what measures the cell; by default measure.measure_cell.
+
+    Returns:
+        The result, or in words why this node cannot measure the cell.
+    """
     if os.path.isdir(where):
         os.chdir(where)
     try:

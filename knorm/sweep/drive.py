@@ -24,13 +24,23 @@ class Engine(Protocol):
     """Run cells somewhere; what is submitted comes back from `wait`, in any order."""
 
     def free(self) -> Iterable[Any]:
-        """Generate the places that could take a cell now."""
+        """Generate the places that could take a cell now; they are hashable, and stay the same from call to call."""
 
     def submit(self, place: Any, name: str, fields: dict[str, Any], hint: Mapping[str, Any] | None) -> None:
-        """Begin a cell: its name, Cell.as_json, and how its row is run, where that is known."""
+        """Begin a cell, and return before it is done.
+
+        Args:
+            place: one of those that `free` generates.
+            name: of the cell, as `wait` returns it.
+            fields: of Cell.as_json.
+            hint: how the cell's row is run, {"how": ..., "checked": ...}; None where that is not known.
+        """
 
     def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
-        """Return results by name, once there is one, or after so long."""
+        """Return (name, result of cells.outcome) of the cells that have ended since the last call.
+
+        It returns as soon as there is one, and without any after `seconds`.
+        """
 
     def close(self) -> None:
         """End everything at once."""
@@ -73,9 +83,9 @@ class Progress:
 
 
 class Queue:
-    """Hand out cells that are left: first those that share a setting with what a place did last.
+    """Hand out `cells`, by name: first those that share a setting with what a place did last.
 
-    Processes begin at different cells, so that they seldom want the same.
+    Processes begin at different cells, so that they seldom want the same. A queue is true as long as cells are left.
     """
 
     def __init__(self, cells: Mapping[str, Cell]) -> None:
@@ -92,7 +102,7 @@ class Queue:
         return bool(self._groups)
 
     def next(self, place: Any) -> str:
-        """Remove a cell for a place, and return its name."""
+        """Remove a cell for `place`, any hashable value, and return its name; an empty queue raises ValueError."""
         setting = self._last.get(place)
         if setting not in self._groups:
             if setting is not None:

@@ -65,7 +65,10 @@ class Folder:
         return fields
 
     def refuse_other(self, rows: Iterable[str]) -> None:
-        """Raise ValueError where the folder's plan has no row in common with these."""
+        """Raise ValueError where the folder's plan has none of `rows`, the names of Study.rows.
+
+        A new folder refuses nothing; one that holds something else than a sweep raises ValueError too.
+        """
         before = self.known()
         if before and not {*before["rows"]} & {*rows}:
             told = "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in before["axes"].items())
@@ -125,7 +128,7 @@ class Folder:
         return found
 
     def has(self, name: str, *, failed: bool = True) -> bool:
-        """Tell whether a cell has a result; failed: one that failed counts too."""
+        """Tell whether the cell `name` has a result; with `failed`, one that says that it failed counts too."""
         return os.path.exists(self._file(name, False)) or (failed and os.path.exists(self._file(name, True)))
 
     def _file(self, name: str, failed: bool) -> Path:
@@ -134,7 +137,15 @@ class Folder:
     def write(self, name: str, result: Mapping[str, Any], *, failed: bool) -> None:
         """Write a cell's result, once: where it is done already, this one is dropped.
 
+        A result that did not fail removes one that did.
+
+        Args:
+            name: of the cell.
+            result: of cells.outcome.
+            failed: the result says that the cell failed.
+
         Raises:
+            ValueError: the result holds NaN or an infinity.
             OSError: the disk is full, or the folder not to be written.
         """
         if not self.has(name, failed=False):
@@ -144,7 +155,10 @@ class Folder:
             self._file(name, True).unlink(missing_ok=True)
 
     def read(self, name: str) -> bytes | None:
-        """Return the result of a cell as it was written; None where there is none."""
+        """Return the result of the cell `name` as it was written; None where there is none.
+
+        Where there are two, the one that did not fail counts.
+        """
         for failed in (False, True):
             with (
                 suppress(FileNotFoundError),
@@ -154,13 +168,13 @@ class Folder:
         return None
 
     def failed_since(self, name: str) -> float | None:
-        """Return when a cell failed, by the clock of the file system; None where it did not."""
+        """Return when the cell `name` failed, in seconds by the file system's clock; None where it did not."""
         with suppress(FileNotFoundError):
             return self._file(name, True).stat().st_mtime
         return None
 
     def claim(self, name: str) -> bool:
-        """Take a cell, unless somebody else is at it.
+        """Take the cell `name`, unless somebody else is at it; a claim that has expired is taken over.
 
         Returns:
             True where it is ours until `release`, and nobody else's as long as the heart beats.
@@ -208,7 +222,7 @@ class Folder:
             lock.unlink(missing_ok=True)
 
     def release(self, name: str) -> None:
-        """Give a claim back, if it is still ours."""
+        """Give the claim of the cell `name` back, if it is still ours; else do nothing."""
         with self._lock:
             self._held.discard(name)
         path = self.claims / name

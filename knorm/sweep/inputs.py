@@ -30,10 +30,13 @@ _PARTS = (".safetensors", ".json")  # of a model's folder
 
 
 def digest(value: Any) -> str:
-    """Hash a value that JSON can hold: 32 hexadecimal digits.
+    """Return 32 hexadecimal digits of the SHA-256 of `value` as JSON, whatever the order of its keys.
 
-    >>> digest({"a": 1})
-    '015abd7f5cc57a2dd94b7590f04ad808'
+    NaN, an infinity, and what JSON cannot hold raise ValueError or TypeError.
+
+    Example:
+        >>> digest({"a": 1})
+        '015abd7f5cc57a2dd94b7590f04ad808'
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -51,10 +54,16 @@ def _of_files(files: Iterable[tuple[str, Path]]) -> str:
 
 @cache
 def model_digest(name: str) -> str:
-    """Hash a model's weights, settings and tokenizer; one of the Hub is told by its commit.
+    """Hash a model's weights, settings and tokenizer; a model of the Hub is told by its name and commit.
+
+    Args:
+        name: as --model, see sources.find_model; a folder or a file is seen from the current folder.
+
+    Returns:
+        32 hexadecimal digits; of a folder, from its .safetensors and .json files alone.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: no model has this name.
     """
     place = find_model(name)
     if place is None:
@@ -73,8 +82,14 @@ def model_digest(name: str) -> str:
 def text_digest(name: str) -> str:
     """Hash a text; a data set of the Hub is told by its commit and its files.
 
+    Args:
+        name: as --text, see sources.find_text; a file is seen from the current folder.
+
+    Returns:
+        32 hexadecimal digits.
+
     Raises:
-        ValueError: there is no such text.
+        ValueError: no text has this name.
     """
     place = find_text(name)
     if isinstance(place, re.Match):
@@ -84,7 +99,7 @@ def text_digest(name: str) -> str:
 
 @cache
 def code_digest() -> str:
-    """Hash those of knorm's sources that can change what a cell measures."""
+    """Hash those of knorm's sources that can change what a cell measures: 32 hexadecimal digits."""
     files = {file.relative_to(PACKAGE).as_posix(): file for file in PACKAGE.rglob("*.py")}
     kept = {name: file for name, file in files.items() if name.split("/")[0] not in _NOT_IN_A_CELL}
     return _of_files([*kept.items(), *((name, files[name]) for name in _IN_A_CELL if name in files)])
@@ -92,7 +107,10 @@ def code_digest() -> str:
 
 @cache
 def versions(device: str) -> dict[str, str]:
-    """Collect the versions that numbers depend on, and the kind of processor."""
+    """Return the versions of Python, torch, transformers and numpy, the processor's architecture, and `device`.
+
+    These are what numbers depend on besides the inputs. `device` is "cpu" or "cuda", and is returned as it is given.
+    """
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
     return {"python": platform.python_version(), "processor": platform.machine(), "device": device, **packages}
 
@@ -159,6 +177,12 @@ def _imported(file: Path) -> Iterator[str]:
 def target_digest(target: str) -> str:
     """Hash a target's sources, with the version of the package that they belong to.
 
+    Args:
+        target: as it is written, no pattern; its budget and its arguments count for nothing here.
+
+    Returns:
+        32 hexadecimal digits, the same wherever the files lie.
+
     Raises:
         ValueError: a target that does not parse, or whose file or package is not there.
     """
@@ -174,7 +198,11 @@ def target_digest(target: str) -> str:
 
 @cache
 def model_type(name: str) -> str | None:
-    """Read which architecture a model is; None where only loading it would tell."""
+    """Return the architecture that the model `name` has in transformers, as "llama", without loading it.
+
+    None where only loading would tell: a model of the Hub, a GGUF file, a folder whose config.json is not there or is
+    damaged. ValueError where no model has this name.
+    """
     if name in EMBEDDED_MODELS:
         return "llama" if name == EMBEDDED_MODELS[1] else "gpt_neox"
     place = find_model(name)

@@ -69,7 +69,14 @@ class Pool:
         yield from (p for p in self._places if p not in self._workers or self._workers[p].job is None)
 
     def submit(self, place: int, name: str, fields: dict[str, Any], hint: Mapping[str, Any] | None) -> None:
-        """Give a cell to a worker, which is started where there is none."""
+        """Give a cell to a worker, which is started where there is none.
+
+        Args:
+            place: of a worker that has nothing to do, from 0 up.
+            name: of the cell.
+            fields: of Cell.as_json.
+            hint: how the cell's row is run; None where that is not known.
+        """
         worker = self._workers.get(place)
         if worker is None:
             worker = self._workers[place] = self._started(place)
@@ -78,7 +85,10 @@ class Pool:
             worker.pipe.send(worker.job)
 
     def wait(self, seconds: float) -> list[tuple[str, dict[str, Any]]]:
-        """Return what came back; cells whose worker died are begun again, three times at most.
+        """Return (name, result) of the cells that have ended; wait for one, but no longer than `seconds`.
+
+        A cell whose worker died is begun again; the third worker that is lost to it makes it a failed one, as does the
+        plan's limit.
 
         Raises:
             Unfit: a worker lacks what the plan needs.
@@ -168,7 +178,7 @@ def _how(code: int | None) -> str:
 
 
 def measured(fields: Mapping[str, Any], hint: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Load what measures cells, and measure one."""
+    """Load what measures cells, and return what measure.measure_cell makes of `fields` and `hint`."""
     from knorm.sweep.measure import measure_cell
 
     return measure_cell(fields, hint)
@@ -202,7 +212,11 @@ def _follow_parent() -> None:
 
 
 def places(device: str, threads: int = 1) -> int:
-    """Count the cells that this machine can run at a time: one a GPU, or one for each `threads` cores."""
+    """Count the cells that this machine can run at a time, at least 1.
+
+    On the `device` "cuda" that is one for each GPU; on "cpu", one for each `threads` of the cores that this process may
+    use.
+    """
     if device == "cuda":
         import torch
 

@@ -28,7 +28,10 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Misplanned(ValueError):
-    """Say everything that is wrong with a plan, one line a problem; nothing was measured."""
+    """Say everything that is wrong with a plan, before anything is measured.
+
+    `where` names the plan's file; each of the `problems` becomes a line that begins with it.
+    """
 
     def __init__(self, where: Path | str, problems: Iterator[str] | list[str]) -> None:
         super().__init__("\n".join(f"{where}: {problem}" for problem in problems))

@@ -149,7 +149,7 @@ class Table:
 
 
 def read_result(folder: Folder, name: str) -> Result | None:
-    """Read the result of a cell; None where there is none.
+    """Return the result that `folder` holds of the cell `name`; None where there is none.
 
     Raises:
         ValueError: a file that is damaged.
@@ -282,7 +282,10 @@ def _row(parts: list[tuple[Cell, DamageFields]], planned: int) -> DamageRow:
 
 
 def groups(rows: Sequence[DamageRow]) -> dict[tuple[Any, ...], list[DamageRow]]:
-    """Put those rows together that are on the same model, text, prompt and seed."""
+    """Return those of `rows` together that can be compared, by what they share.
+
+    That is (model, dtype, text, prompt length, window, seed); groups and their rows stand in the order of `rows`.
+    """
     found: dict[tuple[Any, ...], list[DamageRow]] = {}
     for row in rows:
         cell = row.cell
@@ -292,7 +295,11 @@ def groups(rows: Sequence[DamageRow]) -> dict[tuple[Any, ...], list[DamageRow]]:
 
 
 def apart(rows: Sequence[DamageRow]) -> list[str]:
-    """Give letters to rows of a group that have all windows, as `knorm ppl` does; others, and too many, get none."""
+    """Return letters for the `rows` of one group, as `knorm ppl` does: rows that share one cannot be told apart by KL.
+
+    A row that lacks windows has "". So has every row where only one has all windows, or more than MOST_LETTERED, and
+    where that is a single window. A difference up to twice the KL of the full cache, run again, is noise.
+    """
     from knorm.evaluation.distinct import NOISE, letters
 
     whole = [row for row in rows if row.whole]
@@ -304,7 +311,10 @@ def apart(rows: Sequence[DamageRow]) -> list[str]:
 
 
 def row_fields(row: DamageRow, letter: str) -> dict[str, Any]:
-    """Return a row as JSON has it: no time, nothing else that a second run would not give again."""
+    """Return `row` with its `letter`, of `apart`, as JSON has it: without times, so that a second run gives the same.
+
+    Losses are in nats per token, bytes are for each token that had been fed, tokens_seen is by layer and head.
+    """
     cell = row.cell
     method = cell.method
     return {
