@@ -31,7 +31,7 @@ class Source(Part):
         digest: of their bytes.
         versions: of what they depend on, by package.
         cells: of a sweep's plan, and missing: those without a result; null for other results.
-        failures: of a sweep's cells, in words.
+        failed_cells: of a sweep, in words.
     """
 
     name: str

@@ -191,7 +191,7 @@ def stored(folder: Folder) -> tuple[dict[str, Any], Table, dict[str, str]]:
         if name in there and (result := read_result(folder, name)) is not None:
             try:
                 cells[name] = cell_of(result.cell)
-            except TypeError:
+            except (KeyError, TypeError):
                 raise ValueError(f"{folder.results / name}.json is no result of this version of knorm") from None
             environment = environment or result.environment
     table = join(folder, cells, windows=windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import threading
@@ -12,7 +13,7 @@ import pytest
 import sweeping
 
 from knorm.sweep.folder import Folder
-from knorm.sweep.table import join
+from knorm.sweep.table import join, stored
 
 CELLS = sweeping.CELLS
 
@@ -255,6 +256,21 @@ def test_a_damaged_result_is_named(tmp_path):
     file.write_text(file.read_text()[:100])
     with pytest.raises(ValueError, match=f"{file.name} is damaged: remove it, and its cell is done again"):
         table(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"method": None}, {"method": {}}, {"strange": 1}])
+def test_a_result_of_another_version_is_named(change, tmp_path):
+    sweeping.run(tmp_path, CELLS)
+    name = next(iter(CELLS))
+    plan, file = tmp_path / "plan.json", tmp_path / "results" / f"{name}.json"
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "study": {"cells": [name], "plan": {"windows": 4}}}))
+    result = json.loads(file.read_text())
+    result["cell"] |= change
+    if not change.get("method", True):
+        del result["cell"]["method"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=f"{name}.json is no result of this version of knorm"):
+        stored(Folder(tmp_path))
 
 
 def test_what_killed_processes_left_half_written_is_swept_up(folder):
