@@ -80,9 +80,8 @@ def main() -> int:
         subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
         changed(clone)
         taken = way(clone)
-    seen, needed = taken[0], taken[1:-1]
-    seconds = sum(seconds for _, _, seconds in taken)
-    commands = 1 + len(needed)
+    *needed, confirmed = taken
+    seconds, commands = sum(seconds for _, _, seconds in needed), len(needed)
     cores = len(os.sched_getaffinity(0))
     versions = ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in ("torch", "transformers"))
     held = commands <= MOST_COMMANDS and seconds <= MOST_SECONDS
@@ -90,9 +89,9 @@ def main() -> int:
         f"`python tools/bench_update.py`: {cores} cores ({platform.machine()}), Python {platform.python_version()}, "
         f"{versions}. Counts are rounded down in knorm itself, and only what it prints is typed.",
         "", "| command | exit code | s |", "| --- | --- | --- |",
-        *(f"| `{shortened(command)}` | {code} | {took:.1f} |" for command, code, took in (seen, *needed, taken[-1])),
+        *(f"| `{shortened(command)}` | {code} | {took:.1f} |" for command, code, took in taken),
         "",
-        f"{commands} commands to the update and one that confirms it, {seconds:.0f} s of waiting. Floor, at most "
+        f"{commands} commands and {seconds:.0f} s of waiting; {confirmed[2]:.0f} s more confirm it. Floor, at most "
         f"{MOST_COMMANDS} commands and {MOST_SECONDS:.0f} s: {'held' if held else 'MISSED'}",
     ]  # fmt: skip
     text = "\n".join(lines)
