@@ -317,7 +317,8 @@ def study_of(plan: Plan, device: str, known: dict[str, Any] | None = None) -> St
                 known[key] = [asdict(chosen) for chosen in choose(entry, plan)]
             except TypeError as error:
                 raise ValueError(str(error)) from error
-        methods += [Chosen(**fields) for fields in known[key]]
+        named = {chosen.label for chosen in methods} if pattern else set()
+        methods += [chosen for fields in known[key] if (chosen := Chosen(**fields)).label not in named]
     labels = [chosen.label for chosen in methods]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ValueError(f"the plan has {twice} twice")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commands import in_a_new_process
 
+from knorm.methods.targets import expanded
 from knorm.sweep import inputs
 from knorm.sweep.cells import cell_of, misfit, study_of
 from knorm.sweep.plan import Plan, read_plan
@@ -68,6 +69,16 @@ def test_all_problems_are_told_at_once_a_line_each(here):
     with pytest.raises(ValueError) as told:
         here('methods = ["knorm"]\nwindow = "a"\nmodel = 1\nhow = "lop"')
     assert len(str(told.value).splitlines()) == 3
+
+
+def test_a_pattern_brings_what_the_plan_has_not_named(here):
+    """So `kvpress:*` may stand there again, with budgets of the other kind: what has a budget of its own is there."""
+    plan = here('methods = ["transformers:StaticCache", {target = "transformers:*", keep_tokens = 8}]')
+    labels = [chosen.label for chosen in study_of(plan, "cpu").methods]
+    assert labels[0] == "transformers:StaticCache"
+    assert sorted(labels) == sorted(expanded("transformers:*"))
+    with pytest.raises(ValueError, match="has transformers:StaticCache twice"):
+        study_of(here('methods = ["transformers:*", "transformers:StaticCache"]'), "cpu")
 
 
 @pytest.mark.parametrize(
