@@ -21,7 +21,7 @@ from knorm.methods.known import version_of
 from knorm.paths import goldens
 
 MADE_BY = "made with knorm"  # in the metadata of each figure
-_RESULT = re.compile(rb'\{\s*("schema": "knorm-|"environment": \{\s*"knorm": )')
+_RESULT = re.compile(rb'\{\s*("schema": ?"knorm-|"environment": \{\s*"knorm": )')
 _GOLDEN = re.compile(rb'\{\s*"schema_version": \d+,\s*"case": ')
 _FORCE = "knorm.force"
 WRITTEN: list[Path] = []  # by this process, for whoever interrupts it
@@ -160,7 +160,7 @@ def write_programs(folder: Path, target: str, programs: Mapping[str, str]) -> No
         raise ValueError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
-_PAGE = {"index.html": MADE_BY.encode(), "results.json": b'"schema": "knorm-page"'}  # file -> what one of ours has
+_PAGE = {"index.html": MADE_BY.encode(), "results.json": b'"knorm-page"'}  # file -> what one of ours has
 
 
 def check_page(folder: Path) -> None:
@@ -197,14 +197,14 @@ def write_page(folder: Path, html: str, parts: Mapping[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     page, data = (folder / name for name in _PAGE)
     replace_file(page, partial(_write_text, html))
-    write_json(data, parts)
+    write_json(data, parts, indent=None)
 
 
 def _write_text(text: str, file: Path) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path | None, result: Mapping[str, Any], form: str = "") -> None:
+def write_json(file: Path | None, result: Mapping[str, Any], form: str = "", *, indent: int | None = 1) -> None:
     """Write what the command under way found as strict JSON, where a file is named.
 
     Args:
@@ -212,6 +212,7 @@ def write_json(file: Path | None, result: Mapping[str, Any], form: str = "") -> 
         result: its fields, as schemas.FORMS has them. The name and the version of their schema and the environment come
             first.
         form: which of the command's forms it is, where there are several.
+        indent: of its lines; None for all in one, which a large result halves.
     """
     if file is not None:
         from knorm.cli.schemas import FORMS, VERSION
@@ -219,7 +220,12 @@ def write_json(file: Path | None, result: Mapping[str, Any], form: str = "") -> 
         name = f"{_schema()}-{form}" if form else _schema()
         fields = {"schema": name, "schema_version": VERSION, "environment": environment(), **result}
         checked = FORMS[name].model_validate(fields).model_dump(mode="json", by_alias=True)
-        replace_file(file, partial(_write_text, json.dumps(checked, indent=1, allow_nan=False) + "\n"))
+        replace_file(file, partial(_write_text, _dumped(checked, indent) + "\n"))
+
+
+def _dumped(fields: Any, indent: int | None) -> str:
+    separators = (",", ":") if indent is None else None
+    return json.dumps(fields, indent=indent, separators=separators, allow_nan=False)
 
 
 def _schema() -> str:

@@ -202,6 +202,7 @@ def _named(cell: Cell) -> dict[str, Any]:
 
 def show_table(console: Console, ready: Ready, table: Table) -> None:
     """Show the rows of each model and text, what failed, and how much of the plan it is."""
+    from knorm.page.words import legible
     from knorm.sweep.table import apart, groups
 
     if console.quiet:
@@ -212,6 +213,7 @@ def show_table(console: Console, ready: Ready, table: Table) -> None:
         if shown > _MOST_ROWS:
             break
         letters = apart(rows)
+        letters = letters if legible(letters) else [""] * len(rows)
         _show_group(console, rows, letters)
         lettered |= any(letters)
     if lettered:

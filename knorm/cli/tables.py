@@ -94,6 +94,7 @@ def show_methods(
 ) -> None:
     """Show what each method costs, how it was run, and which cannot be told apart."""
     from knorm.evaluation.distinct import NOISE, letters
+    from knorm.page.words import legible
 
     first = rows[0]
     print_text(console, Text(title))
@@ -103,10 +104,10 @@ def show_methods(
     apart = letters([row.per_token.kl for row in rows], max(NOISE, 2 * first.damage.kl))
     lines = [
         damage_line(row.label, row.damage, row.bytes_per_token, float(row.tokens_seen.mean()), letter)
-        for row, letter in zip(rows, apart, strict=True)
+        for row, letter in zip(rows, apart if legible(apart) else [""] * len(rows), strict=True)
     ]
     console.print(damage_table(lines))
-    if any(apart):
+    if any(apart) and legible(apart):
         print_text(console, Text(LETTERS, "dim"))
     print_text(console, Text(""))
     for row in rows:

@@ -14,7 +14,8 @@ BOX = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TO
 STRIP = 24  # height of the band at the bottom, in which nothing can be told from the full cache
 _RADIUS, _LETTER = 5, 6.6  # of a marker; width of a digit
 _AROUND = ((12, 4), (0, -9), (-12, 4), (0, 17), (12, -5), (12, 13), (-12, -5), (-12, 13))
-_ASIDE, _APART = 24, 13  # between points of one size that lose nearly the same
+_ASIDE, _APART = 16, 13  # between points of one size that lose nearly the same
+_FARTHEST = 2  # such steps from where a point belongs
 
 
 @dataclass(frozen=True)
@@ -171,18 +172,16 @@ def _outline(places: Sequence[tuple[float, float]]) -> str:
 
 
 def _side_by_side(xs: Sequence[float], ys: Sequence[float], front: set[int]) -> list[float]:
-    """Move points aside that would cover others, those of the front the least."""
+    """Move points aside that would cover others, those of the front the least, and none so far that it misleads."""
     moved, placed = [*xs], list[tuple[float, float]]()
-    steps = [0, *(sign * step for step in range(1, 9) for sign in (1, -1))]
+    steps = [0, *(sign * step for step in range(1, _FARTHEST + 1) for sign in (1, -1))]
     for index in sorted(range(len(xs)), key=lambda i: (i not in front, xs[i], ys[i])):
         tried = [xs[index] + _ASIDE * step for step in steps]
-        free = [
-            x
-            for x in tried
-            if LEFT + _RADIUS <= x <= RIGHT - _RADIUS
-            and all(abs(x - other) >= _ASIDE - 1 or abs(ys[index] - y) >= _APART for other, y in placed)
+        tried = [x for x in tried if LEFT + _RADIUS <= x <= RIGHT - _RADIUS] or [xs[index]]
+        covered = [
+            sum(abs(x - other) < _ASIDE - 1 and abs(ys[index] - y) < _APART for other, y in placed) for x in tried
         ]
-        moved[index] = round(free[0] if free else xs[index], 1)
+        moved[index] = round(tried[covered.index(min(covered))], 1)
         placed.append((moved[index], ys[index]))
     return moved
 

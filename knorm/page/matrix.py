@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,7 +18,8 @@ class Row:
         method: whose verdicts they are.
         counts: of its verdicts, in words.
         cells: a verdict for each column of the grid; None where the check was not tried.
-        loud: verdicts that call for reading; held: that a law holds; unasked: that a law does not apply.
+        loud: verdicts that call for reading; held: that a law holds.
+        unasked: why laws do not apply, with the verdicts of those laws.
     """
 
     method: MethodVerdicts
@@ -26,7 +27,7 @@ class Row:
     cells: list[Judged | None]
     loud: list[Judged]
     held: list[Judged]
-    unasked: list[Judged]
+    unasked: list[tuple[str, list[Judged]]]
 
 
 @dataclass(frozen=True)
@@ -83,5 +84,14 @@ def _row(method: MethodVerdicts, columns: Sequence[Law]) -> Row:
         [by_check.get(law.check) for law in columns],
         [result for result in method.results if loud(words[result.check])],
         [result for result in method.results if words[result.check] == "holds"],
-        [result for result in method.results if words[result.check] == "not asked"],
+        _by_reason(result for result in method.results if words[result.check] == "not asked"),
     )
+
+
+def _by_reason(results: Iterable[Judged]) -> list[tuple[str, list[Judged]]]:
+    """Put verdicts of one reason together, reasons in the order in which they came."""
+    found: dict[str, list[Judged]] = {}
+    for result in results:
+        why = f"needs {', '.join(result.needs)}" if result.needs else result.reason or ""
+        found.setdefault(why, []).append(result)
+    return [*found.items()]

@@ -11,7 +11,7 @@ from knorm.page.figures import BOX, kl_figure, nll_figure
 from knorm.page.form import Page
 from knorm.page.matrix import grid_of
 from knorm.page.text import shown
-from knorm.page.words import SIGNS, loud, word_of
+from knorm.page.words import SIGNS, legible, loud, word_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -74,7 +74,7 @@ def _environment() -> Environment:
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     made.filters |= {"number": number, "visible": visible}
-    made.globals |= {"word_of": word_of, "loud": loud, "signs": SIGNS, "box": BOX}
+    made.globals |= {"word_of": word_of, "loud": loud, "legible": legible, "signs": SIGNS, "box": BOX}
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
 from knorm.page.form import Judged
 
@@ -50,3 +51,13 @@ def counted(results: Iterable[Judged]) -> str:
 def loud(word: str) -> bool:
     """Tell whether a verdict's `word` calls for reading: all do except "holds", "not asked" and "not run"."""
     return word not in ("holds", "not asked", "not run")
+
+
+def legible(letters: Iterable[str]) -> bool:
+    """Tell whether the `letters` of methods that cannot be told apart can be read: beyond 26, they are doubled.
+
+    Example:
+        >>> legible(["a", "ab", "b"]), legible(["z", "zaa"])
+        (True, False)
+    """
+    return not any(one == other for word in letters for one, other in pairwise(word))

@@ -159,6 +159,27 @@ def test_a_refutation_comes_with_its_counterexample_and_the_program(page, loaded
     assert "by norm" in next(text for _, _, text in read.evidence if "declared" in text)
 
 
+def test_laws_that_are_not_asked_stand_by_what_they_need(page, loaded, tmp_path):
+    result = loaded("check.json")
+    rows = result["targets"][0]["results"]
+    (unasked,) = [row for row in rows if row["verdict"] == "does not apply"]
+    rows += [{**unasked, "check": "another"}, {**unasked, "check": "third", "needs": ["scores"]}]
+    (tmp_path / "more.json").write_text(json.dumps(result))
+    html, _ = page(tmp_path / "more.json")
+    text = "".join(Read(html[html.index("Not asked. ") : html.index("</p>", html.index("Not asked. "))]).texts)
+    sign = "· not asked"
+    assert text == f"Not asked. needs rounding: {unasked['check']}{sign}, another{sign}; needs scores: third{sign}"
+
+
+def test_letters_that_nobody_can_read_are_in_the_json_alone(page):
+    """Of many methods there are more groups than letters: aa, bb, ... would be words of dozens."""
+    _, told = page("study")
+    for letters, shown in (("abz", True), ("yzaabb", False)):
+        told["frontiers"][0]["points"][1]["letters"] = letters
+        html = render(Page.model_validate({name: told[name] for name in Page.model_fields}))
+        assert (letters in html) == shown == ('class="letters"' in html)
+
+
 def test_every_number_of_the_json_is_on_the_page(page, loaded):
     html, told = page("ppl.json", "study", "curve.json", "explain.json")
     numbers = {*Read(html).numbers}
@@ -517,3 +538,15 @@ def test_an_outline_holds_a_token_while_it_is_cached():
         for time in range(6):
             x, y = token + 0.4, time + 0.6  # above the diagonal's staircase
             assert inside(x, y) == (token <= time < gone[token]), (token, time)
+
+
+def test_points_of_one_size_stay_near_their_size(page):
+    """However many there are: a point moved by half of the axis would be read as another size."""
+    _, told = page("study")
+    (frontier,) = Page.model_validate({name: told[name] for name in Page.model_fields}).frontiers
+    point = frontier.points[1]
+    many = [point.model_copy(update={"kl": point.kl * 1.04**at}) for at in range(60)]
+    figure = kl_figure(frontier.model_copy(update={"points": [*many, frontier.points[0]]}))
+    places = [mark.x for mark in figure.marks[:60]]
+    assert max(places) - min(places) < 80
+    assert len({*places}) > 3
