@@ -1,0 +1,175 @@
+"""docs/peers: the page says what its JSON says, and what README says follows from it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+from page.test_page import WORDS, Read, verdicts_of
+
+from knorm.methods.known import version_of
+from knorm.page.form import Page
+from knorm.page.render import MOST_BYTES
+from knorm.sweep.plan import Plan
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs" / "peers"
+PLANS = FOLDER / "plans"
+
+
+def tool(name):
+    spec = spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+peers = tool("peers")
+
+
+@pytest.fixture(scope="module")
+def told():
+    return peers.read()
+
+
+@pytest.fixture(scope="module")
+def html():
+    return (FOLDER / "index.html").read_text()
+
+
+def test_the_page_shows_every_verdict_of_the_json(told, html):
+    (matrix,) = told.matrices
+    assert not any(row.fault for m in matrix.methods for row in m.results)
+    words = {**WORDS, "untested": "untested"}
+    assert verdicts_of(html) == {(m.name, row.check): words[row.verdict] for m in matrix.methods for row in m.results}
+
+
+def test_the_page_shows_the_numbers_of_every_row(told, html):
+    rows = {given["id"]: (given, numbers) for given, _, numbers in Read(html).rows if "id" in given}
+    for number, frontier in enumerate(told.frontiers):
+        for at, point in enumerate(frontier.points):
+            given, numbers = rows[f"point-{number}-{at + 1}"]
+            assert given["data-method"] == point.label
+            mine = (point.ppl, point.delta_nll, point.delta_nll_low, point.delta_nll_high, point.kl, point.kl_low)
+            assert {*mine, point.kl_high, point.same_top, point.bytes_per_token} <= {*numbers}
+
+
+def test_it_is_as_wide_as_it_says_and_small(told):
+    (matrix,) = told.matrices
+    tried = [m for m in matrix.methods if m.not_run is None and any(row.answered for row in m.results)]
+    assert len({m.name for m in tried}) == len(tried) >= 40
+    assert len({point.method for point in peers.measured(told.frontiers[0])}) >= 30
+    assert {source.name for source in told.sources} == {"kvpress", "transformers"}
+    assert not any(source.missing for source in told.sources)
+    sizes = [file.stat().st_size for file in FOLDER.iterdir() if file.is_file()]
+    assert sum(sizes) <= MOST_BYTES
+    assert (FOLDER / "frontier.svg").stat().st_size < 100_000
+
+
+def test_no_refutation_is_false_and_each_shows_itself(told, html):
+    """Each red cell was read by a person who found it true, and says what came, with the program that shows it."""
+    judged = tomllib.loads((ROOT / "tools" / "exam.toml").read_text())["verdicts"]
+    evidence = {(method, check): text for method, check, text in Read(html).evidence}
+    red = [*peers.refuted(told)]
+    assert red
+    for method, result in red:
+        assert judged[peers.class_of(method.name)][result.check].startswith("true: "), (method.name, result.check)
+        said = evidence[method.name, result.check]
+        assert result.counterexample
+        assert result.counterexample in said
+        assert result.snippet
+        assert result.snippet in said
+        assert not re.search(r"^\s*(import|from) knorm", result.snippet, re.MULTILINE)
+        ast.parse(result.snippet)
+
+
+@pytest.mark.processes
+def test_each_program_shows_its_refutation_where_its_library_is_installed(told, monkeypatch):
+    """In a new interpreter without knorm, for the environment that this one is; the other has a run of its own."""
+    exam = tool("exam")
+    monkeypatch.chdir(PLANS)  # where windows.py lies
+    versions = {name: version_of(name) for name in ("kvpress", "transformers")}
+    mine = [
+        at
+        for at, source in enumerate(told.sources)
+        if {name: source.versions.get(name) for name in versions} == versions
+    ]
+    programs = [(m.name, result) for m, result in peers.refuted(told) if m.source in mine]
+    if not programs:
+        pytest.skip(f"the page is of other versions than {versions}")
+    unshown = [(name, result.check) for name, result in programs if not exam.shown(result)]
+    assert unshown == []
+
+
+def test_readme_says_what_the_json_says(told):
+    text = (FOLDER / "README.md").read_text()
+    names = re.findall(r"<!-- peers: (\w+) -->", text)
+    assert sorted(names) == sorted(peers.PARTS)
+    assert peers.written(text, told) == text
+    assert (FOLDER / "frontier.svg").read_text() == peers.picture()
+
+
+def test_nothing_names_the_machine_that_it_was_made_on():
+    for file in ("index.html", "results.json", "README.md"):
+        assert re.findall(r"(?:/home/|/root/|/tmp/|/Users/)\w+|sys\.path\.insert", (FOLDER / file).read_text()) == []
+
+
+def test_a_changed_number_is_noticed(told):
+    text = (FOLDER / "README.md").read_text()
+    fields = told.model_dump()
+    point = next(point for point in fields["frontiers"][0]["points"] if point["changed"])
+    point["kl"], point["delta_nll"] = 9.5, -9.5
+    moved = Page.model_validate(fields)
+    assert peers.written(text, moved) != text
+
+
+def test_what_readme_says_in_words(told):
+    red = [(peers.class_of(method.name), result) for method, result in peers.refuted(told)]
+    kinds = [result.check for _, result in red]
+    rows = [name for name, result in red if result.check == "runs" and "takes one row only" in judgement(name)]
+    covered = sum(kinds.count(check) for check in ("sees_alone", "sees_by_numbers", "rows_move", "reset")) + len(rows)
+    assert covered > len(red) * 3 / 4
+    frontier = told.frontiers[0]
+    front = [line for line in peers.front(told).splitlines() if "kvpress:" in line]
+    assert (frontier.model, front) == ("embedded-llama", [])
+    assert "QuantizedCache" in peers.front(told)
+    points = [point for point in peers.measured(frontier, 0) if point.keep_ratio == 0.5]
+    pairs = peers.rivals(points)
+    assert sum(peers.apart(*pair) for pair in pairs) > len(pairs) / 2
+    doubt = [point for point in points if point.delta_nll_low <= 0 <= point.delta_nll_high]
+    assert 0.4 < len(doubt) / len(points) < 0.6
+    count = sum(len(method.results) for method in told.matrices[0].methods)
+    assert f"the same {count:,} verdicts and counterexamples" in (FOLDER / "README.md").read_text()
+
+
+def test_the_repository_s_readme_counts_as_the_json_does(told):
+    (matrix,) = told.matrices
+    text = (ROOT / "README.md").read_text()
+    count = len({point.method for point in peers.measured(told.frontiers[0])})
+    assert f"bytes of cache, for {count} methods](docs/peers/frontier.svg)](docs/peers/README.md)" in text
+    red = len([*peers.refuted(told)])
+    assert f"{len(matrix.methods)} methods under the laws, {red} refutations that a person found true" in text
+
+
+def judgement(name):
+    return peers.read_verdicts()[name]["runs"]
+
+
+@pytest.mark.parametrize("library", ["kvpress", "transformers"])
+def test_the_quick_form_is_a_part_of_the_full_one(library):
+    """So that what was done quickly is not done again."""
+    plans = [tomllib.loads((PLANS / f"{library}{form}.toml").read_text()) for form in ("-quick", "", "-gpu")]
+    quick, full, gpu = map(Plan.model_validate, plans)
+    assert {*quick.models} <= {*full.models}
+    assert {*quick.texts} <= {*full.texts}
+    for name in ("window", "windows_per_cell", "prompt_lengths", "device"):
+        assert getattr(quick, name) == getattr(full, name)
+    assert quick.windows <= full.windows
+    assert gpu.prompt_lengths == [2048]
+    budgets = {ratio for entry in (full, *full.methods) for ratio in entry.keep_ratio}
+    assert budgets == {"0.9", "0.7", "0.5", "0.3", "0.1"} > {*quick.keep_ratio}
+    assert any(128 in entry.keep_tokens for entry in full.methods)
