@@ -503,6 +503,7 @@ def test_what_is_declared_wrongly_is_one_line(run_knorm, inline, declared, chang
     assert words in err
 
 
+@pytest.mark.processes
 def test_snippets_are_written_and_long_ones_are_not_shown(run_knorm, inline):
     targets = target(IN_NORM_ORDER, "sorted.py"), "transformers:StaticCache"
     options = "--select", "time_order,rows_move,dtype", "--snippets", "shown"

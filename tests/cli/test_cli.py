@@ -70,6 +70,7 @@ def test_a_prefill_scores_only_the_tokens_after_the_prompt(run_knorm, embedded):
     assert result["rows"][0]["final_cache"] == 10 + 12
 
 
+@pytest.mark.processes
 def test_plot_draws_a_png(run_knorm):
     assert run_knorm("ppl", *SHORT, "--plot", "curve.png", "-q")[0] == 0
     picture = Path("curve.png").read_bytes()

@@ -39,7 +39,11 @@ REPOSITORY = ("--golden-dir", str(Path(__file__).parents[2] / "golden"))  # an i
         (("ppl", "--keep-ratio", "0.9,1/3", "--prune-after", "16", *SMALL), "knorm-ppl"),
         (("ppl", "knorm", "--keep-ratio", "0.5", *SMALL), "knorm-ppl-methods"),
         (("explain", "--keep-ratio", "0.5", "--prune-after", "16", "--tokens", "1", *SMALL), "knorm-explain"),
-        (("explain", 'transformers:QuantizedCache(backend="fp8")', "--tokens", "0", *SMALL), "knorm-explain-method"),
+        pytest.param(
+            ("explain", 'transformers:QuantizedCache(backend="fp8")', "--tokens", "0", *SMALL),
+            "knorm-explain-method",
+            marks=pytest.mark.processes,
+        ),
         (("bench", "--blocks", "8", "--new-tokens", "2", "--prompt-tokens", "32"), "knorm-bench"),
         (("check", "knorm:compress", "--select", "dtype,ties"), "knorm-check"),
         (("golden", "list"), "knorm-golden-list"),

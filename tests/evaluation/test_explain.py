@@ -199,6 +199,7 @@ def test_a_window_longer_than_the_positions_is_refused(embedded):
         explain(Runner(embedded[0], Windows(ids, ids + torch.arange(1025))), embedded[1], STARVING)
 
 
+@pytest.mark.processes
 def test_positions_of_an_unaware_loop_are_found_and_corrected(embedded):
     model, tokenizer = embedded
     windows = cut_windows(tokenizer, load_text("narrative"), 128, 4)

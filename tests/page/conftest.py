@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--window", "64", "--windows", "2", "-q")
@@ -16,14 +17,25 @@ PLAN = 'methods = ["knorm", "mended.py:compress"]\nwindow = 64\nwindows = 4\nwin
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory):
+def results(tmp_path_factory, request):
     """A folder with check.json, ppl.json, two.json of two methods, curve.json, explain.json, and a
-    sweep's folder, study."""
+    sweep's folder, study; made once for all workers of pytest-xdist."""
+    if not hasattr(request.config, "workerinput"):
+        return made(tmp_path_factory.mktemp("results"))
+    folder = tmp_path_factory.getbasetemp().parent / "results"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            half = folder.with_suffix(".half")
+            half.mkdir()
+            made(half).rename(folder)
+    return folder
+
+
+def made(folder):
     import sweeping
 
     from knorm.sweep import measure
 
-    folder = tmp_path_factory.mktemp("results")
     for name in ("mine.py", "mended.py"):
         shutil.copy(ROOT / "examples" / name, folder)
     (folder / "plan.toml").write_text(PLAN)
