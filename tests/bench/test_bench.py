@@ -47,6 +47,7 @@ def run_bench(run_knorm, monkeypatch):
     return run
 
 
+@pytest.mark.processes
 def test_the_command_gives_tables_json_and_a_figure(run_bench):
     code, out, err = run_bench(*QUICK, "--json", "out.json", "--plot", "out.png", "--margin", "900")
     assert (code, err) == (0, "")

@@ -107,6 +107,7 @@ def test_a_method_is_closed_after_its_turn_even_where_it_fails(llama):
     assert arm.stored().retained == (6 + 4,) * 3
 
 
+@pytest.mark.processes
 def test_a_slow_method_fails_and_counts_are_beside_it(llama):
     def slow(keys, values, keep_ratio):
         for _ in range(1000):  # so slow that a busy machine does not hide it
@@ -146,6 +147,7 @@ def test_a_ttft_that_fails_says_what_to_do():
     assert advice(rows(1.0, 0.8, streaming)) == []
 
 
+@pytest.mark.processes
 def test_targets_are_timed_from_the_command_line(run_knorm, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # its times are not looked at
     code, _, err = run_knorm("bench", "knorm", "--against", "HEAD")

@@ -566,6 +566,7 @@ def test_a_star_stands_for_all_that_transformers_ships(run_knorm, inline):
     assert [one["name"] for one in strict_json("out.json")["targets"]] == expanded("transformers:*")
 
 
+@pytest.mark.processes
 def test_traits_profile_and_seed_reach_the_checks(run_knorm, inline):
     options = ("--select", "retained_count,subnormal", "--like", "knorm", "--trait", "rounding=floor")
     assert run_knorm("check", target(GOOD), *options, "--profile", "thorough", "--json", "out.json")[0] == 1

@@ -271,6 +271,7 @@ def small(reported):
     return reported.model_copy(update={"protocol": reported.protocol.model_copy(update=shorter)})
 
 
+@pytest.mark.processes
 def test_end_to_end_on_another_model_the_gate_fails_with_a_readable_table(small):
     judged = judge_model(small, str(ASSETS), SOURCES, rounds=5)
     verdicts = {each.claim.id: each.verdict for each in judged}
