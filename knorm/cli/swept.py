@@ -168,6 +168,8 @@ def _expected(found: Estimate, left: int, workers: int, windows: int) -> Iterato
     else:
         like = f"; {found.unknown} cells are taken to be like others" if found.unknown else ""
         yield f"Time: about {lasting(found.seconds / workers)}, {lasting(found.seconds)} of work{like}"
+        if found.untimed:
+            yield f"To which comes the time of {found.untimed} cells, of models or measures of which none is done yet"
     if found.memory:
         yield f"Memory: at most {found.memory / 2**30:.1f} GiB for each worker so far"
     if found.smallest is None:

@@ -26,7 +26,8 @@ class Estimate:
 
     Attributes:
         seconds: of work, in all workers together; None where no cell tells.
-        unknown: cells whose like has not been done yet, which are taken to be like the others.
+        unknown: cells whose like has not been done yet, which are taken to be like others of their model.
+        untimed: cells of models of which none is done; their seconds are not in.
         memory: the most bytes that a worker had; None where no cell tells.
         smallest: (least, median, largest) over the rows: the mean change of a token's NLL, in nats, that the plan's
             windows are likely to tell from none; None for one window.
@@ -35,6 +36,7 @@ class Estimate:
 
     seconds: float | None
     unknown: int
+    untimed: int
     memory: int | None
     smallest: tuple[float, float, float] | None
     measured: int
@@ -56,19 +58,22 @@ def estimate(plan: Plan, cells: Iterable[Cell], table: Table) -> Estimate:
         for key in _alike(cell):
             rates.setdefault(key, []).append(spent / _size(cell))
     middle = {key: median(values) for key, values in rates.items()}
-    seconds, unknown = 0.0, 0
+    seconds, unknown, untimed = 0.0, 0, 0
     for cell in cells:
         keys = _alike(cell)
         known = next((key for key in keys if key in middle), None)
+        if known is None:
+            untimed += 1
+            continue
         unknown += known != keys[0]
-        seconds += middle[known] * _size(cell) if known is not None else 0.0
+        seconds += middle[known] * _size(cell)
     deviations = _deviations(table)
     smallest = None
     if plan.windows > 1:
         typical = [TYPICAL_DEVIATION / math.sqrt(plan.window - min(plan.prompts))]
         found = [smallest_difference(value, plan.windows) for value in deviations or typical]
         smallest = (min(found), median(found), max(found))
-    return Estimate(seconds if middle else None, unknown, table.memory or None, smallest, len(deviations))
+    return Estimate(seconds if middle else None, unknown, untimed, table.memory or None, smallest, len(deviations))
 
 
 def _alike(cell: Cell) -> list[tuple[Any, ...]]:

@@ -137,6 +137,11 @@ def test_a_dry_run_runs_nothing_and_learns_from_what_is_done(sweep):
     low, middle, high = planned["smallest_difference"]
     assert 0 < low <= middle <= high
     assert planned["measured_rows"] == 2
+    code, said, _ = sweep(
+        PLAN.replace("windows = 4", "windows = 6") + 'models = ["embedded", "embedded-llama"]', "--dry-run"
+    )
+    assert "To which comes the time of 9 cells, of models or measures of which none is done yet" in said
+    assert "like others" not in said
 
 
 def test_a_cell_that_fails_is_a_result_with_its_reason(sweep):
