@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -32,7 +31,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "sweeps.md"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+
+from marked import rewrite  # noqa: E402
+
 STUDY = """
 methods = ["knorm", "mended.py:compress", "transformers:DynamicCache"]
 keep_ratio = {ratios}
@@ -322,19 +324,9 @@ def main() -> None:
         text = f"{where(name)}\n\n{PARTS[name]()}\n"
         print(text, flush=True)
         if "--write" in sys.argv:
-            write(name, text)
+            rewrite(DOCUMENT, name, text)
     if MISSED:
         raise SystemExit(1)
-
-
-def write(name: str, text: str) -> None:
-    """Put a part's text between its marks in docs/sweeps.md."""
-    before = DOCUMENT.read_text(encoding="utf-8")
-    marked = re.compile(rf"(<!-- bench: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    after, count = marked.subn(lambda match: f"{match[1]}\n{text}\n{match[2]}", before)
-    if count != 1:
-        raise SystemExit(f"{DOCUMENT} has no place for {name}: <!-- bench: {name} --> and <!-- end -->")
-    DOCUMENT.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

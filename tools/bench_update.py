@@ -18,6 +18,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from marked import rewrite
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "goldens.md"
 UP = "return -(-ratio.numerator * length // ratio.denominator)"
@@ -97,12 +99,7 @@ def main() -> int:
     text = "\n".join(lines)
     print(text)
     if "--write" in sys.argv:
-        before = DOCUMENT.read_text(encoding="utf-8")
-        marked = re.compile(r"(<!-- bench: update -->\n).*?(<!-- end -->)", re.DOTALL)
-        after, count = marked.subn(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", before)
-        if count != 1:
-            raise SystemExit(f"{DOCUMENT} has no place for it: <!-- bench: update --> and <!-- end -->")
-        DOCUMENT.write_text(after, encoding="utf-8")
+        rewrite(DOCUMENT, "update", text)
     return 0 if held else 1
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.metadata
 import logging
 import re
 import subprocess
@@ -34,7 +33,7 @@ from knorm.laws import Result, iter_results
 from knorm.laws.catalogue.seen import listed
 from knorm.laws.loading import load_target
 from knorm.laws.standins import SAID
-from knorm.methods.known import WEIGHTS, lacking
+from knorm.methods.known import WEIGHTS, lacking, version_of
 from knorm.methods.targets import expanded
 
 ROOT = Path(__file__).parents[1]
@@ -175,7 +174,7 @@ def section(heading: str, names: list[str], declared: dict[str, dict[str, object
         failed = any(result.verdict != "holds" for result in results) or bool(why)
         wrong += (variant == "good" and failed) or (variant == "bug" and not any(r.failed for r in results))
         wrong += variant is None and any(result.failed and result.check not in judged for result in results)
-    versions = ", ".join(f"{package} {version}" for package in PACKAGES if (version := _version(package)))
+    versions = ", ".join(f"{package} {version}" for package in PACKAGES if (version := version_of(package)))
     lines = [
         f"## {heading}",
         "",
@@ -187,13 +186,6 @@ def section(heading: str, names: list[str], declared: dict[str, dict[str, object
         "| --- | --- | --- | --- | --- | --- |",
     ]
     return "\n".join([*lines, *rows, "", *notes, ""]), wrong
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def write(heading: str, text: str) -> None:

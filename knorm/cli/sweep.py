@@ -134,10 +134,11 @@ def _run(ready: Ready, out: Path, *, retry: bool, quiet: bool) -> None:
     alone = {name: cell for name, cell in ready.cells.items() if cell.measure == "latency"}
     phases = {name: cell for name, cell in ready.cells.items() if name not in alone}, alone
     states = folder.states()
-    folder.begin(ready.rows, ready.targets, ready.study.axes(), ready.stored())
+    left = {name for name in ready.cells if name not in states or (retry and states[name] == "failed")}
+    if left or folder.known().get("study") != ready.stored():  # else nothing is written: results may lie read-only
+        folder.begin(ready.rows, ready.targets, ready.study.axes(), ready.stored())
     for cells in phases:
-        left = [name for name in cells if name not in states or (retry and states[name] == "failed")]
-        if not left:
+        if not left & {*cells}:
             continue
         if out not in WRITTEN:
             WRITTEN.append(out)  # told where it is interrupted: what is finished stays

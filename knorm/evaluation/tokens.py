@@ -95,7 +95,7 @@ def check_window(model: PreTrainedModel, input_ids: Tensor, window: int | None) 
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     (count, length), layers = input_ids.shape, config.num_hidden_layers
-    if window >= count:
+    if not 0 <= window < count:
         raise ValueError(f"there is no window {window}: there are {count}, the first is 0")
     if length * layers * heads > MOST_NUMBERS:
         most = MOST_NUMBERS // (layers * heads)

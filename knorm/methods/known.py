@@ -16,10 +16,10 @@ def other_version() -> str:
         "kvpress 0.6.0 is installed, but 0.5.5 was tried: pip install kvpress==0.5.5"; nothing where they are the same.
     """
     installed = version_of("kvpress") or "of no known version"
-    return "" if installed == TRIED else f"kvpress {installed} is installed, but {TRIED} was tried: {_INSTALL}"
+    if installed == TRIED:
+        return ""
+    return f"kvpress {installed} is installed, but {TRIED} was tried: pip install kvpress=={TRIED}"
 
-
-_INSTALL = f"pip install kvpress=={TRIED}"
 
 # Presses that are not opened by their class and a ratio alone: how kvpress' own documentation opens them.
 PRESSES: Mapping[str, str] = {

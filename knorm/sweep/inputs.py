@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from knorm.files import file_size, read_file
+from knorm.methods.known import version_of
 from knorm.methods.targets import parse_target
 from knorm.paths import ASSETS, PACKAGE
 from knorm.sources import EMBEDDED_MODELS, HUB_TEXTS, find_model, find_text
@@ -189,10 +190,7 @@ def target_digest(target: str) -> str:
     files = sources_of(target)
     top = os.path.commonpath([file.parent for file in files]) if files else ""
     package = "" if target == "knorm" else parse_target(target).where.partition(".")[0]
-    try:
-        version = metadata.version(package) if package.isidentifier() else ""
-    except metadata.PackageNotFoundError:
-        version = ""
+    version = (version_of(package) if package.isidentifier() else None) or ""
     return digest([version, _of_files((Path(os.path.relpath(file, top)).as_posix(), file) for file in files)])
 
 

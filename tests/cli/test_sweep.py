@@ -76,6 +76,7 @@ def test_its_rows_are_those_of_ppl_on_all_windows_at_once(sweep, run_knorm):
 def test_the_same_command_again_gives_the_same_table_and_runs_nothing(sweep, monkeypatch):
     assert sweep(PLAN, "--json", "first.json")[0] == 0
     monkeypatch.setattr("knorm.cli.sweep._engine", None)
+    monkeypatch.setattr("knorm.sweep.folder.Folder.begin", None)  # its folder may be read-only
     code, said, _ = sweep(PLAN, "--json", "second.json")
     assert code == 0
     assert Path("first.json").read_bytes() == Path("second.json").read_bytes()

@@ -50,8 +50,9 @@ def test_what_a_prediction_missed_had_been_evicted_and_is_what_the_worst_tokens_
 
 def test_a_window_that_is_not_there_or_too_large_is_refused_before_anything_runs(setting):
     runner, tokenizer, _ = setting
-    with pytest.raises(ValueError, match="there is no window 2: there are 2, the first is 0"):
-        explain(runner, tokenizer, POLICY, tokens=2, on_step=pytest.fail)
+    for window in (2, -1):
+        with pytest.raises(ValueError, match=f"there is no window {window}: there are 2, the first is 0"):
+            explain(runner, tokenizer, POLICY, tokens=window, on_step=pytest.fail)
     model = runner.model
     layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     most = MOST_NUMBERS // (layers * heads)

@@ -18,8 +18,8 @@ PLAN = 'methods = ["knorm", "mended.py:compress"]\nwindow = 64\nwindows = 4\nwin
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory, request):
-    """A folder with check.json, ppl.json, two.json of two methods, curve.json, explain.json, and a
-    sweep's folder, study; made once for all workers of pytest-xdist."""
+    """A folder with check.json, declared.json, ppl.json, curve.json, explain.json, and a sweep's folder, study; made
+    once for all workers of pytest-xdist."""
     if not hasattr(request.config, "workerinput"):
         return made(tmp_path_factory.mktemp("results"))
     folder = tmp_path_factory.getbasetemp().parent / "results"
