@@ -14,14 +14,15 @@ from knorm import laws
 
 PACKAGE = Path(knorm.__file__).parent
 ORDER = {  # of each package: a module, or a package below, imports only those before it
-    "": "policy strict paths files sources git limits statistics tensors kernels core schedule masked_attention "
-    "rounding model_attention cache perplexity weights gguf models methods bench evaluation golden laws sweep page "
-    "verify scaffold cli plugin __main__",
+    "": "policy strict paths files processes sources git limits statistics tensors kernels core schedule "
+    "masked_attention rounding model_attention cache perplexity weights gguf models methods bench evaluation engines "
+    "golden laws sweep page verify scaffold cli plugin __main__",
     "bench": "latency counters worker policies methods commits",
     "methods": "kinds known budget written restored watch targets method policies caches functions presses door",
     "evaluation": "windows sums damage recovery distinct ways runner curve interventions tokens explain "
     "explain_methods doubts facts published",
     "evaluation.published": "schema measure judge",
+    "engines": "frames serving llamacpp process conditions boxed scorer ways",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "declared verify values workspace history",
     "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
@@ -32,8 +33,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.process": "protocol usage worker start supervisor",
     "sweep": "plan inputs cells folder drive measure local cluster table estimate",
     "page": "form axes figures words matrix text render",
-    "cli": "schemas outputs figures numbers options prompts tables timings setting compared explained verdicts verify "
-    "asked check ppl explain bench golden_log golden_shown golden swept sweep results paged page init",
+    "cli": "schemas outputs figures numbers options prompts tables timings setting compared engined explained "
+    "verdicts verify asked check ppl explain bench golden_log golden_shown golden swept sweep results paged page init",
     "cli.schemas": "parts quality timing verdicts swept paged",
 }
 TESTS = Path(__file__).parent
@@ -91,7 +92,7 @@ def too_early(name, imports):
     return late
 
 
-LIGHT = ("limits", "policy", "paths", "files", "sources")
+LIGHT = ("limits", "policy", "paths", "files", "processes", "sources")
 METHODS = ("kinds", "known", "targets")
 LAWS = ("traits", "results", "targets", "registry", "names")
 COMMANDS = (
@@ -102,6 +103,7 @@ COMMANDS = (
         "options",
         "setting",
         "compared",
+        "engined",
         "prompts",
         "verify",
         "check",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from knorm.cli.compared import Asked, compare_methods, explicit
+from knorm.cli.engined import EngineOptions, compare_engines, engine_options, engines_among
 from knorm.cli.numbers import Numbers
 from knorm.cli.options import (
     COMMON,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Judge a table that was measured elsewhere: .csv or .json with keep_ratio and ppl (or ppl_before, ppl_after).",
 )
+@engine_options
 @file_option("--plot", "Draw the curve (.png, .svg, .pdf).")
 @with_options(*COMMON)
 @click.pass_context
@@ -82,6 +84,7 @@ def ppl(
     text_options: TextOptions,
     policy_options: PolicyOptions,
     model_options: ModelOptions,
+    engine_options: EngineOptions,
     stream: bool,
     reported: Path | None,
     plot: Path | None,
@@ -92,9 +95,18 @@ def ppl(
 
     Without a TARGET: perplexity of knorm's own policies, exactly, from one forward pass each. With targets: each beside
     the full cache on the same tokens. A target is knorm, path/to/file.py:name, package.module:name,
-    kvpress:SnapKVPress, transformers:QuantizedCache(backend="fp8"), or kvpress:* for all.
+    kvpress:SnapKVPress, transformers:QuantizedCache(backend="fp8"), or kvpress:* for all; or an engine with its
+    model, as llama.cpp:model.gguf(type_k="q8_0"), beside the same engine's full cache.
     """
     console, given = make_console(quiet), explicit(context)
+    if engines_among(targets, given):
+        check_outputs(json, plot)
+        whole, fields = compare_engines(
+            targets, how, policy_options.prompt_length, text_options, model_options, engine_options, plot=plot,
+            quiet=quiet, verbose=bool(context.obj),
+        )  # fmt: skip
+        write_json(json, fields, "methods")
+        sys.exit(HOLDS if whole else REFUTED)
     if targets:
         ratios = policy_options.keep_ratio if "keep_ratio" in given else None
         asked = Asked(targets, tuple(ratios) if ratios else None, keep_tokens, kind, how, facts)

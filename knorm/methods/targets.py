@@ -21,7 +21,11 @@ from knorm.paths import resolved
 
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
 KVPRESS = "install it with pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
+ENGINES = ("llama.cpp",)  # reserved words, no modules: what follows is a model
 _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", re.DOTALL)
+_ENGINE = re.compile(
+    rf"(?P<where>{'|'.join(map(re.escape, ENGINES))}):(?P<path>[^()]+?)\s*(?P<call>\(.*\))?", re.DOTALL
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Target:
 
     Attributes:
         spec: the whole text.
-        where: a module, or the path of a Python file.
-        path: a dotted name in it.
+        where: a module, the path of a Python file, or one of ENGINES.
+        path: a dotted name in it; of an engine, the model.
         call: what it is called with; None where it is only named.
         file: the file's absolute path; None for a module.
     """
@@ -82,6 +86,8 @@ def parse_target(spec: str) -> Target:
         >>> parse_target('transformers:QuantizedCache(backend="fp8")').call.named
         {'backend': 'fp8'}
     """
+    if is_engine(spec):
+        return _engine(spec)
     match = _SPEC.fullmatch(spec.strip())
     if match is None or not match["where"] or "\0" in spec:
         raise ValueError(f"target {spec!r}, but should be {FORMS}")
@@ -94,6 +100,30 @@ def parse_target(spec: str) -> Target:
     if not file and not _is_there(package):
         raise ValueError(f"target {spec!r}: {no_module(where, package or where)}")
     return Target(spec, where, path, call, file)
+
+
+def is_engine(spec: str) -> bool:
+    """Tell whether a target is an engine with a model, which runs in a process of its own.
+
+    Args:
+        spec: as on the command line.
+
+    Returns:
+        True where its first word is one of ENGINES.
+
+    Example:
+        >>> is_engine('llama.cpp:model.gguf(type_k="q8_0")'), is_engine("mine.py:compress")
+        (True, False)
+    """
+    return spec.strip().partition(":")[0] in ENGINES
+
+
+def _engine(spec: str) -> Target:
+    match = _ENGINE.fullmatch(spec.strip())
+    if match is None or "\0" in spec:
+        raise ValueError(f"target {spec!r}, but should be ENGINE:MODEL or ENGINE:MODEL(option=value, ...)")
+    call = _call(spec, f"engine{match['call']}") if match["call"] else None
+    return Target(spec, match["where"], match["path"], call)
 
 
 def _call(spec: str, text: str) -> Call:
@@ -169,8 +199,13 @@ def load_target(target: Target) -> tuple[Any, dict[str, Any]]:
         positional arguments, of a press, is made here, and its result returned without keywords.
 
     Raises:
-        ValueError: in one line, for a target that does not exist, does not import, or fails to be made.
+        ValueError: in one line, for a target that does not exist, does not import, or fails to be made, and for an
+            engine, which is no object of Python's.
     """
+    if target.where in ENGINES:
+        raise ValueError(
+            f"target {target.spec!r} is an engine, which knorm ppl and knorm check take, alone or with others"
+        )
     try:
         module = _imported(target.where, target.file)
         named = _named(target.where, target.path, module)

@@ -96,6 +96,21 @@ class Recall(Part):
     others: float = said("perplexity of all other tokens of the same windows")
 
 
+class EngineFields(Part):
+    """Say which engine ran, what its full cache is, and what stands beside the rows."""
+
+    name: str
+    package: str = said("of Python, through which it runs")
+    version: str = said("of the package")
+    system: str = said("what the engine says of the processor")
+    full: str = said("what the full cache is, in words")
+    python: str | None = said("the interpreter, where it is another one than knorm's")
+    beside: list[MethodRow] = said(
+        "each method beside itself, read in other batches: the noise in its condition; last, transformers with the "
+        "same weights beside the engine's full cache"
+    )
+
+
 class Methods(TextFields, Result):
     """Hold what `knorm ppl TARGET ...` measures."""
 
@@ -103,6 +118,7 @@ class Methods(TextFields, Result):
     rows: list[MethodRow] = said("the control first: the full cache run again in other batches")
     failed: dict[str, str] = said("methods that did not run, with the reason")
     facts: dict[str, Recall] = said("with --facts, by method")
+    engine: EngineFields | None = said("null where transformers runs the methods", default=None)
 
 
 class EffectRow(Part):

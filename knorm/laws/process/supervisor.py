@@ -32,6 +32,7 @@ from knorm.laws.process.protocol import (
     write_start,
 )
 from knorm.laws.results import Result, judged
+from knorm.processes import how_ended
 
 LIMIT = 20.0  # seconds for a call
 LOADING = 120.0  # for the worker's imports and the target's
@@ -172,11 +173,7 @@ class Worker:
         code = self.process.returncode
         if code is None:
             return "closed the files that are not its own"
-        if code >= 0:
-            return f"ended the interpreter with exit code {code}"
-        name = {number.value: number.name for number in signal.Signals}.get(-code, "unknown")
-        hint = ", as when memory runs out" if name == "SIGKILL" else ""
-        return f"the process ended with signal {-code} ({name}){hint}"
+        return how_ended(code)
 
     def end(self) -> None:
         """End the worker and what it started, whatever they are doing."""

@@ -1,0 +1,187 @@
+"""What is asked of an engine: its model, and the settings of its cache, out of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from knorm.engines.process import LIMIT, EngineProcess
+from knorm.methods.targets import ENGINES, is_engine, parse_target
+from knorm.sources import EMBEDDED_MODELS, SMOLLM2, find_model
+
+# GGML's numbers of the types that a cache may have; whether a model can have them, llama.cpp says.
+TYPES = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q8_1": 9, "q2_K": 10, "q3_K": 11,
+    "q4_K": 12, "q5_K": 13, "q6_K": 14, "iq4_nl": 20, "bf16": 30, "mxfp4": 39, "nvfp4": 40,
+}  # fmt: skip
+_FLASH = {None: -1, False: 0, True: 1}
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """Hold the settings of llama.cpp's cache, and of how it runs.
+
+    Attributes:
+        type_k: type in which keys are stored, one of TYPES.
+        type_v: the same of values.
+        flash_attn: True or False; None lets llama.cpp choose. A quantised type_v needs it.
+        n_ubatch: tokens of a batch at most.
+        n_threads: threads; numbers may differ between them.
+        rotate: False keeps llama.cpp from rotating keys and values before it quantises them.
+    """
+
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attn: bool | None = None
+    n_ubatch: int = 512
+    n_threads: int = 1
+    rotate: bool = True
+
+    module = "llamacpp"
+    package = "llama_cpp"
+    install = "pip install 'knorm[llamacpp]' -c constraints-llamacpp.txt"
+
+    def __post_init__(self) -> None:
+        for name in ("type_k", "type_v"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in TYPES:
+                near = get_close_matches(str(value), TYPES, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"{name}={value!r}, but should be one of {', '.join(TYPES)}{hint}")
+        for name in ("n_ubatch", "n_threads"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 2**16:
+                raise ValueError(f"{name}={value!r}, but should be a whole number from 1 to 65536")
+        for name, allowed in (("flash_attn", (None, False, True)), ("rotate", (False, True))):
+            if not any(getattr(self, name) is value for value in allowed):
+                raise ValueError(f"{name}={getattr(self, name)!r}, but should be {' or '.join(map(str, allowed))}")
+
+    def full(self) -> LlamaCpp:
+        """Return the same with the full cache: llama.cpp's default types, all else alike."""
+        return replace(self, type_k="f16", type_v="f16", rotate=True)
+
+    @property
+    def full_is(self) -> str:
+        """Say what the full cache is."""
+        return "keys and values in f16, llama.cpp's default"
+
+    def in_batches_of(self, tokens: int) -> LlamaCpp:
+        """Return the same with batches of so many tokens at most."""
+        return replace(self, n_ubatch=tokens)
+
+    def request(self) -> dict[str, Any]:
+        """Return the settings as the engine's process takes them."""
+        return {
+            "type_k": TYPES[self.type_k], "type_v": TYPES[self.type_v], "flash_attn": _FLASH[self.flash_attn],
+            "ubatch": self.n_ubatch, "threads": self.n_threads,
+        }  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that the settings ask for."""
+        return {"LLAMA_ATTN_ROT_DISABLE": "0" if self.rotate else "1"}
+
+
+Settings = LlamaCpp  # a further engine's stand beside it
+_SETTINGS: dict[str, type[Settings]] = {"llama.cpp": LlamaCpp}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Say where engines run: the interpreter `python` (None: this one), and the seconds that an answer may take."""
+
+    python: str | None = None
+    limit: float = LIMIT
+
+
+@dataclass(frozen=True)
+class EngineTarget:
+    """Hold an engine, its model and its settings.
+
+    Attributes:
+        spec: the target as it was written.
+        engine: one of methods.targets.ENGINES.
+        model: smollm2, a model in the box, or a .gguf file.
+        settings: of the engine.
+    """
+
+    spec: str
+    engine: str
+    model: str
+    settings: Settings
+
+    def start(self, file: Path, place: Place, *, context: int, sequences: int = 1) -> tuple[EngineProcess, Any]:
+        """Start the engine in a process of its own, with the model loaded.
+
+        Args:
+            file: the model's file.
+            place: where it runs.
+            context: tokens that a sequence may have.
+            sequences: how many are fed in one call.
+
+        Returns:
+            The process, and what it says of itself: version, vocabulary, layers, kv_heads, bytes_per_token and more.
+
+        Raises:
+            EngineError: it is not installed, refuses the settings, or dies; in one line.
+        """
+        process = EngineProcess(
+            self.engine, self.settings.module, self.settings.install,
+            python=place.python, limit=place.limit, environment=self.settings.environment(),
+        )  # fmt: skip
+        try:
+            asked = self.settings.request()
+            said = process.ask("open", file=str(file.resolve()), context=context, sequences=sequences, **asked)
+        except BaseException:
+            process.close()
+            raise
+        return process, said
+
+
+def engine_target(spec: str) -> EngineTarget:
+    """Read a target that is an engine; nothing is loaded.
+
+    Args:
+        spec: as 'llama.cpp:smollm2(type_k="q4_0", type_v="q4_0")' or 'llama.cpp:model.gguf'.
+
+    Returns:
+        Engine, model and settings.
+
+    Raises:
+        ValueError: no engine, an unknown setting or value, or a model that is not there; in one line.
+
+    Example:
+        >>> engine_target('llama.cpp:embedded(type_k="q8_0")').settings.type_k
+        'q8_0'
+    """
+    if not is_engine(spec):
+        raise ValueError(f"target {spec!r} is no engine: it should begin with {' or '.join(f'{x}:' for x in ENGINES)}")
+    target = parse_target(spec)
+    kind = _SETTINGS[target.where]
+    given: Mapping[str, Any] = target.call.named if target.call else {}
+    names = [field.name for field in fields(kind)]
+    if target.call and target.call.positional:
+        raise ValueError(f"target {spec!r}: settings are given by name, as {names[0]}=...")
+    if unknown := [name for name in given if name not in names]:
+        near = get_close_matches(unknown[0], names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"target {spec!r}: {target.where} has no setting {unknown[0]!r}{hint}; it has {', '.join(names)}"
+        )
+    if bare := [name for name, value in given.items() if not isinstance(value, str | int | float | None)]:
+        raise ValueError(f'target {spec!r}: {bare[0]} should be a value, a text in quotes: {bare[0]}="..."')
+    try:
+        settings = kind(**given)
+        _check_model(target.path)
+    except ValueError as error:
+        raise ValueError(f"target {spec!r}: {error}") from None
+    return EngineTarget(spec, target.where, target.path, settings)
+
+
+def _check_model(name: str) -> None:
+    if name in EMBEDDED_MODELS or name == SMOLLM2 or name.endswith(".gguf"):
+        find_model(name)
+        return
+    raise ValueError(f"model {name!r} should be {', '.join((*EMBEDDED_MODELS, SMOLLM2))} or a .gguf file")

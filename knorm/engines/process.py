@@ -1,0 +1,201 @@
+"""An engine's process, seen from knorm: started, asked, limited in time, and ended; whatever becomes of it is said."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from knorm.engines.frames import Fields, Junk, pack, read_frame
+from knorm.paths import PACKAGE
+from knorm.processes import how_ended
+
+LIMIT = 300.0  # seconds for an answer
+_CHUNK = 2**20  # bytes read at a time
+_MOST_LOG = 2000  # bytes of the log's end that are looked at
+_MOST_SAID = 300  # characters of it that are shown
+
+# A package that is knorm in name and place alone, so that another Python finds these modules and nothing else of ours.
+_MAIN = """
+import sys, types
+for name, folder in (("knorm", {package!r}), ("knorm.engines", {engines!r})):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from knorm.engines.{module} import main
+main()
+"""
+
+
+class EngineError(ValueError):
+    """Say in one line what an engine did in place of answering."""
+
+
+class EngineRefused(EngineError):
+    """Say what an engine refuses, with the reason that it gives."""
+
+
+class EngineLost(EngineError):
+    """Say that an engine died, hangs or sends what is no answer."""
+
+
+class EngineProcess:
+    """Run an engine in a process of its own.
+
+    Args:
+        name: of the engine, for messages.
+        module: of knorm.engines, whose `main` serves it.
+        install: what to type where it is not installed.
+        python: an interpreter that has the engine; by default this one.
+        limit: seconds for an answer.
+        environment: variables beside those of this process.
+
+    Raises:
+        EngineError: the interpreter cannot be started.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        install: str,
+        *,
+        python: str | None = None,
+        limit: float = LIMIT,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.install, self.python, self.limit = name, install, python or sys.executable, limit
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        code = _MAIN.format(package=str(PACKAGE), engines=str(PACKAGE / "engines"), module=module)
+        try:
+            self.process = subprocess.Popen(
+                [self.python, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, "GGML_NO_BACKTRACE": "1", **(environment or {})},
+                start_new_session=True,  # so that what it starts can be ended with it
+            )
+        except (OSError, ValueError) as error:
+            self._log.close()
+            why = getattr(error, "strerror", None) or error
+            raise EngineError(f"{name}: no process of {self.python} can be started: {why}") from None
+        assert self.process.stdin
+        assert self.process.stdout
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._stdout.fileno(), selectors.EVENT_READ)
+        self._waiting = bytearray()
+
+    def begin(self, ask: str, **fields: Any) -> None:
+        """Send a request, so that the engine sets to work; its parts are to be heard before the next one.
+
+        Args:
+            ask: what is asked for.
+            **fields: what the request says.
+        """
+        try:
+            self._stdin.write(pack({"ask": ask, **fields}))
+            self._stdin.flush()
+        except (BrokenPipeError, ValueError):
+            raise self._lost("before it was asked") from None
+
+    def parts(self) -> Iterator[tuple[Fields, bytes]]:
+        """Generate the parts of the answer to the request that was sent.
+
+        Yields:
+            The fields of each, and the numbers behind them.
+
+        Raises:
+            EngineRefused: the engine says no, with its reason.
+            EngineLost: it dies, hangs, or sends something else.
+        """
+        while True:
+            end = time.monotonic() + self.limit
+            try:
+                fields, numbers = read_frame(lambda count, end=end: self._exactly(count, end))  # type: ignore[misc]
+            except Junk as junk:
+                raise EngineLost(f"{self.name} answers with {junk}{self._tail()}") from None
+            kind = fields.pop("kind", None)
+            if kind == "part":
+                yield fields, numbers
+                continue
+            if kind == "done":
+                return
+            self._raise(str(kind), fields)
+
+    def ask(self, ask: str, **fields: Any) -> Fields:
+        """Send a request, and return the fields of the one part of its answer. Raises what `parts` raises."""
+        self.begin(ask, **fields)
+        answers = list(self.parts())
+        return answers[0][0] if answers else {}
+
+    def _raise(self, kind: str, fields: Fields) -> None:
+        reason = str(fields.get("reason", "no reason given"))
+        if kind == "missing":
+            module = fields.get("module")
+            raise EngineError(
+                f"{self.name} is not installed: {self.python} has no module {module!r}; {self.install}, "
+                "or name a Python that has it by --engine-python"
+            )
+        if kind == "refused":
+            raise EngineRefused(f"{self.name} refuses: {reason}")
+        raise EngineLost(f"{self.name} failed: {reason}{self._tail()}")
+
+    def _exactly(self, count: int, end: float) -> bytes:
+        while len(self._waiting) < count:
+            left = end - time.monotonic()
+            if left <= 0:
+                self.close()
+                raise EngineLost(f"{self.name} gave no answer within {self.limit:g} s, and was ended")
+            if not self._selector.select(left):
+                continue
+            data = os.read(self._stdout.fileno(), _CHUNK)
+            if not data:
+                raise self._lost("while it was to answer")
+            self._waiting += data
+        data = bytes(self._waiting[:count])
+        del self._waiting[:count]
+        return data
+
+    def _lost(self, when: str) -> EngineLost:
+        try:
+            code = self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            return EngineLost(f"{self.name} closed its pipe {when}{self._tail()}")
+        return EngineLost(f"{self.name} died {when}: {how_ended(code)}{self._tail()}")
+
+    def _tail(self) -> str:
+        """Return the last words of the log, if there are any."""
+        if self._log.closed:
+            return ""
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - _MOST_LOG))
+        lines = [" ".join(line.split()) for line in self._log.read().decode("utf-8", "replace").splitlines()]
+        said = "; ".join([line for line in lines if line][-3:])[-_MOST_SAID:]
+        return f"; its log ends: {said}" if said else ""
+
+    def close(self) -> None:
+        """End the process and what it started, whatever they are doing."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        for pipe in (self._stdin, self._stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self._selector.close()
+        self._log.close()
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,186 @@
+"""What an engine's cache costs: each condition beside the same engine's full cache, and that beside transformers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from knorm.engines.conditions import EngineTarget, Place, Settings
+from knorm.engines.scorer import Asked, EngineHow, EngineScorer, ModelScorer, closing, compared
+from knorm.evaluation.damage import PerToken, summed
+from knorm.evaluation.ways import Evaluation
+from knorm.evaluation.windows import Windows, check_prompt
+from knorm.rounding import ROUNDING
+
+SMALLER = 32  # tokens of a batch in a control: below what llama.cpp's kernels for large batches take
+_HOW = {
+    "loop": "forced decode, one token a call",
+    "two calls": "prompt scoring: all tokens in batches, none is decoded",
+}
+
+
+@dataclass(frozen=True)
+class EngineRows:
+    """Hold what a target costs, and the control in its own condition.
+
+    Attributes:
+        row: the target beside the engine's full cache.
+        again: the target beside itself, read in other batches: what noise does in its condition.
+    """
+
+    row: Evaluation
+    again: Evaluation
+
+
+class EngineWays:
+    """Score windows with an engine in several conditions; each is compared with its full cache on the same tokens.
+
+    Args:
+        model: the engine's model, as transformers runs it.
+        windows: the tokens, [windows, T].
+        prompt_length: tokens of the prompt; only those after it are scored.
+        file: the model's file.
+        place: where the engine runs.
+        how: "loop" or "two calls", for the full cache and all that is compared with it.
+
+    Attributes:
+        said: what the engine said of itself when it was last started.
+
+    Raises:
+        ValueError: for a prompt that leaves nothing to score.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        prompt_length: int,
+        *,
+        file: Path,
+        place: Place | None = None,
+        how: EngineHow = "loop",
+    ) -> None:
+        check_prompt(windows, prompt_length)
+        length = windows.input_ids.shape[1]
+        if not 1 <= prompt_length < length:
+            raise ValueError(f"prompt_length={prompt_length}, but should be between 1 and {length - 1}")
+        self.model, self.ids, self.prompt_length = model, windows.input_ids, prompt_length
+        self.file, self.place, self.how = file, place or Place(), how
+        self.said: dict[str, Any] = {}
+        self._controls: dict[EngineTarget, Evaluation] = {}
+
+    def control(self, target: EngineTarget) -> Evaluation:
+        """Score the full cache twice, the second time read in small batches: what differs is noise; once for all."""
+        full = replace(full_of(target), spec="")
+        if full not in self._controls:
+            self._controls[full] = self._control(full)
+        return self._controls[full]
+
+    def _control(self, full: EngineTarget) -> Evaluation:
+        begin = time.perf_counter()
+        smaller = with_settings(full, full.settings.in_batches_of(SMALLER))
+        (tokens,), said = self._scored([full, smaller], [(0, 1)])
+        check = f"{self._batches(full)} against {SMALLER}; {_HOW[self.how]}"
+        return self._row(
+            "full cache, again", check, tokens, (said[0], said[0]), begin, ROUNDING + float(tokens.kl.max())
+        )
+
+    def evaluate(self, target: EngineTarget) -> EngineRows:
+        """Score a target beside its full cache, and beside itself read in small batches.
+
+        Args:
+            target: the engine's condition.
+
+        Returns:
+            Its row and the control in its own condition.
+
+        Raises:
+            EngineError: the engine refuses the condition, dies or hangs.
+        """
+        noise = self._noise(target)
+        begin, full = time.perf_counter(), full_of(target)
+        smaller = with_settings(target, target.settings.in_batches_of(SMALLER))
+        (tokens, again), said = self._scored([full, target, smaller], [(0, 1), (1, 2)])
+        check = f"{_HOW[self.how]}; {self._batches(target)}"
+        row = self._row(target.spec, check, tokens, (said[1], said[0]), begin, noise)
+        check = f"{self._batches(target)} against {SMALLER}, both in this condition"
+        return EngineRows(row, self._row(f"{target.spec}, again", check, again, (said[2], said[1]), begin, noise))
+
+    def beside(self, target: EngineTarget) -> Evaluation:
+        """Compare the engine's full cache with transformers, which runs the same weights in their own precision."""
+        noise = self._noise(target)
+        begin = time.perf_counter()
+        (tokens,), said = self._scored([full_of(target)], [(0, 1)], ModelScorer(self.model))
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        check = f"the same weights in {dtype}, one pass; KL(engine's full cache || transformers)"
+        stored = {**said[0], "bytes_per_token": _bytes_per_token(self.model)}
+        return self._row(f"transformers, {dtype}", check, tokens, (stored, said[0]), begin, noise)
+
+    def _noise(self, target: EngineTarget) -> float:
+        """Return the most that noise does to a token's KL: twice what the control shows, or what rounding may do."""
+        return max(ROUNDING, 2 * float(self.control(target).per_token.kl.max()))
+
+    def _batches(self, target: EngineTarget) -> str:
+        return f"batches of {target.settings.n_ubatch}"
+
+    def _scored(
+        self, targets: list[EngineTarget], pairs: list[tuple[int, int]], *others: ModelScorer
+    ) -> tuple[list[PerToken], list[dict[str, Any]]]:
+        scorers: list[EngineScorer] = []
+        with closing(scorers):
+            for target in targets:
+                length = self.ids.shape[1]
+                scorers.append(EngineScorer(target, self.file, self.place, length, Asked(self.how)))
+            self.said = scorers[0].said
+            tokens = compared([*scorers, *others], self.ids, self.prompt_length, pairs)
+            return tokens, [scorer.said for scorer in scorers]
+
+    def _row(
+        self,
+        name: str,
+        check: str,
+        tokens: PerToken,
+        said: tuple[dict[str, Any], dict[str, Any]],
+        begin: float,
+        noise: float,
+    ) -> Evaluation:
+        own, full = said
+        before = (self.prompt_length + self.ids.shape[1]) / 2  # when a query after the prompt attends, on average
+        seen: Tensor = torch.full((full["layers"], full["kv_heads"]), before, dtype=torch.float64)
+        return Evaluation(
+            method=name,
+            budget=None,
+            how=self.how,
+            check=check,
+            changed=float(tokens.kl.max()) > noise,
+            per_token=tokens,
+            damage=summed(tokens),
+            tokens_seen=seen,
+            tokens_before=before,
+            bytes_stored=own["bytes_per_token"] * before,
+            bytes_full=full["bytes_per_token"] * before,
+            seconds=time.perf_counter() - begin,
+        )
+
+
+def with_settings(target: EngineTarget, settings: Settings) -> EngineTarget:
+    """Return a target with other settings."""
+    return replace(target, settings=settings)
+
+
+def full_of(target: EngineTarget) -> EngineTarget:
+    """Return the same engine and model with the full cache."""
+    return with_settings(target, target.settings.full())
+
+
+def _bytes_per_token(model: PreTrainedModel) -> int:
+    config: Any = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
