@@ -108,3 +108,12 @@ def fuzz(session: nox.Session) -> None:
     """5,000 command lines and 2,000 calls that nobody would write, where nothing can be harmed."""
     session.install("-c", PINS, ".[test]")
     session.run("python", "tools/fuzz.py", *session.posargs, env=NO_CUDA)
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Engines built from source as tox.ini says, and their tests; `-- PROGRAM` compares with llama-perplexity too."""
+    session.install("-c", PINS, "tox")
+    session.run("tox", "-e", "llamacpp")
+    if session.posargs:
+        session.run(".tox/llamacpp/bin/python", "tools/bench_engines.py", "tool", *session.posargs, external=True)

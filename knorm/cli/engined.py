@@ -145,9 +145,8 @@ def _wanted(targets: Sequence[str]) -> list[EngineTarget]:
 
     wanted = [engine_target(spec) for spec in targets]
     if others := {(target.engine, target.model) for target in wanted[1:]} - {(wanted[0].engine, wanted[0].model)}:
-        raise ValueError(
-            f"{wanted[0].engine}:{wanted[0].model} and {':'.join(min(others))} are two models: give them one command each"
-        )
+        one, other = (":".join(pair) for pair in ((wanted[0].engine, wanted[0].model), min(others)))
+        raise ValueError(f"{one} and {other} are two models: give them one command each")
     return wanted
 
 
