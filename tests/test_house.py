@@ -22,12 +22,12 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows sums damage recovery distinct ways runner curve interventions tokens explain "
     "explain_methods doubts facts published",
     "evaluation.published": "schema measure judge",
-    "engines": "frames serving llamacpp process conditions boxed scorer ways",
+    "engines": "frames serving llamacpp process conditions boxed scorer cut ways",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "declared verify values workspace history",
     "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
     "replay readings known standins adapters loading shown scripts snippets search "
-    "catalogue runner own own_model own_cache process",
+    "catalogue runner own own_model own_cache process engine engine_shown engine_run",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",

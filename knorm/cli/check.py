@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from knorm.cli.engined import EngineOptions, engine_options
 from knorm.cli.numbers import Above
-from knorm.cli.options import BROKEN, COMMON, HOLDS, REFUTED, WRONG_USAGE, check_device, make_console, with_options
+from knorm.cli.options import (
+    BROKEN,
+    COMMON,
+    HOLDS,
+    REFUTED,
+    WRONG_USAGE,
+    check_device,
+    make_console,
+    waiting,
+    with_options,
+)
 from knorm.cli.outputs import write_json, write_programs
 from knorm.files import read_text
 from knorm.laws.names import refuse_unknown, suite_revision
@@ -22,6 +33,7 @@ from knorm.laws.targets import KINDS
 if TYPE_CHECKING:
     from knorm.cli.asked import Asked
     from knorm.cli.verdicts import Report
+    from knorm.laws.process.protocol import Request
 
 _MOST_BYTES = 2**26  # of a --baseline
 
@@ -83,6 +95,7 @@ _MOST_BYTES = 2**26  # of a --baseline
     show_default=True,
     help="Seconds that the target may take for an answer.",
 )
+@engine_options
 @with_options(*COMMON)
 @click.pass_obj
 def check(
@@ -97,13 +110,14 @@ def check(
     baseline: Path | None,
     snippets: Path | None,
     limit: float,
+    engine_options: EngineOptions,
     **given: Any,
 ) -> None:
     """Try to refute the laws that each TARGET's promises ask of it.
 
     That is done in a process of its own. TARGET: path/to/file.py:name, package.module:name, kvpress:PressName;
-    kvpress:* or transformers:* for all that these ship; or the NAME of a [check.NAME] in knorm.toml, of which all are
-    tried where no TARGET is given.
+    kvpress:* or transformers:* for all that these ship; an engine's cache, as llama.cpp:model.gguf(type_k="q8_0"); or
+    the NAME of a [check.NAME] in knorm.toml, of which all are tried where no TARGET is given.
     """
     from knorm.cli.asked import asked_of
     from knorm.cli.verdicts import Report, Summary
@@ -130,7 +144,8 @@ def check(
     tried = []
     for each in asked:
         report = Report(console, each.again, verbose, each.name if summary.several else "")
-        one = _try(each, limit, report, before.get(each.request.target, {}), summary.several)
+        known, started = before.get(each.request.target, {}), _started(each.request, limit, engine_options)
+        one = _try(each, started, report, known, summary.several)
         summary.add(each.name, report.results, one.not_run, wrong=one.code == WRONG_USAGE)
         if snippets:
             programs = {x.check: x.snippet for x in one.results if x.snippet and x.verdict != "holds"}
@@ -139,8 +154,8 @@ def check(
     summary.close()
     if not any(one.results for one in tried) and all(one.code == HOLDS for one in tried):
         raise ValueError("nothing was tried: " + "; ".join(f"{one.asked.name}: {one.not_run}" for one in tried))
-    settings = {name: given[name] for name in ("profile", "seed", "device")}
-    write_json(json, {"suite": suite_revision(), **settings, "targets": [one.as_fields() for one in tried]})
+    fields = {"suite": suite_revision(), **{name: given[name] for name in ("profile", "seed", "device")}}
+    write_json(json, fields | {"targets": [one.as_fields() for one in tried]})
     sys.exit(max((one.code for one in tried), key=_WORST.index))
 
 
@@ -167,13 +182,24 @@ class _Tried:
         }
 
 
-def _try(asked: Asked, limit: float, report: Report, before: dict[tuple[str, str], str], several: bool) -> _Tried:
-    """Try one target; one of several that cannot be loaded keeps the others from nothing."""
+def _started(request: Request, limit: float, options: EngineOptions) -> Any:
+    """Make what tries a target's laws; nothing runs yet."""
     from knorm.laws.process.supervisor import Supervisor
+    from knorm.methods.targets import is_engine
 
+    if not is_engine(request.target):
+        return Supervisor(request, limit)
+    with waiting():
+        from knorm.engines.conditions import Place
+        from knorm.laws.engine_run import EngineChecks
+
+    return EngineChecks(request, Place(options.engine_python, options.engine_limit))
+
+
+def _try(asked: Asked, supervisor: Any, report: Report, before: dict[tuple[str, str], str], several: bool) -> _Tried:
+    """Try one target; one of several that cannot be loaded keeps the others from nothing."""
     if asked.left_out:
         return _Tried(asked, None, [], asked.left_out)
-    supervisor = Supervisor(asked.request, limit)
     tolerated = before | {(name, "untested"): why for name, why in asked.untested.items()}
     try:
         with closing(supervisor.results()) as heard:  # the worker ends, whatever happens here

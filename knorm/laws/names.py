@@ -41,13 +41,28 @@ def suite_revision() -> str:
     return sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
+@cache
+def engine_names() -> dict[str, str]:
+    """Read the name of every check of an engine, and their family.
+
+    >>> engine_names()["survives"]
+    'engine'
+    """
+    top = ast.parse((Path(__file__).parent / "engine.py").read_text(encoding="utf-8"))
+    functions = [node.name for node in top.body if isinstance(node, ast.FunctionDef)]
+    return {name.removeprefix("check_"): "engine" for name in functions if name.startswith("check_")}
+
+
 def _enters(decorator: ast.expr) -> bool:
     return isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id == "check"
 
 
-def refuse_unknown(names: Iterable[str], families: bool = False) -> None:
-    """Raise ValueError for one of `names` that is no check's, nor, where `families` may be named, a family's."""
-    known = check_names()
+def refuse_unknown(names: Iterable[str], families: bool = False, engine: bool = False) -> None:
+    """Raise ValueError for one of `names` that is no check's, nor, where `families` may be named, a family's.
+
+    The message names the checks of engines where `engine` is asked, else all others.
+    """
+    known = {**check_names(), **engine_names()}
     for name in names:
         if name not in known and not (families and name in known.values()):
-            raise unknown(name, known)
+            raise unknown(name, engine_names() if engine else check_names())

@@ -55,3 +55,23 @@ def test_an_engine_that_is_not_installed_is_one_line(run_knorm, tmp_path):
     assert "llama.cpp is not installed" in err
     assert "pip install 'knorm[llamacpp]' -c constraints-llamacpp.txt, or name a Python that has it" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            (Q8, "--trait", "rounding=ceil"),
+            f"--trait is not for an engine such as {Q8}: its settings stand in the target",
+        ),
+        ((Q8, "--like", "knorm"), "--like is not for an engine"),
+        ((Q8, "--as", "function"), "--as is not for an engine"),
+        ((Q8, "--select", "surives"), "no check is named 'surives'; there are "),
+        (("llama.cpp:embedded(type_k='q9_9')",), "type_k='q9_9', but should be one of f32, f16"),
+    ],
+)
+def test_wrong_usage_of_check_is_one_line(run_knorm, arguments, said):
+    code, out, err = run_knorm("check", *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,9 @@ from knorm.engines.scorer import FRAME, Asked, EngineScorer, ModelScorer, closin
 from knorm.engines.ways import EngineWays, full_of
 from knorm.evaluation.damage import summed
 from knorm.evaluation.windows import Windows, cut_windows
+from knorm.laws import engine
+from knorm.laws.engine_run import Named
+from knorm.laws.engine_shown import program
 from knorm.models import load_embedded, load_text
 
 Q4 = '(type_k="q4_0", type_v="q4_0")'
@@ -243,3 +248,48 @@ def test_logits_are_numbers_of_their_own(llama):
         chunks = [*scorer.logits(windows.input_ids[0], 100)]
     assert len({float(chunk[0, 0]) for chunk in chunks}) == len(chunks)
     assert not np.shares_memory(chunks[0].numpy(), chunks[1].numpy())
+
+
+def test_check_asks_the_laws_of_engines(run_knorm):
+    spec = 'llama.cpp:embedded(type_k="q8_0", type_v="q8_0")'
+    code, out, err = run_knorm("check", spec, "--json", "out.json")
+    assert (code, err) == (0, ""), out
+    (checked,) = strict_json("out.json")["targets"]
+    verdicts = {result["check"]: result["verdict"] for result in checked["results"]}
+    assert verdicts.pop("same_tokens") == "does not apply"
+    assert verdicts == dict.fromkeys(
+        (
+            "survives", "default_equals_transformers", "accepted_cache_works", "decode_equals_batch",
+            "batch_changes_nothing", "order_changes_nothing", "eviction_equals_transformers",
+        ), "holds",
+    )  # fmt: skip
+
+
+def test_check_names_what_dies_and_refuses_what_is_refused(run_knorm, llama, tmp_path):
+    spec = 'llama.cpp:embedded-llama(type_k="q8_1")'
+    code, out, err = run_knorm("check", spec, "--select", "engine", "--snippets", "shown")
+    assert (code, err) == (1, "")
+    assert "REFUTED  survives: The engine survives a cache that it accepts." in out
+    assert "llama.cpp died while it was to answer: the process ended with signal" in " ".join(out.split())
+    assert "1 refuted" in out
+    (file,) = (tmp_path / "shown").iterdir()
+    ended = subprocess.run([sys.executable, file, llama[1]], capture_output=True, text=True, check=False)
+    assert ended.returncode < 0, ended.stderr
+    code, out, err = run_knorm("check", 'llama.cpp:embedded-llama(type_k="q4_K")')
+    assert (code, out) == (2, "")
+    assert "does not divide n_embd_head_k=64" in err
+
+
+def test_the_program_that_shows_a_refutation_runs_alone(llama, tmp_path):
+    _, file, windows = llama
+    (tmp_path / "shown.py").write_text(program(target(settings=Q4), windows.input_ids[0, :64].tolist(), "survives"))
+    ended = subprocess.run([sys.executable, tmp_path / "shown.py", file], capture_output=True, text=True, check=True)
+    lines = ended.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["tokens 32 on", "tokens 48 on"]
+    assert 1e-3 < float(lines[0].split()[8]) < 0.1
+
+
+def test_the_tokens_of_a_text_are_the_engines_own():
+    named = Named(target("smollm2"), Place(), "quick")
+    with model_file("smollm2", named.model) as named.file:
+        assert engine.check_same_tokens(engine.Trial(named)) > 500

@@ -10,7 +10,7 @@ from knorm.laws.process.protocol import Request
 from knorm.laws.results import PROFILES
 from knorm.laws.targets import KINDS
 from knorm.laws.traits import KNORM, Traits, parse_trait, traits_of
-from knorm.methods.targets import parse_target
+from knorm.methods.targets import is_engine, parse_target
 
 
 def check_request(request: Request) -> None:
@@ -20,14 +20,29 @@ def check_request(request: Request) -> None:
         ValueError: an unknown trait, value of a trait, kind, profile or check, or a target whose file or package does
             not exist.
     """
+    engine = is_engine(request.target)
+    if engine:
+        _check_engine(request)
     promised(request)
     if request.profile not in PROFILES:
         raise ValueError(f"--profile {request.profile}, but should be one of {', '.join(PROFILES)}")
     if request.kind not in (None, *KINDS):
         raise ValueError(f"--as {request.kind}, but should be one of {', '.join(KINDS)}")
-    refuse_unknown(name for name, _ in request.expected)
-    refuse_unknown(request.select or (), families=True)
+    refuse_unknown((name for name, _ in request.expected), engine=engine)
+    refuse_unknown(request.select or (), families=True, engine=engine)
     parse_target(request.target)
+
+
+def _check_engine(request: Request) -> None:
+    """Raise ValueError for what is said of an engine, which promises nothing but its own laws."""
+    said = {
+        "--as": request.kind,
+        "--like": request.like,
+        "--trait": request.traits,
+        "--device": request.device != "cpu",
+    }
+    if given := [option for option, value in said.items() if value]:
+        raise ValueError(f"{given[0]} is not for an engine such as {request.target}: its settings stand in the target")
 
 
 def promised(request: Request) -> Traits | dict[str, Any]:

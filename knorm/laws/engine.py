@@ -1,0 +1,253 @@
+"""Laws that can be asked of an engine from outside: tokens go in, predictions come out.
+
+Each is judged by KL against a run that should predict the same. What may differ is what noise does: the engine's own
+full cache, or the condition, scored in large batches and again in small ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from knorm.engines.process import EngineLost, EngineRefused
+from knorm.engines.scorer import Asked, Scorer, closing, compared
+from knorm.evaluation.damage import PerToken
+from knorm.laws.registry import Refuted, Silent, Untested
+
+NOISE, FLOOR = 5, 5e-6  # a mean KL passes up to so many times the control's, or these nats a token
+BLOCK = 16  # tokens in a row that are judged together
+_JUMP, _BROKEN = 10, 0.5  # times the mean before it, and nats a token, beyond which what follows has broken
+PROMPT, LONG, SHORT = 32, 320, 128  # tokens of a prompt, and of the windows of both kinds
+CUT = ((20, 28), (4, 16))  # positions that leave the cache, the last ones first
+
+
+class EngineSubject(Protocol):
+    """Give scorers of an engine in its condition and with its full cache, and of its model elsewhere.
+
+    Attributes:
+        name: the target as it was written.
+        text: the beginning of the text that the windows are cut from.
+        tokens: the same in the model's tokens, as knorm cuts it.
+        long: windows in which the context grows, int64 [windows, LONG or fewer].
+        short: windows for what is scored several times, int64 [2, SHORT].
+    """
+
+    name: str
+    text: str
+    tokens: list[int]
+    long: Tensor
+    short: Tensor
+
+    def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> Any:
+        """Return a scorer of the full cache or of the condition; `small`: reads in small batches."""
+        ...
+
+    def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> Any:
+        """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """Cut a text as the engine does. Raises EngineRefused where it has no tokenizer."""
+        ...
+
+
+class Uniform:
+    """Score as who knows nothing does: every token is as likely as any other.
+
+    Args:
+        vocabulary: its size.
+        sizes: rows of each chunk.
+    """
+
+    def __init__(self, like: Scorer) -> None:
+        self.like = like
+
+    def logits(self, tokens: Tensor, prompt: int) -> Any:
+        """Generate equal logits, in the chunks of the scorer that it is like."""
+        return (torch.zeros_like(chunk) for chunk in self.like.logits(tokens, prompt))
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class After:
+    """Score a window after another one, in the same process."""
+
+    def __init__(self, scorer: Any, before: Tensor) -> None:
+        self.scorer, self.before = scorer, before
+
+    def logits(self, tokens: Tensor, prompt: int) -> Any:
+        """Score the other window, forget what came of it, and score this one."""
+        for _ in self.scorer.logits(self.before, prompt):
+            pass
+        return self.scorer.logits(tokens, prompt)
+
+    def close(self) -> None:
+        """Close the scorer."""
+        self.scorer.close()
+
+
+@dataclass
+class Trial:
+    """Run what the laws ask for, each run once."""
+
+    subject: EngineSubject
+    _noise: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def long(self) -> dict[str, PerToken]:
+        """Score growing contexts: the full cache beside the condition, transformers and knowing nothing."""
+        subject = self.subject
+        scorers: list[Any] = []
+        with closing(scorers):
+            scorers.append(subject.scorer("full", Asked()))
+            scorers.append(subject.scorer("target", Asked()))
+            elsewhere = subject.elsewhere()
+            runs = [*scorers, elsewhere, Uniform(elsewhere)]
+            names = ("target", "elsewhere", "uniform")
+            pairs = [(0, place) for place in range(1, 4)]
+            return dict(zip(names, compared(runs, subject.long, PROMPT, pairs), strict=True))
+
+    def noise(self, which: Literal["full", "target"]) -> float:
+        """Return the mean KL that noise explains: NOISE times that of large batches against small ones."""
+        if which not in self._noise:
+            scorers: list[Any] = []
+            with closing(scorers):
+                for small in (False, True):
+                    scorers.append(self.subject.scorer(which, Asked("two calls"), small=small))
+                (control,) = compared(scorers, self.subject.short, PROMPT, [(0, 1)])
+            self._noise[which] = max(FLOOR, NOISE * float(control.kl.mean()))
+        return self._noise[which]
+
+    def beside(self, asked: Asked, after: Tensor | None = None) -> PerToken:
+        """Score short windows in the condition by forced decode, beside another way that should predict the same.
+
+        Args:
+            asked: the other way.
+            after: a window that is scored before, in the same process.
+        """
+        scorers: list[Any] = []
+        with closing(scorers):
+            scorers.append(self.subject.scorer("target", Asked()))
+            other = self.subject.scorer("target", asked)
+            scorers.append(other if after is None else After(other, after))
+            return compared(scorers, self.subject.short, PROMPT, [(0, 1)])[0]
+
+    def within(self, tokens: PerToken, what: str, *conditions: Literal["full", "target"]) -> int:
+        """Raise Refuted where predictions differ by more than noise does in any of the conditions; count the tokens."""
+        bound, mean = max(map(self.noise, conditions)), float(tokens.kl.mean())
+        if mean <= bound:
+            return tokens.kl.numel()
+        over = (~(tokens.kl <= bound)).nonzero()[0]  # what is no number too
+        raise Refuted(
+            f"{what}: mean KL {mean:.2g} nats a token, but noise explains {bound:.2g} at most; first at token "
+            f"{int(over[1]) + PROMPT} of window {int(over[0]) + 1}"
+        )
+
+
+def check_survives(trial: Trial) -> int:
+    """The engine survives a cache that it accepts."""
+    tokens = trial.subject.short[0]
+    scorers = [trial.subject.scorer("target", Asked())]
+    with closing(scorers):
+        try:
+            for _ in scorers[0].logits(tokens, PROMPT):
+                pass
+        except EngineLost as lost:
+            raise Refuted(f"survives: {lost}") from None
+    return len(tokens) - PROMPT
+
+
+def check_same_tokens(trial: Trial) -> int:
+    """The engine cuts a text into the tokens that are scored."""
+    try:
+        theirs = trial.subject.tokenize(trial.subject.text)
+    except EngineRefused as error:
+        raise Silent(str(error)) from None
+    ours = trial.subject.tokens
+    if theirs == ours:
+        return len(ours)
+    pairs = enumerate(zip(theirs, ours, strict=False))
+    place = next((place for place, (a, b) in pairs if a != b), min(len(theirs), len(ours)))
+    raise Refuted(
+        f"same tokens: the engine cuts the text into {theirs[place : place + 4]} from token {place} on, but "
+        f"{ours[place : place + 4]} are scored"
+    )
+
+
+def check_default_equals_transformers(trial: Trial) -> int:
+    """With its full cache the engine predicts what transformers does with the same weights."""
+    return trial.within(trial.long["elsewhere"], "default equals transformers", "full")
+
+
+def check_accepted_cache_works(trial: Trial) -> int:
+    """A cache that is accepted predicts better than chance, and does not break at a length of the context."""
+    whole, chance = trial.long["target"].kl, trial.long["uniform"].kl.mean(0)
+    kl = whole.mean(0)
+    if not bool(kl.isfinite().all()):
+        place = PROMPT + int((~kl.isfinite()).nonzero()[0])
+        raise Refuted(f"accepted cache works: from token {place} on what is predicted is no number")
+    for place in range(BLOCK, len(kl) - BLOCK + 1):  # does it break at once?
+        before, after = float(kl[:place].mean()), float(kl[place:].mean())
+        if float(kl[place]) > _BROKEN < after and after > _JUMP * before:
+            _broken(place, after, f"{before:.2g} before")
+    for place in range(0, len(kl) - BLOCK + 1, BLOCK):  # or is it no better than knowing nothing?
+        mean, most = (float(column[place : place + BLOCK].mean()) for column in (kl, chance))
+        if mean > most:
+            _broken(place, mean, f"chance would give {most:.2g}")
+    return whole.numel()
+
+
+def _broken(place: int, mean: float, instead: str) -> None:
+    raise Refuted(
+        f"accepted cache works: from token {PROMPT + place} on the KL from the full cache is {mean:.2g} nats a token; "
+        f"{instead}"
+    )
+
+
+def check_decode_equals_batch(trial: Trial) -> int:
+    """Tokens that are decoded one by one are predicted as when they are scored in a batch."""
+    return trial.within(trial.beside(Asked("two calls")), "decode equals batch", "full", "target")
+
+
+def check_batch_changes_nothing(trial: Trial) -> int:
+    """What is decoded in the same calls changes nothing."""
+    companion = trial.subject.short.flip(0, 1)[0]
+    return trial.within(trial.beside(Asked(companions=(companion,))), "batch changes nothing", "full", "target")
+
+
+def check_order_changes_nothing(trial: Trial) -> int:
+    """What was asked before changes nothing."""
+    before = trial.subject.short.flip(0, 1)[0]
+    return trial.within(trial.beside(Asked(), before), "order changes nothing", "full", "target")
+
+
+def check_eviction_equals_transformers(trial: Trial) -> int:
+    """With tokens taken out of its full cache the engine predicts what transformers does without them."""
+    subject, scorers = trial.subject, list[Any]()
+    with closing(scorers):
+        scorers.append(subject.scorer("full", Asked(cut=CUT)))
+        scorers.append(subject.elsewhere(CUT))
+        scorers.append(subject.elsewhere())
+        same, without = compared(scorers, subject.short, PROMPT, [(0, 1), (2, 1)])
+    if float(without.kl.mean()) <= 2 * trial.noise("full"):
+        raise Untested(
+            f"taking tokens out changes too little to be seen: KL {float(without.kl.mean()):.2g} nats a token"
+        )
+    return trial.within(same, "eviction equals transformers", "full")
+
+
+LAWS = (
+    check_survives,
+    check_same_tokens,
+    check_default_equals_transformers,
+    check_accepted_cache_works,
+    check_decode_equals_batch,
+    check_batch_changes_nothing,
+    check_order_changes_nothing,
+    check_eviction_equals_transformers,
+)

@@ -1,0 +1,146 @@
+"""Tries the laws of engines: the engine that a target names, on windows of the embedded story, in its own process."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from knorm.engines.boxed import model_file
+from knorm.engines.conditions import EngineTarget, Place, engine_target
+from knorm.engines.cut import states_after_a_cut
+from knorm.engines.process import EngineLost
+from knorm.engines.scorer import Asked, EngineScorer, ModelScorer, closing
+from knorm.engines.ways import SMALLER, full_of, with_settings
+from knorm.evaluation.windows import cut_windows
+from knorm.laws import engine
+from knorm.laws.engine_shown import program
+from knorm.laws.process.protocol import Request
+from knorm.laws.registry import Refuted, Silent, Untested
+from knorm.laws.results import Result, judged
+from knorm.models import hush, load_model, load_text
+
+FAMILY = "engine"
+_TEXT = 2000  # characters whose tokens are compared
+_LONG = {"quick": (2, engine.LONG), "thorough": (4, 1024)}  # windows, and tokens of each
+
+
+class Named:
+    """Make scorers of the engine that a target names; see laws.engine.EngineSubject.
+
+    Args:
+        target: the engine, its model and its settings.
+        place: where it runs.
+        profile: "quick" or "thorough".
+
+    Raises:
+        ValueError: a model that cannot be loaded.
+    """
+
+    def __init__(self, target: EngineTarget, place: Place, profile: str) -> None:
+        hush()
+        self.name, self.target, self.place = target.spec, target, place
+        self.model, tokenizer = load_model(target.model)
+        story, (count, length) = load_text("narrative"), _LONG[profile]
+        most = getattr(self.model.config, "max_position_embeddings", None) or length
+        self.text = story[:_TEXT]
+        self.tokens = list(tokenizer(self.text, add_special_tokens=False).input_ids)
+        self.long = cut_windows(tokenizer, story, min(length, most), count).input_ids
+        self.short = cut_windows(tokenizer, story, engine.SHORT, 2).input_ids
+        self.file: Path | None = None
+
+    def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> EngineScorer:
+        """Start the engine in a process of its own."""
+        assert self.file
+        target = full_of(self.target) if which == "full" else self.target
+        if small:
+            target = with_settings(target, target.settings.in_batches_of(SMALLER))
+        return EngineScorer(target, self.file, self.place, self.long.shape[1], asked)
+
+    def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> ModelScorer:
+        """Return a scorer of the same weights in transformers."""
+        if not cut:
+            return ModelScorer(self.model)
+        return ModelScorer(self.model, lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, cut))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Cut a text as the engine does."""
+        scorers = [self.scorer("full", Asked())]
+        with closing(scorers):
+            return scorers[0].tokenize(text, begin=False)
+
+
+class EngineChecks:
+    """Try the laws of engines on what `request` names, in the place of laws.process.supervisor.Supervisor.
+
+    Attributes:
+        traits: None: an engine promises nothing but the laws.
+    """
+
+    traits: Any = None
+
+    def __init__(self, request: Request, place: Place) -> None:
+        self.request, self.place = request, place
+        self.expected = dict(request.expected)
+
+    def results(self) -> Generator[Result, None, None]:
+        """Yield a Result for each law, as they come.
+
+        Raises:
+            ValueError: a target that cannot be loaded, or that the engine refuses.
+        """
+        chosen = [law for law in engine.LAWS if self.request.select is None or {*_names(law)} & {*self.request.select}]
+        with contextlib.chdir(self.request.folder or "."):
+            target = engine_target(self.request.target)
+            subject = Named(target, self.place, self.request.profile)
+            with model_file(target.model, subject.model) as file:
+                subject.file = file.resolve()
+                with closing([subject.scorer("target", Asked())]):
+                    pass  # it is installed, and does not refuse
+                yield from self._tried(subject, chosen)
+
+    def _tried(self, subject: Named, chosen: Sequence[Callable[[engine.Trial], int]]) -> Iterator[Result]:
+        trial, lost = engine.Trial(subject), ""
+        for law in chosen:
+            result = _try(law, trial) if not lost else _result(law, "untested", reason=lost)
+            died = result.verdict == "refuted" and _names(law)[0] == "survives"
+            if died or result.reason == _DIED:
+                lost = _DIED
+            if result.verdict == "refuted":
+                result = _result(
+                    law, "refuted", counterexample=result.counterexample, seconds=result.seconds, examples=1,
+                    given=f"{subject.name}, {len(subject.long)} windows of {subject.long.shape[1]} tokens of narrative",
+                    snippet=program(subject.target, subject.long[0].tolist(), _names(law)[0]),
+                )  # fmt: skip
+            yield judged(result, self.expected)
+
+
+_DIED = "the engine was lost: see survives"
+
+
+def _names(law: Callable[..., Any]) -> tuple[str, str]:
+    return law.__name__.removeprefix("check_"), FAMILY
+
+
+def _result(law: Callable[..., Any], verdict: Any, **fields: Any) -> Result:
+    name, family = _names(law)
+    return Result(name, (law.__doc__ or "").strip().splitlines()[0], family, verdict, **fields)
+
+
+def _try(law: Callable[[engine.Trial], int], trial: engine.Trial) -> Result:
+    begin = time.monotonic()
+    try:
+        count = law(trial)
+    except Refuted as refuted:
+        return _result(law, "refuted", counterexample=str(refuted), seconds=time.monotonic() - begin)
+    except Silent as silent:
+        return _result(law, "does not apply", reason=str(silent))
+    except Untested as untested:
+        return _result(law, "untested", reason=str(untested), seconds=time.monotonic() - begin)
+    except EngineLost:
+        return _result(law, "untested", reason=_DIED, seconds=time.monotonic() - begin)
+    evicted = count if law is engine.check_eviction_equals_transformers else 0
+    seconds = time.monotonic() - begin
+    return _result(law, "holds", examples=count, answered=count, evicted=evicted, seconds=seconds)
