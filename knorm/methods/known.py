@@ -57,14 +57,18 @@ WEIGHTS: Mapping[str, str] = {
     "RestoreKVPress": "an adapter of its model: higokri/RestoreKV-<model> on the hub",
 }
 
-_NEEDS = {"RestoreKVPress": "peft"}  # what stand-in weights of a press are made with, if not with kvpress alone
+_QUANTO = 'QuantizedCache(backend="quanto")'
+_NEEDS = {  # what stand-in weights of a press are made with, and a cache quantises with
+    "RestoreKVPress": "peft",
+    _QUANTO: "optimum.quanto",
+}
 
 
-def lacking(press: str) -> str:
-    """Say which package stand-in weights of a press need, if it is not installed.
+def lacking(method: str) -> str:
+    """Say which package stand-in weights of a press, or a cache, needs, if it is not installed.
 
     Args:
-        press: name of its class.
+        method: name of the press' class, or a cache as CACHES has it.
 
     Returns:
         The package; nothing where nothing is lacking.
@@ -73,12 +77,15 @@ def lacking(press: str) -> str:
         >>> lacking("KnormPress")
         ''
     """
-    needs = _NEEDS.get(press, "")
-    return needs if needs and find_spec(needs) is None else ""
+    needs = _NEEDS.get(method, "")
+    try:
+        return needs if needs and find_spec(needs) is None else ""
+    except ModuleNotFoundError:  # the package above it
+        return needs
 
 
 # Caches of transformers that keep all that they are given, and those that do not.
-CACHES = ("DynamicCache", "StaticCache", 'QuantizedCache(backend="fp8")')
+CACHES = ("DynamicCache", "StaticCache", 'QuantizedCache(backend="fp8")', _QUANTO)
 
 NO_PRESS = ("gpt_neox",)  # architectures, as configurations name them, that presses cannot be hooked into
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from knorm.methods.known import ABSTRACT, CACHES, PRESSES, other_version
+from knorm.methods.known import ABSTRACT, CACHES, PRESSES, lacking, other_version
 from knorm.paths import resolved
 
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
@@ -304,7 +304,8 @@ def expanded(spec: str) -> list[str]:
         spec: as on the command line.
 
     Returns:
-        All that the package ships for "kvpress:*" or "transformers:*"; any other target alone.
+        All that the package ships for "kvpress:*" or "transformers:*", without caches whose own requirements are not
+        installed; any other target alone.
 
     Raises:
         ValueError: the package is not installed, or * stands for another's.
@@ -317,7 +318,7 @@ def expanded(spec: str) -> list[str]:
     if name != "*":
         return [spec]
     if where == "transformers":
-        return [f"transformers:{cache}" for cache in CACHES]
+        return [f"transformers:{cache}" for cache in CACHES if not lacking(cache)]
     if where != "kvpress":
         raise ValueError(f"target {spec!r}: * stands for all that kvpress or transformers ships, no other module")
     try:

@@ -165,9 +165,10 @@ class Pool:
 
 
 def _gpu(place: int) -> str:
-    """Name one of the GPUs that this process may use."""
+    """Name one of the GPUs that this process may use; with more workers than GPUs, they share them in turn."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return visible[place] if place < len(visible) else str(place)
+    gpus = visible or [str(index) for index in range(places("cuda"))]
+    return gpus[place % len(gpus)]
 
 
 def _how(code: int | None) -> str:

@@ -14,7 +14,9 @@ from transformers import DynamicCache
 
 import knorm
 from knorm import Policy
+from knorm.laws import CHECKS
 from knorm.laws.loading import load_target as load_subject
+from knorm.laws.runner import run_check
 from knorm.methods.budget import NeedsBudget, TakesNoBudget
 from knorm.methods.door import method
 from knorm.methods.kinds import kind_of
@@ -181,8 +183,11 @@ def test_a_cache_that_is_none_is_refused():
         knorm.evaluate(tiny("llama"), tokens(1, 48), method(dict, kind="cache", name="d"), prompt_length=32)
 
 
-def test_a_star_stands_for_what_a_package_ships():
+def test_a_star_stands_for_what_a_package_ships(monkeypatch):
+    monkeypatch.setattr("knorm.methods.known.find_spec", lambda name: object())
     assert expanded("transformers:*") == [f"transformers:{cache}" for cache in CACHES]
+    monkeypatch.setattr("knorm.methods.known.find_spec", lambda name: None)
+    assert expanded("transformers:*") == [f"transformers:{cache}" for cache in CACHES if "quanto" not in cache]
     assert expanded("knorm") == ["knorm"]
     with pytest.raises(ValueError, match="no other module"):
         expanded("torch:*")
@@ -288,7 +293,11 @@ def test_a_press_of_another_kvpress_is_one_line_that_names_the_version_that_was_
         knorm.evaluate(tiny("llama"), tokens(1, 48), method(target, keep_ratio=0.5), prompt_length=32)
     assert str(raised.value).endswith("kvpress 9.1 is installed, but 0.5.5 was tried: pip install kvpress==0.5.5")
     assert "\n" not in str(raised.value)
-    if target not in ("kvpress:FailingPress", "kvpress:SharePress"):  # the law `runs` refutes, and no budget is needed
+    if target == "kvpress:FailingPress":
+        result = run_check(CHECKS["runs"], load_subject(target))
+        assert result.verdict == "refuted"
+        assert "but 0.5.5 was tried: pip install kvpress==0.5.5" in result.counterexample
+    elif target != "kvpress:SharePress":  # no budget is needed
         with pytest.raises(ValueError, match=re.escape(said)) as raised:
             load_subject(target)
         assert str(raised.value).endswith("but 0.5.5 was tried: pip install kvpress==0.5.5")

@@ -376,6 +376,33 @@ def test_stored_bytes_counts_each_tensor_once():
     assert stored_bytes(cache) == 2 * keys.nbytes
 
 
+class InBytes(torch.Tensor):
+    """Stands for float32 numbers, of which it holds a byte each and a scale, as quanto's tensors do."""
+
+    @staticmethod
+    def __new__(cls, stored, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, stored.shape, dtype=scale.dtype)
+
+    def __init__(self, stored, scale):
+        self.stored, self.scale = stored, scale
+
+    def __tensor_flatten__(self):
+        return ["stored", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, *_):
+        return InBytes(**parts)
+
+    __torch_dispatch__ = None
+
+
+def test_of_a_tensor_that_stands_for_more_bytes_those_held_are_counted():
+    stored, scale = torch.zeros(1, 2, 3, 4, dtype=torch.int8), torch.ones(1)
+    quantised = InBytes(stored, scale)
+    assert quantised.nbytes == 96
+    assert stored_bytes([quantised, {"again": quantised}]) == 24 + 4
+
+
 def test_a_window_in_which_nothing_reads_the_cache_is_refused(embedded):
     with pytest.raises(
         ValueError, match="prompt_length=1, but should be between 1 and 0: a prompt to compress, and two"

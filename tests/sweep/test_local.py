@@ -9,7 +9,7 @@ import sweeping
 
 from knorm.sweep.drive import Unfit, drive
 from knorm.sweep.folder import Folder
-from knorm.sweep.local import Pool, places
+from knorm.sweep.local import Pool, _gpu, places
 from knorm.sweep.table import join
 
 CELLS = sweeping.make_cells(methods=3, blocks=1)
@@ -73,3 +73,11 @@ def test_closing_does_not_wait(tmp_path):
 def test_a_worker_for_each_core_or_for_each_few(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8), raising=False)
     assert (places("cpu"), places("cpu", 4), places("cpu", 16)) == (8, 2, 1)
+
+
+@pytest.mark.parametrize(("visible", "shared"), [("2,5", ["2", "5", "2", "5", "2"]), ("", ["0", "1", "0", "1", "0"])])
+def test_more_workers_than_gpus_share_them_in_turn(monkeypatch, visible, shared):
+    """The third of three was once given a GPU that is not there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [_gpu(place) for place in range(5)] == shared

@@ -13,6 +13,7 @@ from knorm.laws.registry import Condition, Refuted, Silent, Vacuous, check
 from knorm.laws.replay import replayed
 from knorm.laws.subjects import Subject
 from knorm.laws.witness import ASTRAY, IN_WORDS, MIXED, Look, Unanswered, Witnessed, witnessed
+from knorm.methods.known import other_version
 
 ROUNDING = 1e-4  # relative, of float32
 CLOSE = 1e-3  # of logits of about 5
@@ -60,7 +61,9 @@ def check_runs(subject: Subject, reading: Reading) -> None:
     try:
         witnessed(subject, reading)
     except Unanswered as error:
-        raise Refuted(f"runs: raised {error}, but should answer, or refuse with a ValueError that says why") from error
+        other = other_version() if subject.method else ""  # its interface may be another's
+        said = "should answer, or refuse with a ValueError that says why" + (f"; {other}" if other else "")
+        raise Refuted(f"runs: raised {error}, but {said}") from error
 
 
 @check("witness", needs={"merges_values": False}, evicts=True)
