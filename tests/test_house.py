@@ -24,7 +24,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation.published": "schema measure judge",
     "engines": "frames serving llamacpp process conditions boxed scorer cut ways",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
-    "declared verify values workspace history",
+    "engine_cases declared verify values workspace history",
     "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
     "replay readings known standins adapters loading shown scripts snippets search "
     "catalogue runner own own_model own_cache process engine engine_shown engine_run",

@@ -144,9 +144,8 @@ def _wanted(targets: Sequence[str]) -> list[EngineTarget]:
     from knorm.engines.conditions import engine_target
 
     wanted = [engine_target(spec) for spec in targets]
-    if others := {(target.engine, target.model) for target in wanted[1:]} - {(wanted[0].engine, wanted[0].model)}:
-        one, other = (":".join(pair) for pair in ((wanted[0].engine, wanted[0].model), min(others)))
-        raise ValueError(f"{one} and {other} are two models: give them one command each")
+    if others := {target.host for target in wanted[1:]} - {wanted[0].host}:
+        raise ValueError(f"{wanted[0].host} and {min(others)} are two models: give them one command each")
     return wanted
 
 

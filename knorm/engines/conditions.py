@@ -42,6 +42,7 @@ class LlamaCpp:
 
     module = "llamacpp"
     package = "llama_cpp"
+    distribution = "llama_cpp_python"
     install = "pip install 'knorm[llamacpp]' -c constraints-llamacpp.txt"
 
     def __post_init__(self) -> None:
@@ -111,6 +112,11 @@ class EngineTarget:
     engine: str
     model: str
     settings: Settings
+
+    @property
+    def host(self) -> str:
+        """Return the engine with its model: the target without settings."""
+        return f"{self.engine}:{self.model}"
 
     def start(self, file: Path, place: Place, *, context: int, sequences: int = 1) -> tuple[EngineProcess, Any]:
         """Start the engine in a process of its own, with the model loaded.

@@ -112,6 +112,13 @@ class EngineWays:
         check = f"{self._batches(target)} against {SMALLER}, both in this condition"
         return EngineRows(row, self._row(f"{target.spec}, again", check, again, (said[2], said[1]), begin, noise))
 
+    def alone(self, target: EngineTarget) -> Evaluation:
+        """Score a target beside its full cache, and nothing else: `changed` is told by rounding."""
+        begin = time.perf_counter()
+        (tokens,), said = self._scored([full_of(target), target], [(0, 1)])
+        check = f"{_HOW[self.how]}; {self._batches(target)}"
+        return self._row(target.spec, check, tokens, (said[1], said[0]), begin, ROUNDING)
+
     def beside(self, target: EngineTarget) -> Evaluation:
         """Compare the engine's full cache with transformers, which runs the same weights in their own precision."""
         noise = self._noise(target)

@@ -14,10 +14,12 @@ import torch
 
 from knorm import __version__
 from knorm.bench.latency import Prompt
+from knorm.engines.conditions import EngineTarget
 from knorm.evaluation.ways import Evaluation, Ways
 from knorm.evaluation.ways import How as Way
 from knorm.evaluation.windows import Windows, cut_windows
 from knorm.golden.cases import NOISE, Case, digest_of
+from knorm.golden.engine_cases import MEASURED, check_declared, packages_of, run_declared
 from knorm.golden.environment import How
 from knorm.golden.format import Measured, Metric, digest
 from knorm.golden.latency import BLOCKS, measure_methods
@@ -27,6 +29,7 @@ from knorm.methods.door import method
 from knorm.methods.functions import ClassMethod, FunctionMethod
 from knorm.methods.kinds import signature_of
 from knorm.methods.method import Method
+from knorm.methods.targets import is_engine
 from knorm.models import load_model, load_text
 from knorm.paths import PACKAGE
 from knorm.policy import exact_ratio
@@ -70,6 +73,8 @@ def load_cases(project: Project, names: Iterable[str] | None = None) -> dict[str
 
 
 def _case(project: Project, name: str, declared: Declared) -> Case:
+    if is_engine(declared.target):
+        return _engine_case(project, name, declared)
     with contextlib.chdir(project.root):  # targets, models and texts are written as seen from there
         methods = _methods(declared)
         model = declared.model or ("embedded-llama" if methods[0].kind == "press" else "embedded")
@@ -86,6 +91,18 @@ def _case(project: Project, name: str, declared: Declared) -> Case:
         one_thread=model in EMBEDDED_MODELS, packages=packages, sources=sources, own_noise=not declared.timed,
         timed=declared.timed,
         fixed=tuple(_KINDS[name] for name in declared.thresholds),
+    )  # fmt: skip
+
+
+def _engine_case(project: Project, name: str, declared: Declared) -> Case:
+    with contextlib.chdir(project.root):
+        target = check_declared(declared)
+        find_text(declared.text)
+    return Case(
+        name, declared.what or declared.target, partial(_configuration, declared, target.model),
+        partial(_measure_engine, project, declared, target), devices=MEASURED,
+        how=How(batch=declared.batch, numerics=f"batches of {target.settings.n_ubatch} tokens"), one_thread=True,
+        packages=packages_of(target), own_noise=True, fixed=tuple(_KINDS[name] for name in declared.thresholds),
     )  # fmt: skip
 
 
@@ -170,6 +187,25 @@ def _measure(project: Project, declared: Declared, name: str, methods: list[Meth
     first = ways.evaluate(smallest, cast(Way, how.way or declared.how))
     way = cast(Way, first.how)
     runs = [first if each is smallest else ways.evaluate(each, way) for each in methods]
+    suffixes = ["" if made.budget is None else f"/{made.budget}" for made in methods]
+    return _measured(declared, weights, windows, [*zip(suffixes, runs, strict=True)], ways.model.device.type)
+
+
+def _measure_engine(project: Project, declared: Declared, target: EngineTarget, device: str, how: How) -> Measured:
+    """Metrics of an engine's cache, beside the same engine's full cache."""
+    root = Path() if target.model in EMBEDDED_MODELS else project.root
+    model, _, weights = _loaded(root, target.model, device)
+    text = declared.text, declared.column, declared.window, declared.windows
+    windows = _windows(project.root, root, target.model, device, *text)
+    ways, run = run_declared(project.root, declared, target, model, windows, how)
+    return _measured(declared, weights, windows, [("", run)], ways.model.device.type)
+
+
+def _measured(
+    declared: Declared, weights: str, windows: Windows, runs: list[tuple[str, Evaluation]], device: str
+) -> Measured:
+    """Join the metrics of runs on the same windows, each with what its names end with."""
+    first = runs[0][1]
     metrics = [
         fingerprint("weights", weights, of="of the model"),
         fingerprint("tokens", digest(windows.input_ids.numpy().tobytes())[:16], of="of the windows"),
@@ -179,10 +215,9 @@ def _measure(project: Project, declared: Declared, name: str, methods: list[Meth
     if "nll" in declared.metrics:
         full = first.per_token.nll_full
         tensors["nll/full"] = full.float().numpy()
-        metrics.append(tokens("nll/full", float(full.mean()), NOISE[ways.model.device.type]))
-    for made, run in zip(methods, runs, strict=True):
-        suffix = "" if made.budget is None else f"/{made.budget}"
-        metrics += _of_run(run, suffix, declared, ways, tensors)
+        metrics.append(tokens("nll/full", float(full.mean()), NOISE[device]))
+    for suffix, run in runs:
+        metrics += _of_run(run, suffix, declared, device, tensors)
     return Measured(tuple(metrics), tensors)
 
 
@@ -213,10 +248,10 @@ def _size(made: Method) -> float:
 
 
 def _of_run(
-    run: Evaluation, suffix: str, declared: Declared, ways: Ways, tensors: dict[str, Array]
+    run: Evaluation, suffix: str, declared: Declared, device: str, tensors: dict[str, Array]
 ) -> Iterator[Metric]:
     """Generate the metrics of one budget, those that are declared; values of tokens are put among the tensors."""
-    noise, bounds = NOISE[ways.model.device.type], declared.thresholds
+    noise, bounds = NOISE[device], declared.thresholds
     values = {"nll": run.per_token.nll, "kl": run.per_token.kl}
     for name in ("nll", "kl"):
         if name in declared.metrics:

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from knorm.engines.conditions import engine_target
 from knorm.methods.known import NO_PRESS
+from knorm.methods.targets import is_engine
 from knorm.sources import MODELS
 from knorm.sweep.inputs import code_digest, digest, model_digest, model_type, target_digest, text_digest, versions
 from knorm.sweep.plan import MOST_CELLS, Entry, Plan
 
 CONTROL = "full cache, again"  # the method of the cells that show what noise does
+ENGINE = "engine"  # the form of a method that an engine runs, on a model of its own
 VERSION = 1  # of a result's form
 
 
@@ -25,7 +28,7 @@ class Chosen:
         kind: as `--as`, where the plan says it.
         keep_ratio: or keep_tokens: the budget; neither where the method has its own.
         policy: fields of the target knorm's policy.
-        form: the kind that the target has, one of methods.kinds.KINDS.
+        form: the kind that the target has, one of methods.kinds.KINDS, or ENGINE.
     """
 
     target: str
@@ -171,6 +174,8 @@ def choose(entry: Entry, plan: Plan) -> list[Chosen]:
         if tokens and not ratios:
             raise ValueError("knorm keeps a share of the cache: give keep_ratio, not keep_tokens")
         return [Chosen("knorm", keep_ratio=ratio, policy=entry.policy, form="policy") for ratio in ratios or ["0.5"]]
+    if is_engine(entry.target):
+        return [_engine(entry, plan, own)]
     from knorm.methods.door import with_budgets
     from knorm.methods.targets import expanded
 
@@ -186,11 +191,23 @@ def choose(entry: Entry, plan: Plan) -> list[Chosen]:
     return chosen
 
 
+def _engine(entry: Entry, plan: Plan, own: bool) -> Chosen:
+    """Choose an engine's cache, whose settings stand in the target. Raises ValueError for what it cannot be given."""
+    engine_target(entry.target)
+    if own or entry.kind is not None:
+        raise ValueError(f"{entry.target} takes no budget and no kind: its settings stand in the target")
+    if plan.how == "schedule":
+        raise ValueError(f"how is 'schedule', but {entry.target} has none: give 'two calls', 'loop' or 'auto'")
+    return Chosen(entry.target, form=ENGINE)
+
+
 def misfit(chosen: Chosen, model: str) -> str | None:
     """Return why the method `chosen` cannot run on `model`, as far as that is known before anything is loaded.
 
     None where it fits, and where only loading the model would tell. ValueError where no model has this name.
     """
+    if chosen.form == ENGINE:
+        return None  # it brings its own
     architecture = model_type(model)
     if chosen.form == "press" and architecture in NO_PRESS:
         return "presses support no GPT-NeoX"
@@ -234,11 +251,19 @@ class Study:
     def axes(self) -> dict[str, list[Any]]:
         """Return the plan in words."""
         plan = self.plan
-        return {"models": plan.models, "methods": [entry.target for entry in plan.methods], "texts": plan.texts}
+        return {"models": self._models(), "methods": [entry.target for entry in plan.methods], "texts": plan.texts}
+
+    def _models(self) -> list[str]:
+        """Return the plan's models, where a method runs on them, and engines with theirs."""
+        hosts = dict.fromkeys(engine_target(x.target).host for x in self.methods if x.form == ENGINE)
+        plain = any(chosen.form != ENGINE for chosen in self.methods)
+        return [*(self.plan.models if plain else ()), *hosts]
 
     def _fit(self, model: str) -> list[Chosen]:
+        if is_engine(model):
+            return [x for x in self.methods if x.form == ENGINE and engine_target(x.target).host == model]
         out = {chosen.label for chosen, where, _ in self.left_out if where == model}
-        return [chosen for chosen in self.methods if chosen.label not in out]
+        return [x for x in self.methods if x.form != ENGINE and x.label not in out]
 
     def _shared(self, *, model: str = "", text: str = "") -> dict[str, Any]:
         inputs = {"code": code_digest(), "versions": versions(self.device)}
@@ -256,12 +281,12 @@ class Study:
     def _settings(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Generate what cells of one model, text, prompt length, dtype and seed have in common."""
         plan = self.plan
-        for model in plan.models:
-            for dtype in plan.dtypes:
+        for model in self._models():
+            for dtype in plan.dtypes[:1] if is_engine(model) else plan.dtypes:
                 for text in plan.texts:
                     inputs = self._shared(model=model, text=text)
                     for prompt in plan.prompts:
-                        for seed in plan.seeds:
+                        for seed in plan.seeds[:1] if is_engine(model) else plan.seeds:
                             fields = {"model": model, "dtype": dtype, "text": text, "column": plan.column}
                             yield inputs, {**fields, "prompt_length": prompt, "seed": seed}
 
@@ -285,7 +310,7 @@ class Study:
     def _generations(self, measure: str) -> Iterator[Cell]:
         blocks = {"blocks": self.plan.blocks} if measure == "latency" else {}
         for inputs, fields in self._settings():
-            for chosen in self._fit(fields["model"]):
+            for chosen in () if is_engine(fields["model"]) else self._fit(fields["model"]):
                 yield self._made(
                     chosen, inputs, measure=measure, batch=1, new_tokens=self.plan.new_tokens, **blocks, **fields
                 )

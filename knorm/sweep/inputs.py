@@ -18,9 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from knorm.engines.conditions import engine_target
 from knorm.files import file_size, read_file
 from knorm.methods.known import version_of
-from knorm.methods.targets import parse_target
+from knorm.methods.targets import is_engine, parse_target
 from knorm.paths import ASSETS, PACKAGE
 from knorm.sources import EMBEDDED_MODELS, HUB_TEXTS, find_model, find_text
 
@@ -58,7 +59,8 @@ def model_digest(name: str) -> str:
     """Hash a model's weights, settings and tokenizer; a model of the Hub is told by its name and commit.
 
     Args:
-        name: as --model, see sources.find_model; a folder or a file is seen from the current folder.
+        name: as --model, see sources.find_model; a folder or a file is seen from the current folder; or an engine with
+            its model.
 
     Returns:
         32 hexadecimal digits; of a folder, from its .safetensors and .json files alone.
@@ -66,6 +68,9 @@ def model_digest(name: str) -> str:
     Raises:
         ValueError: no model has this name.
     """
+    if is_engine(name):
+        host = engine_target(name)
+        return digest([host.engine, model_digest(host.model)])
     place = find_model(name)
     if place is None:
         folder = "llama/" if name == EMBEDDED_MODELS[1] else ""  # the tokenizer is shipped once
@@ -187,6 +192,8 @@ def target_digest(target: str) -> str:
     Raises:
         ValueError: a target that does not parse, or whose file or package is not there.
     """
+    if is_engine(target):
+        return digest([version_of(engine_target(target).settings.distribution) or ""])
     files = sources_of(target)
     top = os.path.commonpath([file.parent for file in files]) if files else ""
     package = "" if target == "knorm" else parse_target(target).where.partition(".")[0]

@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 
+from knorm.engines.boxed import model_file
+from knorm.engines.conditions import Place, engine_target
+from knorm.engines.process import EngineError
+from knorm.engines.ways import EngineWays
 from knorm.evaluation.damage import sums_of
 from knorm.evaluation.ways import Evaluation, Ways
 from knorm.evaluation.windows import Windows, cut_windows
@@ -23,6 +27,7 @@ from knorm.methods.door import method
 from knorm.methods.known import version_of
 from knorm.methods.method import Method, MethodError
 from knorm.methods.policies import PolicyMethod
+from knorm.methods.targets import is_engine
 from knorm.models import hush, load_model, load_text
 from knorm.paths import PACKAGE
 from knorm.policy import Policy
@@ -62,7 +67,7 @@ def measure_cell(fields: Mapping[str, Any], hint: Mapping[str, Any] | None = Non
     except (torch.OutOfMemoryError, MemoryError) as error:
         failed = f"out of memory: {_line(error)}; a smaller batch or fewer windows may fit"
     except Exception as error:
-        failed = _line(error) if isinstance(error, MethodError) or _said_by_knorm(error) else None
+        failed = _line(error) if isinstance(error, MethodError | EngineError) or _said_by_knorm(error) else None
         fault = None if failed else traceback.format_exc()
     if values is not None and (fault := values.pop("fault", None)):
         values = None
@@ -172,6 +177,8 @@ def method_of(chosen: Chosen, seed: int) -> Method:
 
 def _damage(cell: Cell, hint: Mapping[str, Any] | None) -> dict[str, Any]:
     """Run a method on the cell's windows, in the way that is right on the first windows of the text."""
+    if is_engine(cell.model):
+        return _of_engine(cell)
     ways = _ways_of(cell, cell.first, cell.last)
     if cell.method.target == CONTROL:
         return _sums(ways.control())
@@ -181,6 +188,20 @@ def _damage(cell: Cell, hint: Mapping[str, Any] | None) -> dict[str, Any]:
         how, checked = way["how"], way["checked"]
     run = ways.evaluate(made, how)  # type: ignore[arg-type]
     return _sums(run) | ({"checked": checked} if checked else {})
+
+
+def _of_engine(cell: Cell) -> dict[str, Any]:
+    """Run an engine's cache, or its full one, on the cell's windows, beside its full cache."""
+    name = engine_target(cell.model).model
+    model, _ = _loaded(name, cell.dtype, cell.device)
+    windows = _windows(name, cell.text, cell.column, cell.window, cell.last, cell.dtype, cell.device)
+    part = Windows(windows.input_ids[cell.first : cell.last])
+    with model_file(name, model) as file:
+        how: Any = "loop" if cell.how == "auto" else cell.how
+        ways = EngineWays(model, part, cell.prompt_length, file=file, how=how)
+        if cell.method.target == CONTROL:
+            return _sums(ways.control(engine_target(cell.model)))
+        return _sums(ways.evaluate(engine_target(cell.method.target)).row)
 
 
 def _way(cell: Cell, made: Method) -> dict[str, str]:
@@ -205,6 +226,7 @@ def _laws(cell: Cell, _hint: Mapping[str, Any] | None) -> dict[str, Any]:
     """Run `knorm check` on the cell's target, in a process of its own."""
     from contextlib import closing
 
+    from knorm.laws.engine_run import EngineChecks
     from knorm.laws.names import suite_revision
     from knorm.laws.process.protocol import Request
     from knorm.laws.process.supervisor import Supervisor
@@ -215,7 +237,8 @@ def _laws(cell: Cell, _hint: Mapping[str, Any] | None) -> dict[str, Any]:
         target="knorm:compress" if own else cell.method.target, kind=cell.method.kind, like="knorm" if own else None,
         profile=profile, seed=cell.seed, device=cell.device, quiet=True,
     )  # fmt: skip
-    with closing(Supervisor(request).results()) as heard:
+    checks = EngineChecks(request, Place()) if is_engine(request.target) else Supervisor(request)
+    with closing(checks.results()) as heard:
         results = [asdict(result) for result in heard]
     faults = [f"{result['check']}: {result['counterexample']}" for result in results if result["fault"]]
     return {"suite": suite_revision(), "results": results, "fault": "\n".join(faults) or None}

@@ -14,12 +14,13 @@ import torch
 from commands import in_a_new_process, strict_json
 
 from knorm.engines.boxed import model_file, write_gguf
-from knorm.engines.conditions import Place, engine_target
+from knorm.engines.conditions import LlamaCpp, Place, engine_target
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
 from knorm.engines.scorer import FRAME, Asked, EngineScorer, ModelScorer, closing, compared
 from knorm.engines.ways import EngineWays, full_of
 from knorm.evaluation.damage import summed
 from knorm.evaluation.windows import Windows, cut_windows
+from knorm.golden import noise
 from knorm.laws import engine
 from knorm.laws.engine_run import Named
 from knorm.laws.engine_shown import program
@@ -293,3 +294,46 @@ def test_the_tokens_of_a_text_are_the_engines_own():
     named = Named(target("smollm2"), Place(), "quick")
     with model_file("smollm2", named.model) as named.file:
         assert engine.check_same_tokens(engine.Trial(named)) > 500
+
+
+def test_a_sweep_of_an_engine(run_knorm, tmp_path):
+    (tmp_path / "plan.toml").write_text(
+        f"methods = ['llama.cpp:embedded-llama{Q4}', 'llama.cpp:embedded-llama(type_k=\"q4_K\")']\n"
+        "window = 96\nwindows = 2\nwindows_per_cell = 1\n"
+    )
+    code, out, err = run_knorm("sweep", "plan.toml", "out", "--workers", "1", "--json", "out.json")
+    assert (code, err) == (1, ""), out
+    result = strict_json("out.json")
+    assert [(row["model"], row["method"]) for row in result["rows"]] == [
+        ("llama.cpp:embedded-llama", "full cache, again"),
+        ("llama.cpp:embedded-llama", f"llama.cpp:embedded-llama{Q4}"),
+    ]
+    assert 1e-3 < result["rows"][1]["kl"] < 0.1
+    (reason,) = {failure["reason"] for failure in result["failures"]}
+    assert reason.startswith("llama.cpp refuses: llama_init_from_model: K cache type q4_K with block size 256")
+    alone = run_knorm("ppl", f"llama.cpp:embedded-llama{Q4}", "--window", "96", "--windows", "2", "--json", "ppl.json")
+    assert alone[0] == 0
+    assert strict_json("ppl.json")["rows"][1]["kl"] == result["rows"][1]["kl"]
+    code, out, err = run_knorm("page", "out", "ppl.json", "page")
+    assert (code, err) == (0, ""), out
+
+
+def test_a_golden_of_an_engine(run_knorm, tmp_path, monkeypatch):
+    monkeypatch.setenv("KNORM_COMMIT", "a" * 40)
+    monkeypatch.setattr(noise, "ROUNDINGS", 1)
+    declared = f"[case.q4]\ntarget = 'llama.cpp:embedded-llama{Q4}'\nwindow = 64\nwindows = 2\n"
+    (tmp_path / "knorm.toml").write_text(declared)
+    code, out, err = run_knorm("golden", "record", "q4")
+    assert (code, err) == (0, ""), out
+    assert "batch 2" in out
+    assert run_knorm("golden", "accept", "q4", "--reason", "first")[0] == 0
+    code, out, err = run_knorm("golden", "verify")
+    assert (code, err) == (0, ""), out
+    assert "holds         q4" in out
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "0")  # the target says it: the user's own does not matter
+    assert run_knorm("golden", "verify")[0] == 0
+    worse = {**LlamaCpp(rotate=False).environment()}
+    monkeypatch.setattr(LlamaCpp, "environment", lambda self: worse)
+    code, out, err = run_knorm("golden", "verify")
+    assert code == 1
+    assert "MOVED         q4" in out

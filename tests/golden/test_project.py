@@ -249,6 +249,37 @@ SIGNATURES = {
 }
 
 
+Q8 = """target = 'llama.cpp:embedded(type_k="q8_0")'"""
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (f"{Q8}\nkeep_ratio = [0.5]", "is an engine, whose settings stand in the target: drop keep_ratio"),
+        (f'{Q8}\nmodel = "embedded"', "drop model"),
+        (f"{Q8}\nbatch = 2", "drop batch above 1"),
+        (f'{Q8}\nmetrics = ["latency"]', "drop latency among the metrics"),
+        (f'{Q8}\nhow = "schedule"', "how is 'schedule', but llama.cpp:embedded(type_k=\"q8_0\") has none"),
+        (f'{Q8}\ndevices = ["cuda"]', "runs on a CPU"),
+        ("target = 'llama.cpp:embedded(type_k=\"q9\")'", "type_k='q9', but should be one of f32"),
+    ],
+)
+def test_an_engine_that_cannot_be_a_case_is_one_line(tmp_path, lines, words):
+    (tmp_path / "knorm.toml").write_text(f"[case.engine]\n{lines}\n")
+    with pytest.raises(Misdeclared) as raised:
+        load_cases(find_project(tmp_path))
+    (problem,) = raised.value.problems
+    assert words in problem
+
+
+def test_an_engines_case_is_measured_on_a_cpu_by_its_own_noise(tmp_path):
+    (tmp_path / "knorm.toml").write_text(f"[case.engine]\n{Q8}\nwindow = 64\n")
+    (case,) = load_cases(find_project(tmp_path)).values()
+    assert (case.devices, case.own_noise, case.how.numerics) == (("cpu",), True, "batches of 512 tokens")
+    assert {*case.packages} == {"knorm", "llama_cpp_python"}
+    assert case.configuration()["model"] == "embedded"
+
+
 @pytest.mark.parametrize(("signature", "words"), SIGNATURES.values(), ids=SIGNATURES)
 def test_a_target_that_changed_its_signature_is_refused_before_anything_is_measured(
     accepted, signature, words, unmeasured

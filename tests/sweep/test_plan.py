@@ -234,3 +234,37 @@ def test_a_plan_whose_targets_were_loaded_before_is_read_without_pytorch(here):
         print(len([*study_of(read_plan(Path("plan.toml")), "cpu", {known!r}).cells()]), "torch" in sys.modules)
     """
     assert in_a_new_process(code, check=True).stdout.split() == [str(count), "False"]
+
+
+Q8 = 'llama.cpp:embedded-llama(type_k="q8_0")'
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (f"methods = [{{target = '{Q8}', keep_ratio = 0.5}}]", "takes no budget and no kind: its settings stand"),
+        (f"methods = ['{Q8}']\nhow = 'schedule'", "how is 'schedule', but llama.cpp:embedded-llama"),
+        ("methods = ['llama.cpp:embedded(type_k=\"q9\")']", "type_k='q9', but should be one of f32"),
+        ("methods = ['llama.cpp:nowhere.gguf']", "nowhere.gguf cannot be read: it is not there"),
+    ],
+)
+def test_an_engine_that_cannot_be_planned_is_named_before_anything_runs(plan, said, here):
+    with pytest.raises(ValueError) as told:
+        study_of(here(plan), "cpu")
+    assert said in str(told.value)
+
+
+def test_an_engine_runs_on_its_own_model_once_beside_a_control_of_its_own(here):
+    plan = here(
+        f"methods = ['{Q8}', 'knorm']\nmodels = ['embedded']\nwindows = 2\nwindows_per_cell = 2\n"
+        "dtypes = ['float32', 'bfloat16']\nseeds = [0, 1]\nmeasure = ['damage', 'counters', 'laws']"
+    )
+    cells = [*study_of(plan, "cpu").cells()]
+    on = [(cell.measure, cell.method.label) for cell in cells if cell.model.startswith("llama.cpp")]
+    assert on == [("damage", "full cache, again"), ("damage", Q8)]
+    others = {cell.method.label for cell in cells if cell.model == "embedded"}
+    assert others == {"full cache, again", "knorm 0.5"}
+    assert [cell.method.label for cell in cells if cell.measure == "laws"] == [Q8, Q8, "knorm", "knorm"]
+    alone = study_of(here(f"methods = ['{Q8}']\nwindows = 2\nwindows_per_cell = 2"), "cpu")
+    assert {cell.model for cell in alone.cells()} == {"llama.cpp:embedded-llama"}
+    assert all(cell_of(cell.as_json()).name() == cell.name() for cell in cells)
