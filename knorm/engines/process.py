@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -19,8 +20,9 @@ from knorm.processes import how_ended
 
 LIMIT = 300.0  # seconds for an answer
 _CHUNK = 2**20  # bytes read at a time
-_MOST_LOG = 2000  # bytes of the log's end that are looked at
+_MOST_LOG, _LAST_LINES = 4000, 10  # bytes of the log's end that are looked at, and lines
 _MOST_SAID = 300  # characters of it that are shown
+_TELLING = re.compile(r"assert|error|fatal|abort", re.IGNORECASE)
 
 # A package that is knorm in name and place alone, so that another Python finds these modules and nothing else of ours.
 _MAIN = """
@@ -173,14 +175,15 @@ class EngineProcess:
         return EngineLost(f"{self.name} died {when}: {how_ended(code)}{self._tail()}")
 
     def _tail(self) -> str:
-        """Return the last words of the log, if there are any."""
+        """Return the last words of the log, if there are any: an assertion or an error, else its last line."""
         if self._log.closed:
             return ""
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - _MOST_LOG))
-        lines = [" ".join(line.split()) for line in self._log.read().decode("utf-8", "replace").splitlines()]
-        said = "; ".join([line for line in lines if line][-3:])[-_MOST_SAID:]
-        return f"; its log ends: {said}" if said else ""
+        said = [" ".join(line.split()) for line in self._log.read().decode("utf-8", "replace").splitlines()]
+        lines = [line for line in said if line][-_LAST_LINES:]
+        telling = [line for line in lines if _TELLING.search(line)] or lines
+        return f"; its log ends: {telling[-1][-_MOST_SAID:]}" if telling else ""
 
     def close(self) -> None:
         """End the process and what it started, whatever they are doing."""

@@ -151,10 +151,10 @@ class Trial:
 
 def check_survives(trial: Trial) -> int:
     """The engine survives a cache that it accepts."""
-    tokens = trial.subject.short[0]
-    scorers = [trial.subject.scorer("target", Asked())]
+    tokens, scorers = trial.subject.short[0], list[Any]()
     with closing(scorers):
         try:
+            scorers.append(trial.subject.scorer("target", Asked()))
             for _ in scorers[0].logits(tokens, PROMPT):
                 pass
         except EngineLost as lost:

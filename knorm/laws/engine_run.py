@@ -97,8 +97,8 @@ class EngineChecks:
             subject = Named(target, self.place, self.request.profile)
             with model_file(target.model, subject.model) as file:
                 subject.file = file.resolve()
-                with closing([subject.scorer("target", Asked())]):
-                    pass  # it is installed, and does not refuse
+                with contextlib.suppress(EngineLost), closing([subject.scorer("target", Asked())]):
+                    pass  # it is installed, and does not refuse; whether it dies is a law's to say
                 yield from self._tried(subject, chosen)
 
     def _tried(self, subject: Named, chosen: Sequence[Callable[[engine.Trial], int]]) -> Iterator[Result]:

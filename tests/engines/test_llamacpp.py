@@ -276,6 +276,11 @@ def test_check_names_what_dies_and_refuses_what_is_refused(run_knorm, llama, tmp
     (file,) = (tmp_path / "shown").iterdir()
     ended = subprocess.run([sys.executable, file, llama[1]], capture_output=True, text=True, check=False)
     assert ended.returncode < 0, ended.stderr
+    spec = 'llama.cpp:embedded-llama(type_k="q4_K", flash_attn=False)'  # it dies before it is asked anything
+    code, out, err = run_knorm("check", spec, "--select", "survives")
+    assert (code, err) == (1, "")
+    assert "REFUTED  survives" in out
+    assert "GGML_ASSERT" in " ".join(out.split())
     code, out, err = run_knorm("check", 'llama.cpp:embedded-llama(type_k="q4_K")')
     assert (code, out) == (2, "")
     assert "does not divide n_embd_head_k=64" in err
