@@ -22,6 +22,7 @@ LIMIT = 300.0  # seconds for an answer
 _CHUNK = 2**20  # bytes read at a time
 _MOST_LOG, _LAST_LINES = 4000, 10  # bytes of the log's end that are looked at, and lines
 _MOST_SAID = 300  # characters of it that are shown
+_FOLDERS = re.compile(r"/[\w./+-]*/(?=[\w.-]+:\d+:)")  # of a source file, where somebody built the engine
 _TELLING = re.compile(r"assert|error|fatal|abort", re.IGNORECASE)
 
 # A package that is knorm in name and place alone, so that another Python finds these modules and nothing else of ours.
@@ -183,7 +184,7 @@ class EngineProcess:
         said = [" ".join(line.split()) for line in self._log.read().decode("utf-8", "replace").splitlines()]
         lines = [line for line in said if line][-_LAST_LINES:]
         telling = [line for line in lines if _TELLING.search(line)] or lines
-        return f"; its log ends: {telling[-1][-_MOST_SAID:]}" if telling else ""
+        return f"; its log ends: {_FOLDERS.sub('', telling[-1])[-_MOST_SAID:]}" if telling else ""
 
     def close(self) -> None:
         """End the process and what it started, whatever they are doing."""

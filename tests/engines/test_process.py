@@ -45,7 +45,10 @@ def test_a_python_without_the_engine_is_told_what_to_type(python):
         (["exit 3"], "llama.cpp died .*: ended the interpreter with exit code 3"),
         (["kill -SEGV $$"], r"llama.cpp died .*: the process ended with signal 11 \(SIGSEGV\)"),
         (["echo no memory >&2", "exit 1"], "exit code 1; its log ends: no memory"),
-        (["echo 'ASSERT(x) failed' >&2", "echo bye >&2", "exit 1"], r"exit code 1; its log ends: ASSERT\(x\) failed"),
+        (
+            ["echo '/home/x/a.c:7: ASSERT(x) failed' >&2", "echo bye >&2", "exit 1"],
+            r"log ends: a.c:7: ASSERT\(x\) failed",
+        ),
         (["echo Hello, I am something else", "cat > /dev/null"], "llama.cpp answers with bytes that are no frame"),
         (["head -c 12 /dev/zero", "sleep 60"], "llama.cpp answers with bytes that are no frame"),
     ],
