@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from knorm.engines.process import LIMIT, EngineProcess
+from knorm.engines.process import LIMIT, PYTHON, EngineProcess, version_in
 from knorm.methods.targets import ENGINES, is_engine, parse_target
 from knorm.sources import EMBEDDED_MODELS, SMOLLM2, find_model
 
@@ -91,7 +92,7 @@ _SETTINGS: dict[str, type[Settings]] = {"llama.cpp": LlamaCpp}
 
 @dataclass(frozen=True)
 class Place:
-    """Say where engines run: the interpreter `python` (None: this one), and the seconds that an answer may take."""
+    """Say where engines run: the interpreter `python` (None: process.PYTHON's, else this one), and their time limit."""
 
     python: str | None = None
     limit: float = LIMIT
@@ -117,6 +118,10 @@ class EngineTarget:
     def host(self) -> str:
         """Return the engine with its model: the target without settings."""
         return f"{self.engine}:{self.model}"
+
+    def version(self) -> str | None:
+        """Return the version of the engine's package where it runs by default; None where it is not installed."""
+        return version_in(os.environ.get(PYTHON), self.settings.distribution)
 
     def start(self, file: Path, place: Place, *, context: int, sequences: int = 1) -> tuple[EngineProcess, Any]:
         """Start the engine in a process of its own, with the model loaded.

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from knorm.engines.frames import Fields, Junk, pack, read_frame
@@ -19,6 +20,7 @@ from knorm.paths import PACKAGE
 from knorm.processes import how_ended
 
 LIMIT = 300.0  # seconds for an answer
+PYTHON = "KNORM_ENGINE_PYTHON"  # an environment variable: the interpreter that has the engines, if it is another
 _CHUNK = 2**20  # bytes read at a time
 _MOST_LOG, _LAST_LINES = 4000, 10  # bytes of the log's end that are looked at, and lines
 _MOST_SAID = 300  # characters of it that are shown
@@ -34,6 +36,29 @@ for name, folder in (("knorm", {package!r}), ("knorm.engines", {engines!r})):
 from knorm.engines.{module} import main
 main()
 """
+
+
+@cache
+def version_in(python: str | None, distribution: str) -> str | None:
+    """Ask an interpreter for the version of a package.
+
+    Args:
+        python: the interpreter; None for this one.
+        distribution: the name by which the package is installed.
+
+    Returns:
+        The version; None where it is not installed, or the interpreter does not answer.
+
+    Example:
+        >>> version_in(None, "knorm-has-no-such-package") is None
+        True
+    """
+    code = f"from importlib import metadata; print(metadata.version({distribution!r}))"
+    try:
+        ended = subprocess.run([python or sys.executable, "-c", code], capture_output=True, text=True, timeout=60)  # noqa: PLW1510
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+    return ended.stdout.strip() or None
 
 
 class EngineError(ValueError):
@@ -55,7 +80,7 @@ class EngineProcess:
         name: of the engine, for messages.
         module: of knorm.engines, whose `main` serves it.
         install: what to type where it is not installed.
-        python: an interpreter that has the engine; by default this one.
+        python: an interpreter that has the engine; by default the variable PYTHON's, else this one.
         limit: seconds for an answer.
         environment: variables beside those of this process.
 
@@ -73,7 +98,8 @@ class EngineProcess:
         limit: float = LIMIT,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self.name, self.install, self.python, self.limit = name, install, python or sys.executable, limit
+        self.name, self.install, self.limit = name, install, limit
+        self.python = python or os.environ.get(PYTHON) or sys.executable
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         code = _MAIN.format(package=str(PACKAGE), engines=str(PACKAGE / "engines"), module=module)
         try:
@@ -95,7 +121,7 @@ class EngineProcess:
         os.set_blocking(self._stdout.fileno(), False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stdout.fileno(), selectors.EVENT_READ)
-        self._waiting = bytearray()
+        self._waiting, self._answering = bytearray(), False
 
     def begin(self, ask: str, **fields: Any) -> None:
         """Send a request, so that the engine sets to work; its parts are to be heard before the next one.
@@ -104,6 +130,8 @@ class EngineProcess:
             ask: what is asked for.
             **fields: what the request says.
         """
+        assert not self._answering, "the answer to the request before has not been heard to its end"
+        self._answering = True
         try:
             self._stdin.write(pack({"ask": ask, **fields}))
             self._stdin.flush()
@@ -130,6 +158,7 @@ class EngineProcess:
             if kind == "part":
                 yield fields, numbers
                 continue
+            self._answering = False
             if kind == "done":
                 return
             self._raise(str(kind), fields)
@@ -146,7 +175,7 @@ class EngineProcess:
             module = fields.get("module")
             raise EngineError(
                 f"{self.name} is not installed: {self.python} has no module {module!r}; {self.install}, "
-                "or name a Python that has it by --engine-python"
+                f"or name a Python that has it by --engine-python or {PYTHON}"
             )
         if kind == "refused":
             raise EngineRefused(f"{self.name} refuses: {reason}")

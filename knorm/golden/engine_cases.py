@@ -17,7 +17,6 @@ from knorm.evaluation.ways import Evaluation
 from knorm.evaluation.windows import Windows
 from knorm.golden.environment import How
 from knorm.golden.project import Declared
-from knorm.methods.known import version_of
 from knorm.sources import EMBEDDED_MODELS
 
 MEASURED = ("cpu",)  # where engines run
@@ -53,8 +52,7 @@ def check_declared(declared: Declared) -> EngineTarget:
 
 def packages_of(target: EngineTarget) -> dict[str, str]:
     """Name the packages that an engine's numbers depend on, with their versions."""
-    name = target.settings.distribution
-    return {"knorm": __version__, name: version_of(name) or "another Python's"}
+    return {"knorm": __version__, target.settings.distribution: target.version() or "not installed"}
 
 
 def run_declared(

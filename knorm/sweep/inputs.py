@@ -193,7 +193,7 @@ def target_digest(target: str) -> str:
         ValueError: a target that does not parse, or whose file or package is not there.
     """
     if is_engine(target):
-        return digest([version_of(engine_target(target).settings.distribution) or ""])
+        return digest([engine_target(target).version() or ""])
     files = sources_of(target)
     top = os.path.commonpath([file.parent for file in files]) if files else ""
     package = "" if target == "knorm" else parse_target(target).where.partition(".")[0]

@@ -140,6 +140,16 @@ def test_scoring_again_gives_the_same_bits(llama):
         assert torch.equal(once, torch.cat([*runs[1].logits(first, 100)]))
 
 
+def test_what_follows_an_eviction_may_move_up(llama):
+    """Rotations tell distances alone: without the first tokens all is the same, wherever counting begins."""
+    _, file, windows = llama
+    asked = [Asked(cut=((0, 30),), renumber=renumber) for renumber in (False, True)]
+    scorers = [EngineScorer(target(), file, Place(), 192, each) for each in (*asked, Asked())]
+    moved, whole = scored(scorers, windows, 60, [(0, 1), (0, 2)])
+    assert moved.kl < 1e-5
+    assert whole.kl > 1e-3
+
+
 def test_a_refused_type_is_told_with_the_reason_in_the_log(llama):
     _, file, _ = llama
     with pytest.raises(EngineRefused, match="K cache type q4_K with block size 256 does not divide n_embd_head_k=64"):

@@ -36,7 +36,7 @@ def test_a_python_without_the_engine_is_told_what_to_type(python):
     assert said.startswith(
         f"llama.cpp is not installed: {path} has no module 'llama_cpp'; pip install 'knorm[llamacpp]'"
     )
-    assert said.endswith("or name a Python that has it by --engine-python")
+    assert said.endswith("or name a Python that has it by --engine-python or KNORM_ENGINE_PYTHON")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,14 @@ def test_an_interpreter_that_is_not_there_is_one_line(tmp_path):
     (tmp_path / "text").write_text("no program")
     assert "can be started: Permission denied" in refusal(str(tmp_path / "text"))
     assert "can be started" in refusal("a\0b")
+
+
+def test_the_interpreter_may_be_named_once_for_all(python, monkeypatch):
+    monkeypatch.setenv("KNORM_ENGINE_PYTHON", python("exit 7"))
+    assert "exit code 7" in refusal()
+    assert "exit code 3" in refusal(python("exit 3"))
+    monkeypatch.setenv("KNORM_ENGINE_PYTHON", python("echo 9.9"))
+    assert engine_target("llama.cpp:embedded").version() == "9.9"
 
 
 def test_a_closed_process_is_gone():
