@@ -93,7 +93,7 @@ _MOST_BYTES = 2**26  # of a --baseline
     type=Above("seconds"),
     default=20.0,
     show_default=True,
-    help="Seconds that the target may take for an answer.",
+    help="Seconds that the target may take for an answer; for an engine: --engine-limit.",
 )
 @engine_options
 @with_options(*COMMON)
