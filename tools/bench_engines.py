@@ -206,13 +206,15 @@ def tool(program: str) -> None:
             d = decoded.damage
             row(kind, "knorm, forced decode", d.kl, d.same_top, d.delta_p_rms, decoded.seconds)
             d = ours.damage
-            for figures, most in (
-                ((d.kl, d.same_top, d.delta_p_rms), NEAR),
-                ((ours.kl, ours.same_top, ours.rms), NEARER),
+            for by, figures, most in (
+                ("in batches", (d.kl, d.same_top, d.delta_p_rms), NEAR),
+                ("reference rounded", (ours.kl, ours.same_top, ours.rms), NEARER),
             ):
                 printed = ((theirs.kl, 1.0), (theirs.same_top, 100.0), (theirs.rms, 100.0))
                 far = [off(number, text, unit) for number, (text, unit) in zip(figures, printed, strict=True)]
-                notes.append(f"{kind}: off by {', '.join(f'{x:.1e}' for x in far)}, of {most:g}")
+                notes.append(
+                    f"{kind}, {by}: {', '.join(f'{x:.1e}' for x in far)} off what is printed, {most:g} allowed"
+                )
                 wrong += [notes[-1]] if max(far) > most else []
             memory = bytes_of_logits(target, file, windows[0])
             told_of = f"{memory / 2**20:.0f} MiB for logits, in all processes; the tool's base file: {size:,} bytes"

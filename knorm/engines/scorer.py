@@ -17,7 +17,7 @@ from knorm.engines.conditions import EngineTarget, Place
 from knorm.engines.process import EngineError
 from knorm.evaluation.damage import PerToken, compare, head_of
 
-FRAME = 8  # tokens whose logits are held at a time: of 49,152 in float64, beside both runs', 16 MB
+FRAME = 4  # tokens whose logits are held at a time: of 49,152 in float64, beside both runs, 8 MB
 EngineHow = Literal["loop", "two calls"]
 
 

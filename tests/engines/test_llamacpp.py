@@ -116,7 +116,7 @@ def test_logits_come_a_few_at_a_time(llama):
     scorer = EngineScorer(target(), file, Place(), 192)
     with closing([scorer]):
         sizes = [len(chunk) for chunk in scorer.logits(windows.input_ids[0], 181)]
-    assert sizes == [FRAME, 11 - FRAME]
+    assert sizes == [*[FRAME] * (11 // FRAME), 11 % FRAME]
 
 
 def test_bytes_are_those_of_the_engines_own_log(llama):
@@ -180,7 +180,7 @@ def test_tokens_of_another_vocabulary_and_a_context_that_does_not_fit_are_refuse
 def test_models_of_two_vocabularies_cannot_be_compared(llama):
     model, file, windows = llama
     other = ModelScorer(model, lambda tokens, prompt: torch.zeros(len(tokens) - prompt, 256))
-    other._heads = lambda states: iter([torch.zeros(FRAME, 17)] * 12)
+    other._heads = lambda states: iter([torch.zeros(FRAME, 17)] * (96 // FRAME))
     scorer = EngineScorer(target(), file, Place(), 192)
     with closing([scorer]), pytest.raises(EngineError, match="vocabularies of 17 and 4,096 tokens differ"):
         compared([scorer, other], windows.input_ids, 96, [(0, 1)])
