@@ -313,8 +313,13 @@ def table_fields(study: Mapping[str, Any], table: Table) -> dict[str, Any]:
         "plan": study["plan"], "device": study["device"], "cells": table.cells, "done": table.done,
         "rows": [row_fields(row, letters[id(row)]) for row in table.damage],
         "laws": [{**_named(cell), **values} for cell, values in table.laws],
-        "counted": [{**_named(cell), "counters": values} for cell, values in table.counters],
-        "timed": [{**_named(cell), **values} for cell, values in table.latency],
+        "counted": [
+            {**_named(cell), "new_tokens": cell.new_tokens, "counters": values} for cell, values in table.counters
+        ],
+        "timed": [
+            {**_named(cell), "new_tokens": cell.new_tokens, "threads": cell.threads, **values}
+            for cell, values in table.latency
+        ],
         "failures": [{**_named(cell), "reason": reason, "fault": False} for cell, reason in table.failures]
         + [{**_named(cell), "reason": trace.strip().splitlines()[-1], "fault": True} for cell, trace in table.faults],
         "left_out": study["left_out"],
