@@ -234,7 +234,7 @@ def time(page: Page) -> str:
             [f"`{row.method}`", *(f"{pace.ratio:.2f} | {pace.low:.2f} to {pace.high:.2f}" for pace in _paces(row))]
             for row in sorted(timing.rows, key=lambda row: -row.first_token.ratio)[:_SLOWEST]
         ]
-        level = f"{1 - 2 * timing.alpha:.3g}"
+        level = f"{100 * (1 - 2 * timing.alpha):.3g}%"
         parts.append(table(f"| slowest prompts | to the first token | {level} | per output token | {level} |", rows))
         parts.append(f"First token: {_said([(row.method, row.first_token) for row in timing.rows], listed=False)}.\n")
         parts.append(f"Decoding: {_said([(row.method, row.output_token) for row in timing.rows], listed=True)}.\n")

@@ -16,11 +16,12 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from knorm.cli.outputs import MADE_BY, replace_file
-from knorm.cli.tables import LETTERS, UNCHANGED, damage_line, damage_table, print_text, print_wrapped
+from knorm.cli.tables import LETTERS, UNCHANGED, damage_line, damage_table, print_text, print_wrapped, unread
 from knorm.paths import resolved
 
 if TYPE_CHECKING:
-    from knorm.sweep.cells import Cell, Study
+    from knorm.methods.budget import Budget
+    from knorm.sweep.cells import Cell, Chosen, Study
     from knorm.sweep.drive import Progress
     from knorm.sweep.estimate import Estimate
     from knorm.sweep.folder import Folder
@@ -249,9 +250,16 @@ def _show_group(console: Console, rows: Sequence[DamageRow], letters: Sequence[s
     ]  # fmt: skip
     console.print(damage_table(lines))
     for row in rows[1:]:
-        if not row.changed:
+        if unread(row, _budget(row.cell.method), cell.prompt_length):
             print_wrapped(console, f"{row.label}: {UNCHANGED}", "bold yellow")
     print_text(console, Text(""))
+
+
+def _budget(chosen: Chosen) -> Budget | None:
+    from knorm.methods.budget import Budget
+
+    own = chosen.keep_ratio is None and chosen.keep_tokens is None
+    return None if own else Budget(chosen.keep_ratio, chosen.keep_tokens)
 
 
 def _show_laws(console: Console, table: Table) -> None:

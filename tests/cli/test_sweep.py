@@ -17,6 +17,7 @@ from commands import in_a_new_process, new_environment, strict_json
 
 from knorm.cli import schemas
 from knorm.cli.swept import lasting
+from knorm.cli.tables import UNCHANGED
 from knorm.sweep import measure
 from knorm.sweep.folder import Folder
 
@@ -30,6 +31,9 @@ def newest(keys, values, keep_ratio):
 
 def breaks(keys, values, keep_ratio):
     raise RuntimeError("out of luck")
+
+def idle(keys, values, keep_ratio):
+    return keys, values
 """
 PLAN = 'methods = ["knorm", "mine.py:newest"]\nwindow = 64\nwindows = 4\nwindows_per_cell = 2\ndevice = "cpu"\n'
 
@@ -71,6 +75,15 @@ def test_its_rows_are_those_of_ppl_on_all_windows_at_once(sweep, run_knorm):
         assert our["bytes_per_token"] == pytest.approx(their["bytes_per_token"], rel=1e-12)
         assert our["tokens_seen"] == [pytest.approx(layer, rel=1e-12) for layer in their["tokens_seen"]]
     assert [row["letters"] for row in ours] == ["a", *(line.split()[-1] for line in said.splitlines()[5:9])]
+
+
+def test_a_cache_that_keeps_everything_is_not_suspected_and_one_that_does_nothing_is(sweep):
+    plan = PLAN.replace('"knorm", "mine.py:newest"', '"transformers:DynamicCache", "mine.py:idle"')
+    code, said, _ = sweep(plan, "--json", "swept.json")
+    assert code == 0
+    assert [row["changed"] for row in strict_json("swept.json")["rows"]] == [False, False, False]
+    assert [line for line in " ".join(said.split()).split("mine.py:idle 0.5: ")[1:] if line.startswith(UNCHANGED)]
+    assert f"DynamicCache: {UNCHANGED}" not in " ".join(said.split())
 
 
 def test_the_same_command_again_gives_the_same_table_and_runs_nothing(sweep, monkeypatch):
