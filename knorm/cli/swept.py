@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from knorm.sweep.drive import Progress
     from knorm.sweep.estimate import Estimate
     from knorm.sweep.folder import Folder
+    from knorm.sweep.plan import Plan
     from knorm.sweep.table import DamageRow, Table
 
 _LOG_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
@@ -118,6 +119,10 @@ def show_plan(console: Console, ready: Ready) -> dict[str, Any]:
     left = {name: cell for name, cell in ready.cells.items() if name not in states}
     workers = ready.workers or _places(ready)
     found = estimate(ready.study.plan, left.values(), table)
+    alone = [cell for cell in left.values() if cell.measure == "latency"] if _one_by_one(ready) else []
+    timed = estimate(ready.study.plan, alone, table).seconds or 0.0
+    workers = 1 if alone and len(alone) == len(left) else workers
+    wall = timed + ((found.seconds or 0.0) - timed) / workers
     rows: dict[tuple[Any, ...], list[str]] = {}
     for name, cell in ready.cells.items():
         rows.setdefault(cell.row, []).append(name)
@@ -137,7 +142,7 @@ def show_plan(console: Console, ready: Ready) -> dict[str, Any]:
     done = len(ready.cells) - len(left)
     head = f"\n{ready.name}: {len(ready.cells):,} cells in {len(rows):,} rows, {done:,} done"
     print_text(console, Text(f"{head}; {len(left):,} to do, {workers} at a time on {ready.study.device}"))
-    for line in _expected(found, len(left), workers, ready.study.plan.windows):
+    for line in _expected(found, len(left), wall, ready.study.plan):
         print_wrapped(console, line)
     return {
         "plan": ready.study.plan.model_dump(), "device": ready.study.device, "workers": workers,
@@ -160,7 +165,12 @@ def _places(ready: Ready) -> int:
     return local.places(ready.study.device, ready.study.plan.threads)
 
 
-def _expected(found: Estimate, left: int, workers: int, windows: int) -> Iterator[str]:
+def _one_by_one(ready: Ready) -> bool:
+    """Tell whether cells that are timed run one after the other, however many workers there are."""
+    return ready.engine != "ray" and ready.study.device == "cpu"
+
+
+def _expected(found: Estimate, left: int, wall: float, plan: Plan) -> Iterator[str]:
     """Say what the rest will take, and what differences the plan's windows can tell."""
     if not left:
         yield "Time: none, all is done"
@@ -168,18 +178,20 @@ def _expected(found: Estimate, left: int, workers: int, windows: int) -> Iterato
         yield "Time: unknown until cells of this model are done"
     else:
         like = f"; {found.unknown} cells are taken to be like others" if found.unknown else ""
-        yield f"Time: about {lasting(found.seconds / workers)}, {lasting(found.seconds)} of work{like}"
+        yield f"Time: about {lasting(wall)}, {lasting(found.seconds)} of work{like}"
         if found.untimed:
             yield f"To which comes the time of {found.untimed} cells, of models or measures of which none is done yet"
     if found.memory:
         yield f"Memory: at most {found.memory / 2**30:.1f} GiB for each worker so far"
+    if "damage" not in plan.measure:
+        return
     if found.smallest is None:
         yield "With one window no difference can be told from noise"
         return
     low, middle, high = found.smallest
     span = f" ({low:.2g} to {high:.2g} over {found.measured} rows)" if found.measured > 1 else ""
     guess = "" if found.measured else ", if they differ as the embedded model's do"
-    yield f"Smallest ΔNLL that {windows} windows tell from 0, 19 times of 20: {middle:.2g} nats{span}{guess}"
+    yield f"Smallest ΔNLL that {plan.windows} windows tell from 0, 19 times of 20: {middle:.2g} nats{span}{guess}"
 
 
 def _left_out(ready: Ready) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,6 +157,20 @@ def test_a_dry_run_runs_nothing_and_learns_from_what_is_done(sweep):
     )
     assert "To which comes the time of 9 cells, of models or measures of which none is done yet" in said
     assert "like others" not in said
+
+
+def test_a_dry_run_tells_that_times_are_measured_one_by_one(sweep, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # its times are not looked at
+    plan = 'methods = ["knorm"]\nwindow = 64\nnew_tokens = 3\nblocks = 8\ndevice = "cpu"\n'
+    assert sweep(plan + 'measure = ["latency"]\nprompt_lengths = [8]')[0] == 0
+    for measures, count in (('"latency"', 1), ('"latency", "laws"', 4)):
+        more = f"measure = [{measures}]\nprompt_lengths = [8, 12]"
+        code, said, _ = sweep(plan + more, "--dry-run", "--workers", "4", "--json", "plan.json")
+        assert (code, strict_json("plan.json")["workers"]) == (0, count)
+        assert f"{count} at a time on cpu" in said
+        wall, work = re.search(r"Time: about (.+?), (.+?) of work", " ".join(said.split())).groups()
+        assert wall == work
+        assert "ΔNLL" not in said
 
 
 def test_a_cell_that_fails_is_a_result_with_its_reason(sweep):
