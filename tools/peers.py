@@ -18,7 +18,8 @@ from statistics import median
 from scipy.special import stdtrit
 
 from knorm.page.figures import front_of
-from knorm.page.form import Frontier, Judged, MethodVerdicts, Page, Point, Source
+from knorm.page.form import Frontier, Judged, MethodVerdicts, Pace, Page, Point, Source, TimedRow
+from knorm.page.words import told
 from knorm.statistics import smallest_difference
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ FOLDER = ROOT / "docs" / "peers"
 _PART = re.compile(r"(<!-- peers: (\w+) -->\n\n).*?(<!-- end -->)", re.DOTALL)
 _WINDOWS = (32, 128, 512)
 _TARGET = 0.01  # nats, 1% of perplexity
+_SLOWEST = 8  # rows
 _HELD, _SEEN = 0.9, 0.8  # shares: more bytes than the one at fewer tokens than the other have not been freed
 _STYLE = (
     "svg{background:#fff}text{fill:#1b1f24;font:12px system-ui,sans-serif}.y{text-anchor:end}.x,.name,.point text"
@@ -216,6 +218,46 @@ def memory(page: Page) -> str:
     return table("| method, budget | model | tokens that a query sees | bytes |", rows)
 
 
+def time(page: Page) -> str:
+    """Show whose prompts take longest, and say whose decoding is told faster or slower than the full cache's."""
+    if not page.timings:
+        return "Not measured in this form: `nox -s peers` times every method, on a machine that does nothing else.\n"
+    parts = []
+    for timing in page.timings:
+        names = [name for name in ("kvpress", "transformers", "torch") if timing.versions.get(name)]
+        parts.append(
+            f"**{timing.model}, prompts of {timing.prompt_length:,} and {timing.new_tokens:,} new tokens**: "
+            f"{len(timing.rows)} methods on {timing.device_class}, "
+            f"{', '.join(f'{name} {timing.versions[name]}' for name in names)}.\n"
+        )
+        rows = [
+            [f"`{row.method}`", *(f"{pace.ratio:.2f} | {pace.low:.2f} to {pace.high:.2f}" for pace in _paces(row))]
+            for row in sorted(timing.rows, key=lambda row: -row.first_token.ratio)[:_SLOWEST]
+        ]
+        level = f"{100 * (1 - 2 * timing.alpha):.3g}%"
+        parts.append(table(f"| slowest prompts | to the first token | {level} | per output token | {level} |", rows))
+        parts.append(f"First token: {_said([(row.method, row.first_token) for row in timing.rows], listed=False)}.\n")
+        parts.append(f"Decoding: {_said([(row.method, row.output_token) for row in timing.rows], listed=True)}.\n")
+        parts.append(f"*Not slower* is by a margin of {timing.margin:.1%}.\n")
+    return "\n".join(parts)
+
+
+def _said(paces: Iterable[tuple[str, Pace]], *, listed: bool) -> str:
+    """Count what is told of times; with `listed`, name the methods that are told faster or slower, fastest first."""
+    groups: dict[str, list[tuple[str, Pace]]] = {"faster": [], "slower": [], "not slower": [], "undecided": []}
+    for method, pace in sorted(paces, key=lambda pair: pair[1].ratio):
+        groups[told(pace)[2]].append((method, pace))
+    said = []
+    for word, mine in groups.items():
+        names = ", ".join(f"`{method}` {pace.ratio:.2f}" for method, pace in mine)
+        said.append(f"{len(mine)} {word}" + (f" ({names})" if listed and mine and word in ("faster", "slower") else ""))
+    return ", ".join(said)
+
+
+def _paces(row: TimedRow) -> tuple[Pace, Pace]:
+    return row.first_token, row.output_token
+
+
 def models(page: Page) -> str:
     """Compare what a method costs on one model and on another, and name the pairs that they order otherwise."""
     names = [frontier.model for frontier in page.frontiers]
@@ -247,7 +289,7 @@ def front(page: Page) -> str:
 
 
 PARTS: dict[str, Callable[[Page], str]] = {
-    part.__name__: part for part in (what, defects, best, disagreement, noise, memory, models, front)
+    part.__name__: part for part in (what, defects, best, disagreement, noise, memory, time, models, front)
 }
 
 

@@ -63,7 +63,9 @@ def test_it_is_as_wide_as_it_says_and_small(told):
     tried = [m for m in matrix.methods if m.not_run is None and any(row.answered for row in m.results)]
     assert len({m.name for m in tried}) == len(tried) >= 40
     assert len({point.method for point in peers.measured(told.frontiers[0])}) >= 30
-    assert {source.name for source in told.sources} == {"kvpress", "transformers"}
+    names = {source.name for source in told.sources}
+    assert names in ({"kvpress", "transformers"}, {"kvpress", "transformers", "kvpress-time", "transformers-time"})
+    assert bool(told.timings) == (len(names) == 4)
     assert not any(source.missing for source in told.sources)
     sizes = [file.stat().st_size for file in FOLDER.iterdir() if file.is_file()]
     assert sum(sizes) <= MOST_BYTES
@@ -173,3 +175,49 @@ def test_the_quick_form_is_a_part_of_the_full_one(library):
     budgets = {ratio for entry in (full, *full.methods) for ratio in entry.keep_ratio}
     assert budgets == {"0.9", "0.7", "0.5", "0.3", "0.1"} > {*quick.keep_ratio}
     assert any(128 in entry.keep_tokens for entry in full.methods)
+
+
+@pytest.mark.parametrize("form", ["", "-gpu"])
+@pytest.mark.parametrize("library", ["kvpress", "transformers"])
+def test_what_is_timed_is_what_is_measured(library, form):
+    """The same methods after the same prompts, one budget of each, and nothing beside the time."""
+    times, costs = (
+        Plan.model_validate(tomllib.loads((PLANS / f"{library}{form}{kind}.toml").read_text()))
+        for kind in ("-time", "")
+    )
+    assert times.measure == ["latency"]
+    assert (times.prompt_lengths, times.device) == (costs.prompt_lengths, costs.device)
+    assert {*times.models} <= {*costs.models}
+    assert {*times.texts} <= {*costs.texts}
+    assert times.keep_ratio == ["0.5"]
+    named = [{(entry.target, *entry.policy) for entry in plan.methods} for plan in (times, costs)]
+    assert named[0] == named[1]
+
+
+def pace(ratio, low, high, verdict):
+    return {"ms": 10 * ratio, "ms_full": 10, "ratio": ratio, "low": low, "high": high, "mde": 0.05, "verdict": verdict}
+
+
+def test_times_are_told_by_their_intervals(told):
+    """The slowest prompt first; faster and slower only what the interval says."""
+    same, slow = pace(1.0, 0.9, 1.2, "INCONCLUSIVE"), pace(3.0, 2.8, 3.2, "FAIL")
+    fast, near = pace(0.8, 0.7, 0.9, "PASS"), pace(0.97, 0.93, 1.02, "PASS")
+    cases = {"a": (slow, fast), "b": (same, slow), "c": (near, near), "d": (pace(5.0, 4, 6, "FAIL"), same)}
+    rows = [
+        {"source": 0, "method": name, "first_token": first, "output_token": later, "blocks": 12, "verdict": "FAIL"}
+        for name, (first, later) in cases.items()
+    ]
+    setting = {"model": "m", "dtype": "float32", "text": "t", "prompt_length": 2048, "new_tokens": 33, "seed": 0}
+    timing = {"device_class": "cpu-x86_64", "threads": 1, "versions": {"torch": "2"}, "margin": 0.05, "alpha": 0.005}
+    page = Page.model_validate({**told.model_dump(), "timings": [{**setting, **timing, "rows": rows}]})
+    said = peers.time(page)
+    assert "**m, prompts of 2,048 and 33 new tokens**: 4 methods on cpu-x86_64, torch 2." in said
+    assert re.findall(r"^\| `(.)`", said, re.MULTILINE) == ["d", "a", "b", "c"]
+    assert "| `a` | 3.00 | 2.80 to 3.20 | 0.80 | 0.70 to 0.90 |" in said
+    assert "First token: 0 faster, 2 slower, 1 not slower, 1 undecided." in said
+    assert "Decoding: 1 faster (`a` 0.80), 1 slower (`b` 3.00), 1 not slower, 1 undecided." in said
+    assert "by a margin of 5.0%" in said
+
+
+def test_what_was_not_timed_is_said_with_its_command(told):
+    assert peers.time(told.model_copy(update={"timings": []})).startswith("Not measured in this form: `nox -s peers`")
