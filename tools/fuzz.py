@@ -13,6 +13,7 @@ import io
 import math
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -486,11 +487,10 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    if (
-        FOLDER not in os.environ
-    ):  # begin again, with every cache in the folder: some are chosen when a module is imported
-        folder = tempfile.mkdtemp(prefix="knorm-fuzz-")
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, FOLDER: folder, "XDG_CACHE_HOME": folder})
+    if FOLDER not in os.environ:  # begin again, all caches in the folder: some are chosen when a module is imported
+        with tempfile.TemporaryDirectory(prefix="knorm-fuzz-", ignore_cleanup_errors=True) as name:
+            own = {**os.environ, FOLDER: name, "XDG_CACHE_HOME": name}
+            return subprocess.run([sys.executable, *sys.argv], env=own, check=False).returncode
     torch.set_num_threads(1)
 
     def late(*_: Any) -> None:

@@ -1,8 +1,8 @@
 """Write what docs/peers/results.json says into docs/peers/README.md, and draw its picture: python tools/peers.py
 
 What stands between `<!-- peers: NAME -->` and `<!-- end -->` is written anew; the words around it are a person's. The
-picture, frontier.svg, is the first figure of the page, with its style. What a person makes of a refutation is read from
-tools/exam.toml, as tools/exam.py does.
+picture, frontier.svg, is a figure of the page, for one model and budget. What a person makes of a refutation is read
+from tools/exam.toml, as tools/exam.py does.
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
+from math import isclose
 from pathlib import Path
 from statistics import median
 
 from scipy.special import stdtrit
+from scipy.stats import spearmanr
 
 from knorm.page.figures import front_of
-from knorm.page.form import Frontier, Judged, MethodVerdicts, Page, Point, Source
+from knorm.page.form import Frontier, Judged, MethodVerdicts, Pace, Page, Point, Source, TimedRow
+from knorm.page.render import render
+from knorm.page.words import told
+from knorm.sources import SMOLLM2
 from knorm.statistics import smallest_difference
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "peers"
+GPU = FOLDER / "gpu"  # prompts of 2,048 tokens: `nox -s peers -- --gpu`
 _PART = re.compile(r"(<!-- peers: (\w+) -->\n\n).*?(<!-- end -->)", re.DOTALL)
 _WINDOWS = (32, 128, 512)
 _TARGET = 0.01  # nats, 1% of perplexity
+_SLOWEST = 8  # rows, of the slowest or of those whose place differs most
+_FEW = 8  # methods, below which an order of them says little
+_BUDGETS = (0.5, 0.1)
 _HELD, _SEEN = 0.9, 0.8  # shares: more bytes than the one at fewer tokens than the other have not been freed
 _STYLE = (
     "svg{background:#fff}text{fill:#1b1f24;font:12px system-ui,sans-serif}.y{text-anchor:end}.x,.name,.point text"
@@ -36,9 +45,9 @@ _STYLE = (
 )
 
 
-def read() -> Page:
-    """Read the page's JSON."""
-    fields = json.loads((FOLDER / "results.json").read_text(encoding="utf-8"))
+def read(folder: Path = FOLDER) -> Page:
+    """Read the JSON of the page in `folder`."""
+    fields = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return Page.model_validate({name: fields[name] for name in Page.model_fields})
 
 
@@ -136,7 +145,7 @@ def defects(page: Page) -> str:
 
 
 def disagreement(page: Page) -> str:
-    """Count the pairs that perplexity and KL order otherwise, and show those that KL tells apart."""
+    """Count the pairs that perplexity and KL order otherwise, and show those that KL tells apart most clearly."""
     parts = []
     for frontier in page.frontiers:
         pairs = [pair for at in range(len(page.sources)) for pair in rivals(measured(frontier, at))]
@@ -148,9 +157,10 @@ def disagreement(page: Page) -> str:
             f"KL order {len(other)} otherwise, of which KL tells {len(sure)} apart. A lower perplexity than the full "
             f"cache's: {', '.join(f'`{label}`' for label in lower) or 'none'}.\n"
         )
+        clearest = {a.label: (a, b) for a, b in sorted(sure, key=lambda pair: -pair[1].kl / pair[0].kl)}
         rows = [
             [f"`{a.label}`", f"{a.delta_nll:+.4f}", f"{a.kl:.4f}", f"`{b.label}`", f"{b.delta_nll:+.4f}", f"{b.kl:.4f}"]
-            for a, b in sorted(sure, key=lambda pair: pair[1].kl / pair[0].kl)
+            for a, b in sorted(clearest.values(), key=lambda pair: pair[1].kl / pair[0].kl)[:_SLOWEST]
         ]
         if rows:
             parts.append(table("| better by perplexity | ΔNLL | KL | better by KL | ΔNLL | KL |", rows))
@@ -162,20 +172,34 @@ def _otherwise(one: Point, other: Point) -> bool:
 
 
 def best(page: Page) -> str:
-    """Show which methods cost least by KL at each budget of the first figure."""
-    points = measured(page.frontiers[0])
+    """Show which methods cost least by KL, at two budgets, on each model that kvpress runs on."""
     parts = []
-    for budget in sorted({point.keep_ratio for point in points if point.keep_ratio}, reverse=True):
-        mine = sorted((p for p in points if p.keep_ratio == budget), key=lambda point: point.kl)
+    for frontier, budget in ((f, budget) for f in page.frontiers[:2] for budget in _BUDGETS):
+        mine = sorted((p for p in measured(frontier) if p.keep_ratio == budget), key=lambda point: point.kl)
         by_nll = sorted(mine, key=lambda point: point.delta_nll)
         rows = [
             [f"`{p.method}`", f"{p.kl:.4f}", f"{p.kl_low:.4f} to {p.kl_high:.4f}", f"{p.delta_nll:+.4f}",
              by_nll.index(p) + 1, f"{p.same_top:.1%}", f"{p.bytes_per_token / p.bytes_per_token_full:.0%}"]
-            for p in mine[:8]
+            for p in mine[:_SLOWEST]
         ]  # fmt: skip
-        head = f"| keep {budget}, {len(mine)} methods | KL | 95% | ΔNLL | rank by ΔNLL | same top | bytes |"
-        parts.append(table(head, rows))
+        where = f"{frontier.model}, keep {budget}, {len(mine)} methods"
+        parts.append(table(f"| {where} | KL | 95% | ΔNLL | rank by ΔNLL | same top | bytes |", rows))
     return "\n".join(parts)
+
+
+def alike(page: Page) -> str:
+    """List methods of different names that cost the same, up to rounding, at every budget that both were given."""
+    found: dict[str, list[str]] = {}
+    for frontier in page.frontiers:
+        methods: dict[str, dict[object, Point]] = {}
+        for p in measured(frontier):
+            if p.changed:
+                methods.setdefault(p.method, {})[p.keep_ratio, p.keep_tokens] = p
+        for one, other in combinations(methods, 2):
+            pairs = [(methods[one][budget], p) for budget, p in methods[other].items() if budget in methods[one]]
+            if pairs and all(isclose(a.kl, b.kl, rel_tol=1e-5) and a.source == b.source for a, b in pairs):
+                found.setdefault(f"`{one}` and `{other}`", []).append(frontier.model)
+    return "".join(f"- {names}, on {', '.join(models)}\n" for names, models in found.items())
 
 
 def noise(page: Page) -> str:
@@ -206,33 +230,104 @@ def noise(page: Page) -> str:
 
 def memory(page: Page) -> str:
     """List the methods that hide tokens and hold them none the less, and caches larger than what they hold."""
-    rows = []
+    least: dict[str, tuple[float, float, str, list[str]]] = {}
     for frontier in page.frontiers:
         tokens = next(point.mean_seen for point in frontier.points if point.control)
         for p in measured(frontier):
             held, seen = p.bytes_per_token / p.bytes_per_token_full, p.mean_seen / tokens
-            if held > 1.001 or (held > _HELD and seen < _SEEN):
-                rows.append([f"`{p.label}`", frontier.model, f"{seen:.0%}", f"{held:.0%}"])
-    return table("| method, budget | model | tokens that a query sees | bytes |", rows)
+            if held <= 1.001 and (held <= _HELD or seen >= _SEEN):
+                continue
+            before = least.get(p.method, (2.0, 0.0, "", []))
+            names = [*before[3], *([] if frontier.model in before[3] else [frontier.model])]
+            least[p.method] = (seen, held, p.label, names) if seen < before[0] else (*before[:3], names)
+    rows = [
+        [f"`{label}`", ", ".join(names), f"{seen:.0%}", f"{held:.0%}"] for seen, held, label, names in least.values()
+    ]
+    return table("| method, smallest budget | models | tokens that a query sees | bytes |", rows)
+
+
+def time(page: Page) -> str:
+    """Show whose prompts take longest, and say whose decoding is told faster or slower than the full cache's."""
+    if not page.timings:
+        return "Not measured in this form: `nox -s peers` times every method, on a machine that does nothing else.\n"
+    parts = []
+    for timing in page.timings:
+        names = [name for name in ("kvpress", "transformers", "torch") if timing.versions.get(name)]
+        parts.append(
+            f"**{timing.model}, prompts of {timing.prompt_length:,} and {timing.new_tokens:,} new tokens**: "
+            f"{len(timing.rows)} methods on {timing.device_class}, "
+            f"{', '.join(f'{name} {timing.versions[name]}' for name in names)}.\n"
+        )
+        rows = [
+            [f"`{row.method}`", *(f"{pace.ratio:.2f} | {pace.low:.2f} to {pace.high:.2f}" for pace in _paces(row))]
+            for row in sorted(timing.rows, key=lambda row: -row.first_token.ratio)[:_SLOWEST]
+        ]
+        level = f"{100 * (1 - 2 * timing.alpha):.3g}%"
+        parts.append(table(f"| slowest prompts | to the first token | {level} | per output token | {level} |", rows))
+        parts.append(f"First token: {_said([(row.method, row.first_token) for row in timing.rows], listed=False)}.\n")
+        parts.append(f"Decoding: {_said([(row.method, row.output_token) for row in timing.rows], listed=True)}.\n")
+        parts.append(f"*Not slower* is by a margin of {timing.margin:.1%}.\n")
+    return "\n".join(parts)
+
+
+def _said(paces: Iterable[tuple[str, Pace]], *, listed: bool) -> str:
+    """Count what is told of times; with `listed`, name the methods that are told faster or slower, fastest first."""
+    groups: dict[str, list[tuple[str, Pace]]] = {"faster": [], "slower": [], "not slower": [], "undecided": []}
+    for method, pace in sorted(paces, key=lambda pair: pair[1].ratio):
+        groups[told(pace)[2]].append((method, pace))
+    said = []
+    for word, mine in groups.items():
+        names = ", ".join(f"`{method}` {pace.ratio:.2f}" for method, pace in mine)
+        said.append(f"{len(mine)} {word}" + (f" ({names})" if listed and mine and word in ("faster", "slower") else ""))
+    return ", ".join(said)
+
+
+def _paces(row: TimedRow) -> tuple[Pace, Pace]:
+    return row.first_token, row.output_token
 
 
 def models(page: Page) -> str:
-    """Compare what a method costs on one model and on another, and name the pairs that they order otherwise."""
-    names = [frontier.model for frontier in page.frontiers]
-    costs = {f.model: {p.label: p for p in measured(f) if p.changed} for f in page.frontiers}
-    shared = [label for label in costs[names[0]] if all(label in costs[name] for name in names)]
+    """Compare what methods cost on the first figure's model with what they cost on each other one."""
+    first = page.frontiers[0]
+    others = [f for f in page.frontiers[1:] if (f.text, f.prompt_length) == (first.text, first.prompt_length)]
+    return "\n".join(_compared(first, other, first.model, other.model) for other in others)
+
+
+def prompts(page: Page) -> str:
+    """Compare what methods cost after the prompts of this page with what they cost after those of the GPU's."""
+    parts = []
+    for long in read(GPU).frontiers:
+        short = next(f for f in page.frontiers if (f.model, f.text) == (long.model, long.text))
+        parts.append(_compared(short, long, *(f"{f.model}, prompts of {f.prompt_length:,}" for f in (short, long))))
+    return "\n".join(parts)
+
+
+def _compared(one: Frontier, other: Frontier, here: str, there: str) -> str:
+    """Say how far two frontiers put methods in the same order, and show whose place differs most."""
+    mine, theirs = ({point.label: point for point in measured(f) if point.changed} for f in (one, other))
+    shared = [(mine[label], theirs[label]) for label in mine if label in theirs]
+    lines, moved = [], []
+    for budget in sorted({here.keep_ratio for here, _ in shared if here.keep_ratio}, reverse=True):
+        both = [pair for pair in shared if pair[0].keep_ratio == budget]
+        if len(both) < _FEW:
+            continue
+        ranks = [[sorted(x.kl for x in column).index(y.kl) + 1 for y in column] for column in zip(*both, strict=True)]
+        pairs = [(a, b) for a, b in combinations(both, 2) if a[0].source == b[0].source]  # letters are a source's own
+        told = [(a, b) for a, b in pairs if apart(a[0], b[0]) and apart(a[1], b[1])]
+        turned = sum((a[0].kl - b[0].kl) * (a[1].kl - b[1].kl) < 0 for a, b in told)
+        lines.append([budget, len(both), f"{spearmanr(*ranks).statistic:.2f}", len(told), turned])
+        moved += [(abs(there - here), here, there, *pair) for here, there, pair in zip(*ranks, both, strict=True)]
+    head = "| keep | methods in both | rank correlation of KL | pairs apart in both | of these the other way round |"
     rows = [
-        [f"`{label}`", *(f"{costs[name][label].kl:.4f} | {costs[name][label].delta_nll:+.4f}" for name in names)]
-        for label in shared
+        [f"`{a.label}`", f"{a.kl:.4f}", f"{a.delta_nll:+.4f}", place, f"{b.kl:.4f}", f"{b.delta_nll:+.4f}", other_place]
+        for _, place, other_place, a, b in sorted(moved, key=lambda row: -row[0])[:_SLOWEST]
+    ] or [
+        [f"`{a.label}`", f"{a.kl:.4f}", f"{a.delta_nll:+.4f}", "-", f"{b.kl:.4f}", f"{b.delta_nll:+.4f}", "-"]
+        for a, b in shared
     ]
-    head = "| method, budget | " + " | ".join(f"{name}: KL | ΔNLL" for name in names) + " |"
-    other = []
-    for pair in combinations(shared, 2):
-        one, another = ([costs[name][label] for label in pair] for name in names[:2])
-        if (one[0].kl - one[1].kl) * (another[0].kl - another[1].kl) < 0 and apart(*one) and apart(*another):
-            other.append(f"`{pair[0]}` and `{pair[1]}`")
-    said = f"Pairs that KL tells apart on {names[0]} and on {names[1]}, but the other way round: "
-    return table(head, rows) + f"\n{said}{'; '.join(other) or 'none'}.\n"
+    said = f"**{here}** and **{there}**, by the same text\n\n" + (table(head, lines) if lines else "")
+    columns = f"| method, budget | {here}: KL | ΔNLL | place | {there}: KL | ΔNLL | place |"
+    return f"{said}\n{table(columns, rows)}"
 
 
 def front(page: Page) -> str:
@@ -246,8 +341,24 @@ def front(page: Page) -> str:
     return table("| on the front | bytes | KL | ΔNLL |", rows)
 
 
+def shown(page: Page) -> Frontier:
+    """Choose what the picture shows: the public model, and what keeps half or takes no budget."""
+    frontier = next(frontier for frontier in page.frontiers if frontier.model == SMOLLM2)
+    points = [p for p in frontier.points if p.keep_ratio in (0.5, None) and p.keep_tokens is None]
+    return frontier.model_copy(update={"points": points})
+
+
+def numbers(page: Page) -> str:
+    """List the points of the picture by their numbers."""
+    points = shown(page).points
+    short = [re.sub(r"^kvpress:(\w+).*", r"\1", point.method) for point in points]
+    named = (f"{at} {name}" for at, (name, p) in enumerate(zip(short, points, strict=True), 1) if not p.control)
+    return f"*{', '.join(named)}.*\n"
+
+
 PARTS: dict[str, Callable[[Page], str]] = {
-    part.__name__: part for part in (what, defects, best, disagreement, noise, memory, models, front)
+    part.__name__: part
+    for part in (numbers, what, defects, best, front, alike, disagreement, noise, memory, time, models, prompts)
 }
 
 
@@ -256,9 +367,9 @@ def written(text: str, page: Page) -> str:
     return _PART.sub(lambda match: f"{match[1]}{PARTS[match[2]](page)}\n{match[3]}", text)
 
 
-def picture() -> str:
-    """Take the first figure out of the page, and give it its style."""
-    html = (FOLDER / "index.html").read_text(encoding="utf-8")
+def picture(page: Page) -> str:
+    """Draw what `shown` chooses as the page does, with a style of its own."""
+    html = render(page.model_copy(update={"frontiers": [shown(page)]}))
     found = re.search(r"<svg (.*?)</svg>", html, re.DOTALL)
     assert found is not None, "the page has no figure"
     head, body = found[1].split(">", 1)
@@ -269,7 +380,7 @@ def picture() -> str:
 def main() -> None:
     readme = FOLDER / "README.md"
     readme.write_text(written(readme.read_text(encoding="utf-8"), read()), encoding="utf-8")
-    (FOLDER / "frontier.svg").write_text(picture(), encoding="utf-8")
+    (FOLDER / "frontier.svg").write_text(picture(read()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def compare_methods(
     from knorm.cli.tables import show_methods
 
     recalls = _recalled(methods, ways) if asked.facts else {}
-    show_methods(console, rows, failed, title, recalls, verbose=verbose)
+    show_methods(console, rows, failed, title, recalls, prompt_length=prompt, verbose=verbose)
     if plot:
         from knorm.cli.figures import plot_frontier
 

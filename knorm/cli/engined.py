@@ -125,7 +125,8 @@ def compare_engines(
     many = "1 window" if count == 1 else f"{count} windows"
     title = f"{first.model} in {first.engine} ({first.settings.package} {said['version']}) on {text_options.text}: "
     title += f"{many} of {length} tokens, prompt {prompt}"
-    _show(console, rows, beside, failed, f"{title}\nThe full cache has {first.settings.full_is}", verbose=verbose)
+    whole = f"{title}\nThe full cache has {first.settings.full_is}"
+    _show(console, rows, beside, failed, whole, prompt, verbose=verbose)
     if plot:
         from knorm.cli.figures import plot_frontier
 
@@ -188,6 +189,7 @@ def _show(
     beside: Sequence[Evaluation],
     failed: dict[str, str],
     title: str,
+    prompt: int,
     *,
     verbose: bool,
 ) -> None:
@@ -195,7 +197,7 @@ def _show(
 
     from knorm.cli.tables import damage_line, damage_table, print_text, print_wrapped, show_methods
 
-    show_methods(console, rows, failed, title, {}, verbose=verbose)
+    show_methods(console, rows, failed, title, {}, prompt_length=prompt, verbose=verbose)
     print_text(console, Text("\nNoise in each condition, and how near the engine is to transformers:"))
     console.print(
         damage_table(

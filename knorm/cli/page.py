@@ -58,6 +58,7 @@ def _report(console: Console, file: Path, parts: Page, size: int) -> None:
     counts = (
         (sum(len(matrix.methods) for matrix in parts.matrices), "methods in the matrix"),
         (sum(len(frontier.points) for frontier in parts.frontiers), "points on frontiers"),
+        (sum(len(timing.rows) for timing in parts.timings), "methods timed"),
         (sum(part.per_token is not None for part in parts.explained), "texts"),
     )
     said = ", ".join(f"{count} {what}" for count, what in counts if count)

@@ -21,8 +21,11 @@ from knorm.page.form import (
     Law,
     Matrix,
     MethodVerdicts,
+    Pace,
     Page,
     Point,
+    TimedRow,
+    Timing,
 )
 from knorm.strict import first_error
 from knorm.sweep.cells import CONTROL
@@ -48,6 +51,7 @@ def page_of(results: Sequence[Read], title: str) -> Page:
         sources=[read.source for read in results],
         matrices=_matrices(results),
         frontiers=_frontiers(results),
+        timings=_timings(results),
         curves=[_fitting(read, _curve, at, read.result) for at, read in enumerate(results) if read.form == "knorm-ppl"],
         explained=[
             _fitting(read, _explained, at, read.result)
@@ -55,7 +59,7 @@ def page_of(results: Sequence[Read], title: str) -> Page:
             if read.form.startswith("knorm-explain")
         ],
     )
-    if not (page.matrices or page.frontiers or page.curves or page.explained):
+    if not (page.matrices or page.frontiers or page.timings or page.curves or page.explained):
         names = ", ".join(read.source.name for read in results)
         raise ValueError(f"{names}: there is nothing to show in it, no law was tried and no method measured")
     return page
@@ -169,6 +173,51 @@ def _point(at: int, row: Any, device: str, complete: bool, letters: str) -> Poin
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _timings(results: Sequence[Read]) -> list[Timing]:
+    """Put methods into one table that were timed with the same prompt on one kind of device with the same versions."""
+    tables: dict[tuple[Any, ...], list[TimedRow]] = {}
+    names = ("model", "dtype", "text", "prompt_length", "new_tokens", "seed", "device_class", "threads")
+    for at, read in enumerate(results):
+        named = {"device", "device_class"}  # the first cell's
+        versions = {name: version for name, version in read.source.versions.items() if name not in named}
+        for cell in read.result.timed if read.form == "knorm-sweep" else ():
+            row, compared = _fitting(read, _timed, at, read, cell)
+            key = (*(getattr(cell, name) for name in names), compared.margin, compared.alpha, (*versions.items(),))
+            tables.setdefault(key, []).append(row)
+    return [
+        _fitting(
+            results[rows[0].source],
+            partial(
+                Timing, **dict(zip((*names, "margin", "alpha"), key, strict=False)), versions=dict(key[-1]), rows=rows
+            ),
+        )
+        for key, rows in tables.items()
+    ]
+
+
+def _timed(at: int, read: Read, cell: Any) -> tuple[TimedRow, Any]:
+    """Return the row of a method that was timed, and one of its comparisons: margin and alpha are the same in both."""
+    full, *rows = cell.rows or [None]
+    if len(rows) != 1 or not {"ttft", "tpot"} <= {*rows[0].comparisons}:
+        raise ValueError(
+            f"{read.source.name} holds what no page can show: the timing of {cell.method} should have two rows, the "
+            "uncompressed cache and the method, compared by ttft and tpot"
+        )
+    (row,) = rows
+
+    def pace(metric: str) -> Pace:
+        compared = row.comparisons[metric]
+        same = {name: getattr(compared, name) for name in ("ratio", "low", "high", "mde", "verdict")}
+        return Pace(ms=1000 * getattr(row, metric).seconds, ms_full=1000 * getattr(full, metric).seconds, **same)
+
+    compared = row.comparisons["ttft"]
+    made = TimedRow(
+        source=at, method=cell.method, first_token=pace("ttft"), output_token=pace("tpot"), blocks=compared.blocks,
+        verdict=cell.verdict,
+    )  # fmt: skip
+    return made, compared
 
 
 def _curve(at: int, result: Any) -> CurveShown:

@@ -16,14 +16,16 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from knorm.cli.outputs import MADE_BY, replace_file
-from knorm.cli.tables import LETTERS, UNCHANGED, damage_line, damage_table, print_text, print_wrapped
+from knorm.cli.tables import LETTERS, UNCHANGED, damage_line, damage_table, print_text, print_wrapped, unread
 from knorm.paths import resolved
 
 if TYPE_CHECKING:
-    from knorm.sweep.cells import Cell, Study
+    from knorm.methods.budget import Budget
+    from knorm.sweep.cells import Cell, Chosen, Study
     from knorm.sweep.drive import Progress
     from knorm.sweep.estimate import Estimate
     from knorm.sweep.folder import Folder
+    from knorm.sweep.plan import Plan
     from knorm.sweep.table import DamageRow, Table
 
 _LOG_EVERY = 30.0  # seconds between lines of progress, where there is no terminal
@@ -117,6 +119,10 @@ def show_plan(console: Console, ready: Ready) -> dict[str, Any]:
     left = {name: cell for name, cell in ready.cells.items() if name not in states}
     workers = ready.workers or _places(ready)
     found = estimate(ready.study.plan, left.values(), table)
+    alone = [cell for cell in left.values() if cell.measure == "latency"] if _one_by_one(ready) else []
+    timed = estimate(ready.study.plan, alone, table).seconds or 0.0
+    workers = 1 if alone and len(alone) == len(left) else workers
+    wall = timed + ((found.seconds or 0.0) - timed) / workers
     rows: dict[tuple[Any, ...], list[str]] = {}
     for name, cell in ready.cells.items():
         rows.setdefault(cell.row, []).append(name)
@@ -136,7 +142,7 @@ def show_plan(console: Console, ready: Ready) -> dict[str, Any]:
     done = len(ready.cells) - len(left)
     head = f"\n{ready.name}: {len(ready.cells):,} cells in {len(rows):,} rows, {done:,} done"
     print_text(console, Text(f"{head}; {len(left):,} to do, {workers} at a time on {ready.study.device}"))
-    for line in _expected(found, len(left), workers, ready.study.plan.windows):
+    for line in _expected(found, len(left), wall, ready.study.plan):
         print_wrapped(console, line)
     return {
         "plan": ready.study.plan.model_dump(), "device": ready.study.device, "workers": workers,
@@ -159,7 +165,12 @@ def _places(ready: Ready) -> int:
     return local.places(ready.study.device, ready.study.plan.threads)
 
 
-def _expected(found: Estimate, left: int, workers: int, windows: int) -> Iterator[str]:
+def _one_by_one(ready: Ready) -> bool:
+    """Tell whether cells that are timed run one after the other, however many workers there are."""
+    return ready.engine != "ray" and ready.study.device == "cpu"
+
+
+def _expected(found: Estimate, left: int, wall: float, plan: Plan) -> Iterator[str]:
     """Say what the rest will take, and what differences the plan's windows can tell."""
     if not left:
         yield "Time: none, all is done"
@@ -167,18 +178,20 @@ def _expected(found: Estimate, left: int, workers: int, windows: int) -> Iterato
         yield "Time: unknown until cells of this model are done"
     else:
         like = f"; {found.unknown} cells are taken to be like others" if found.unknown else ""
-        yield f"Time: about {lasting(found.seconds / workers)}, {lasting(found.seconds)} of work{like}"
+        yield f"Time: about {lasting(wall)}, {lasting(found.seconds)} of work{like}"
         if found.untimed:
             yield f"To which comes the time of {found.untimed} cells, of models or measures of which none is done yet"
     if found.memory:
         yield f"Memory: at most {found.memory / 2**30:.1f} GiB for each worker so far"
+    if "damage" not in plan.measure:
+        return
     if found.smallest is None:
         yield "With one window no difference can be told from noise"
         return
     low, middle, high = found.smallest
     span = f" ({low:.2g} to {high:.2g} over {found.measured} rows)" if found.measured > 1 else ""
     guess = "" if found.measured else ", if they differ as the embedded model's do"
-    yield f"Smallest ΔNLL that {windows} windows tell from 0, 19 times of 20: {middle:.2g} nats{span}{guess}"
+    yield f"Smallest ΔNLL that {plan.windows} windows tell from 0, 19 times of 20: {middle:.2g} nats{span}{guess}"
 
 
 def _left_out(ready: Ready) -> list[dict[str, str]]:
@@ -249,9 +262,16 @@ def _show_group(console: Console, rows: Sequence[DamageRow], letters: Sequence[s
     ]  # fmt: skip
     console.print(damage_table(lines))
     for row in rows[1:]:
-        if not row.changed:
+        if unread(row, _budget(row.cell.method), cell.prompt_length):
             print_wrapped(console, f"{row.label}: {UNCHANGED}", "bold yellow")
     print_text(console, Text(""))
+
+
+def _budget(chosen: Chosen) -> Budget | None:
+    from knorm.methods.budget import Budget
+
+    own = chosen.keep_ratio is None and chosen.keep_tokens is None
+    return None if own else Budget(chosen.keep_ratio, chosen.keep_tokens)
 
 
 def _show_laws(console: Console, table: Table) -> None:
@@ -313,8 +333,13 @@ def table_fields(study: Mapping[str, Any], table: Table) -> dict[str, Any]:
         "plan": study["plan"], "device": study["device"], "cells": table.cells, "done": table.done,
         "rows": [row_fields(row, letters[id(row)]) for row in table.damage],
         "laws": [{**_named(cell), **values} for cell, values in table.laws],
-        "counted": [{**_named(cell), "counters": values} for cell, values in table.counters],
-        "timed": [{**_named(cell), **values} for cell, values in table.latency],
+        "counted": [
+            {**_named(cell), "new_tokens": cell.new_tokens, "counters": values} for cell, values in table.counters
+        ],
+        "timed": [
+            {**_named(cell), "new_tokens": cell.new_tokens, "threads": cell.threads, **values}
+            for cell, values in table.latency
+        ],
         "failures": [{**_named(cell), "reason": reason, "fault": False} for cell, reason in table.failures]
         + [{**_named(cell), "reason": trace.strip().splitlines()[-1], "fault": True} for cell, trace in table.faults],
         "left_out": study["left_out"],

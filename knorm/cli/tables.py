@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from knorm.golden.history import Entry
     from knorm.golden.noise import Passes, Seen
     from knorm.golden.verify import Outcome
+    from knorm.methods.budget import Budget
+    from knorm.sweep.table import DamageRow
 
 
 LETTERS = "Methods that share a letter cannot be told apart by KL (95%, paired by window)."
+_ROUNDING = 1e-9  # of means over windows
 UNCHANGED = "no token's prediction changed: was the cache ever read?"
 
 
@@ -90,6 +93,7 @@ def show_methods(
     title: str,
     recalls: Mapping[str, Recall],
     *,
+    prompt_length: int,
     verbose: bool,
 ) -> None:
     """Show what each method costs, how it was run, and which cannot be told apart."""
@@ -113,7 +117,7 @@ def show_methods(
     for row in rows:
         note = row.how + (f"; {row.check}" if row.check else "")
         print_wrapped(console, f"{row.label}: {note}", "dim")
-        if not row.changed and row is not first:
+        if row is not first and unread(row, row.budget, prompt_length):
             print_wrapped(console, f"  {UNCHANGED}", "bold yellow")
         if verbose:
             print_wrapped(console, f"  {_tails(row)}", "dim")
@@ -121,6 +125,18 @@ def show_methods(
         print_wrapped(console, f"FAILED  {reason}", "bold red")
     if recalls:
         _show_recalls(console, recalls)
+
+
+def unread(row: Evaluation | DamageRow, budget: Budget | None, prompt_length: int) -> bool:
+    """Tell whether a method's cache may never have been read: no prediction changed, though something had to.
+
+    Something had to where less than the prompt was to be kept, where queries see fewer tokens than the full cache's,
+    and where fewer bytes are stored. A cache that keeps everything, as transformers' DynamicCache, changes nothing.
+    """
+    seen = min(float(head) for layer in row.tokens_seen for head in layer)
+    fewer = seen < row.tokens_before * (1 - _ROUNDING) or row.bytes_stored < row.bytes_full * (1 - _ROUNDING)
+    asked = budget is not None and budget.ratio(prompt_length) < 1
+    return not row.changed and (asked or fewer)
 
 
 def damage_table(lines: Sequence[tuple[str, ...]]) -> Table:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from knorm.laws.adapters import _importable, _Source, _subject
@@ -13,6 +15,7 @@ from knorm.laws.traits import Traits
 from knorm.methods.kinds import kind_of
 from knorm.methods.targets import Target, parse_target
 from knorm.methods.targets import load_target as load
+from knorm.paths import resolved
 
 
 def load_target(spec: str, kind: str | None = None, traits: Traits | Mapping[str, Any] | None = None) -> Subject:
@@ -51,7 +54,7 @@ def _origin(target: Target, keywords: Mapping[str, Any]) -> _Source:
     """Say how a snippet imports the target, and what it is given there: all but a press is called with more later."""
     folder, module, path = "", target.where, target.path
     if target.file is not None:
-        folder = f"import sys; sys.path.insert(0, {str(target.file.parent)!r})\n"
+        folder = _folder_line(Path(target.where), target.file)
         module = target.file.stem
         if not module.isidentifier():
             return _Source(path, lambda root, alias: f"{folder}{alias} = __import__({module!r}).{root}")
@@ -65,3 +68,12 @@ def _origin(target: Target, keywords: Mapping[str, Any]) -> _Source:
         made = f"partial({path}, {', '.join(f'{name}={ast.unparse(value)}' for name, value in given)})"
         folder += "from functools import partial\n"
     return _Source("made", lambda root, alias: f"{folder}from {module} import {names}\n{alias} = {made}")
+
+
+def _folder_line(written: Path, file: Path) -> str:
+    """Let a snippet find a file as the target names it: an absolute path would say on which machine it was run."""
+    if resolved(written.parent) / written.name != file:  # a link: what its file imports lies beside that
+        written = file if written.is_absolute() else Path(os.path.relpath(file))
+    shown = written.as_posix() if written.as_posix().isprintable() else repr(written.as_posix())
+    hint = "" if written.is_absolute() else f"  # run this in the folder from which {shown} is seen"
+    return f"import sys; sys.path.insert(0, {str(written.parent)!r}){hint}\n"

@@ -14,6 +14,7 @@ Verdict = Literal["holds", "refuted", "expected failure", "unexpectedly holds", 
 Nats = Annotated[float, Field(ge=-1e6, le=1e6)]
 Divergence = Annotated[float, Field(ge=0, le=1e6)]
 Size = Annotated[float, Field(gt=0, le=1e18)]
+Factor = Annotated[float, Field(ge=0, le=1e18)]
 
 
 class Part(Strict):
@@ -148,6 +149,70 @@ class Frontier(Part):
     points: list[Point]
 
 
+class Pace(Part):
+    """Compare one time of a method with the full cache's, which took turns with it in the same run.
+
+    Attributes:
+        ms: milliseconds with the method; ms_full: with the full cache.
+        ratio: of both, mean over blocks; below 1 the method is faster.
+        low: and high: bounds of the ratio, each at the one-sided `alpha` of its table.
+        mde: smallest slowdown, as a share, that the run could have detected.
+        verdict: FAIL: slower; PASS: not slower by the table's `margin`; INCONCLUSIVE: neither is known.
+    """
+
+    ms: Size
+    ms_full: Size
+    ratio: Size
+    low: Factor
+    high: Factor
+    mde: Factor
+    verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
+class TimedRow(Part):
+    """Hold how long a method takes.
+
+    Attributes:
+        source: index of the results that it is from.
+        method: with its budget.
+        first_token: time to it; output_token: time per token after it.
+        blocks: in which both caches ran in turns.
+        verdict: on both times together.
+    """
+
+    source: Count
+    method: str
+    first_token: Pace
+    output_token: Pace
+    blocks: Count
+    verdict: Literal["PASS", "FAIL", "INCONCLUSIVE"]
+
+
+class Timing(Part):
+    """Hold methods that were timed with one prompt in one environment; those of another are in a table of their own.
+
+    Attributes:
+        text: that the prompt is the start of.
+        new_tokens: generated after it.
+        device_class: the exact kind of device, as cpu-x86_64 or nvidia-h200; threads: of the processor.
+        versions: of the environment, by package.
+        margin: slowdown, as a share, that a verdict allows; alpha: one-sided, of each bound.
+    """
+
+    model: str
+    dtype: str
+    text: str
+    prompt_length: Count
+    new_tokens: Count
+    seed: int
+    device_class: str
+    threads: Count
+    versions: dict[str, str]
+    margin: Annotated[float, Field(gt=0, le=10)]
+    alpha: Annotated[float, Field(gt=0, lt=0.5)]
+    rows: list[TimedRow]
+
+
 class CurvePoint(Part):
     """Hold one ratio of a curve of knorm's own policy."""
 
@@ -261,6 +326,7 @@ class Page(Part):
     sources: list[Source]
     matrices: list[Matrix]
     frontiers: list[Frontier]
+    timings: list[Timing]
     curves: list[CurveShown]
     explained: list[Explained]
 

@@ -11,7 +11,7 @@ from knorm.page.figures import BOX, kl_figure, nll_figure
 from knorm.page.form import Page
 from knorm.page.matrix import grid_of
 from knorm.page.text import shown
-from knorm.page.words import SIGNS, legible, loud, word_of
+from knorm.page.words import SIGNS, TIMED, legible, loud, told, word_of
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -43,7 +43,7 @@ def render(page: Page) -> str:
 
     Example:
         >>> "<title>empty</title>" in render(
-        ...     Page(title="empty", sources=[], matrices=[], frontiers=[], curves=[], explained=[])
+        ...     Page(title="empty", sources=[], matrices=[], frontiers=[], timings=[], curves=[], explained=[])
         ... )
         True
     """
@@ -75,6 +75,7 @@ def _environment() -> Environment:
     )  # fmt: skip
     made.filters |= {"number": number, "visible": visible}
     made.globals |= {"word_of": word_of, "loud": loud, "legible": legible, "signs": SIGNS, "box": BOX}
+    made.globals |= {"told": told, "timed": TIMED}
     return made
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
 
-from knorm.page.form import Judged
+from knorm.page.form import Judged, Pace
 
 SIGNS = {  # a verdict's word -> its sign, and its class
     "holds": ("✓", "holds"),
@@ -18,6 +18,12 @@ SIGNS = {  # a verdict's word -> its sign, and its class
     "knorm failed": ("‼", "fault"),
     "not run": ("–", "unasked"),
 }
+TIMED = {  # a verdict on a time -> its sign, its class, and its word
+    "PASS": ("✓", "holds", "not slower"),
+    "FAIL": ("✗", "refuted", "slower"),
+    "INCONCLUSIVE": ("?", "untested", "undecided"),
+}
+_FASTER = ("✓", "holds", "faster")
 _WORDS = {
     "refuted": "REFUTED",
     "expected failure": "declared",
@@ -32,6 +38,11 @@ def word_of(result: Judged) -> str:
     Where knorm itself failed, that is the word, for the verdict says nothing of the method.
     """
     return "knorm failed" if result.fault else _WORDS.get(result.verdict, result.verdict)
+
+
+def told(pace: Pace) -> tuple[str, str, str]:
+    """Say what is known of a method's `pace`: sign, class and word; "faster" where all of the interval is below 1."""
+    return _FASTER if pace.high < 1 else TIMED[pace.verdict]
 
 
 def counted(results: Iterable[Judged]) -> str:

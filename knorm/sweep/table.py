@@ -128,7 +128,7 @@ class Table:
         cells: of the plan; done: with a result that is none of the following.
         failures: (cell, reason), in the plan's order; faults: (cell, traceback).
         seconds: (cell, seconds) of those done; memory: the most bytes that one of their workers had.
-        damage: rows, in the plan's order; laws, counters and latency: (cell, result).
+        damage: rows, in the plan's order; laws, counters and latency: (cell, result), the last with the device's class.
     """
 
     cells: int = 0
@@ -244,9 +244,11 @@ def _counted(table: Table, cell: Cell, result: Result) -> bool:
     table.done += 1
     table.seconds.append((cell, result.seconds))
     table.memory = max(table.memory, result.memory)
-    for measure in ("laws", "counters", "latency"):
+    for measure in ("laws", "counters"):
         if (values := getattr(result, measure)) is not None:
             getattr(table, measure).append((cell, values))
+    if result.latency is not None:  # a sweep may be timed on several machines, and times are one's own
+        table.latency.append((cell, {**result.latency, "device_class": result.environment.get("device_class", "")}))
     return True
 
 

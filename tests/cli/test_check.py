@@ -553,6 +553,48 @@ def test_the_snippet_of_a_target_that_is_called_with_more_runs(run_knorm, inline
     assert "torch.bfloat16" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("called", ["", "(sinks=1)"])
+@pytest.mark.parametrize("file", ["target.py", "sub dir/target.py", "sub dir/my-target.py"])
+def test_a_program_names_the_folder_as_the_target_does(run_knorm, inline, tmp_path, file, called):
+    """A page that is published with it says nothing of the machine."""
+    code = "def newest(keys, values, keep_ratio, sinks=0):\n    return keys[:, :, -1:].bfloat16(), values[:, :, -1:]\n"
+    Path(file).parent.mkdir(exist_ok=True)
+    Path(file).write_text(code)
+    run_knorm("check", f"{file}:newest{called}", "--select", "dtype", "--json", "out.json")
+    (result,) = strict_json("out.json")["targets"][0]["results"]
+    (line,) = [line for line in result["snippet"].splitlines() if "import sys" in line]
+    place = str(Path(file).parent)
+    assert line == f"import sys; sys.path.insert(0, {place!r})  # run this in the folder from which {file} is seen"
+    assert str(tmp_path) not in Path("out.json").read_text()
+    done = in_a_new_process(result["snippet"])
+    assert "torch.bfloat16" in done.stdout, done.stderr
+
+
+def test_a_program_of_a_target_with_an_absolute_path_runs_anywhere(run_knorm, inline, tmp_path, monkeypatch):
+    code = "def newest(keys, values, keep_ratio):\n    return keys[:, :, -1:].bfloat16(), values[:, :, -1:]\n"
+    (tmp_path / "target.py").write_text(code)
+    run_knorm("check", f"{tmp_path}/target.py:newest", "--select", "dtype", "--json", "out.json")
+    (result,) = strict_json("out.json")["targets"][0]["results"]
+    assert f"import sys; sys.path.insert(0, {str(tmp_path)!r})" in result["snippet"].splitlines()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    done = in_a_new_process(result["snippet"])
+    assert "torch.bfloat16" in done.stdout, done.stderr
+
+
+def test_a_program_of_a_link_finds_what_lies_beside_its_file(run_knorm, inline):
+    code = "from beside import last\n\ndef newest(keys, values, keep_ratio):\n    return last(keys), last(values)\n"
+    Path("real").mkdir()
+    Path("real/target.py").write_text(code)
+    Path("real/beside.py").write_text("def last(tensor):\n    return tensor[:, :, -1:].bfloat16()\n")
+    Path("link.py").symlink_to("real/target.py")
+    run_knorm("check", "link.py:newest", "--select", "dtype", "--json", "out.json")
+    (result,) = strict_json("out.json")["targets"][0]["results"]
+    assert "sys.path.insert(0, 'real')  # run this in the folder from which real/target.py is seen" in result["snippet"]
+    done = in_a_new_process(result["snippet"])
+    assert "torch.bfloat16" in done.stdout, done.stderr
+
+
 def test_an_expected_failure_of_several_targets_has_no_place(run_knorm, inline):
     targets = target(GOOD), target(IN_NORM_ORDER, "sorted.py")
     ended, _, err = run_knorm("check", *targets, "--expect-failure", "time_order=sorts")

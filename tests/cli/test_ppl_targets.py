@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from commands import IN_FULL, strict_json
 
 from knorm.cli.figures import MADE_BY
+from knorm.cli.tables import UNCHANGED, unread
 from knorm.evaluation import facts as facts_module
 from knorm.evaluation.distinct import letters
+from knorm.methods.budget import Budget
 
 MINE = """
 def newest(keys, values, keep_ratio):
@@ -70,6 +74,36 @@ def test_a_method_that_changes_nothing_and_one_that_fails_are_told_so(ppl):
     code, out, err = ppl("mine.py:broken")
     assert (code, out) == (2, "")
     assert err.startswith("knorm: mine.py:broken raised RuntimeError: no such luck")
+
+
+def test_a_cache_that_keeps_everything_is_not_suspected(ppl):
+    code, out, _ = ppl("transformers:DynamicCache", "transformers:StaticCache", "--json", "out.json")
+    assert code == 0
+    assert [row["changed"] for row in strict_json("out.json")["rows"]] == [False, False, False]
+    assert UNCHANGED not in out
+
+
+HALF, ALL = Budget(keep_ratio="0.5"), Budget(keep_ratio=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "suspected"),
+    [
+        ({}, None, False),
+        ({"bytes_stored": 1200.0}, None, False),  # room for more tokens
+        ({"bytes_stored": 1000.0 - 1e-9, "tokens_seen": [[48.0 - 1e-12, 48.0]]}, None, False),  # means of windows
+        ({}, ALL, False),
+        ({}, Budget(keep_tokens=32), False),
+        ({}, Budget(keep_tokens=31), True),
+        ({}, HALF, True),
+        ({"bytes_stored": 500.0}, None, True),
+        ({"tokens_seen": [[48.0, 48.0], [48.0, 40.0]]}, None, True),
+        ({"bytes_stored": 500.0, "changed": True}, HALF, False),
+    ],
+)
+def test_a_cache_is_suspected_where_something_had_to_change(changes, budget, suspected):
+    row = {"changed": False, "tokens_seen": [[48.0, 48.0]], "tokens_before": 48.0, "bytes_stored": 1000.0}
+    assert unread(SimpleNamespace(**row | {"bytes_full": 1000.0} | changes), budget, 32) == suspected
 
 
 def test_budgets_in_tokens(ppl):

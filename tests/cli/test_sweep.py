@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from commands import in_a_new_process, new_environment, strict_json
 
 from knorm.cli import schemas
 from knorm.cli.swept import lasting
+from knorm.cli.tables import UNCHANGED
 from knorm.sweep import measure
 from knorm.sweep.folder import Folder
 
@@ -30,6 +32,9 @@ def newest(keys, values, keep_ratio):
 
 def breaks(keys, values, keep_ratio):
     raise RuntimeError("out of luck")
+
+def idle(keys, values, keep_ratio):
+    return keys, values
 """
 PLAN = 'methods = ["knorm", "mine.py:newest"]\nwindow = 64\nwindows = 4\nwindows_per_cell = 2\ndevice = "cpu"\n'
 
@@ -71,6 +76,15 @@ def test_its_rows_are_those_of_ppl_on_all_windows_at_once(sweep, run_knorm):
         assert our["bytes_per_token"] == pytest.approx(their["bytes_per_token"], rel=1e-12)
         assert our["tokens_seen"] == [pytest.approx(layer, rel=1e-12) for layer in their["tokens_seen"]]
     assert [row["letters"] for row in ours] == ["a", *(line.split()[-1] for line in said.splitlines()[5:9])]
+
+
+def test_a_cache_that_keeps_everything_is_not_suspected_and_one_that_does_nothing_is(sweep):
+    plan = PLAN.replace('"knorm", "mine.py:newest"', '"transformers:DynamicCache", "mine.py:idle"')
+    code, said, _ = sweep(plan, "--json", "swept.json")
+    assert code == 0
+    assert [row["changed"] for row in strict_json("swept.json")["rows"]] == [False, False, False]
+    assert [line for line in " ".join(said.split()).split("mine.py:idle 0.5: ")[1:] if line.startswith(UNCHANGED)]
+    assert f"DynamicCache: {UNCHANGED}" not in " ".join(said.split())
 
 
 def test_the_same_command_again_gives_the_same_table_and_runs_nothing(sweep, monkeypatch):
@@ -143,6 +157,20 @@ def test_a_dry_run_runs_nothing_and_learns_from_what_is_done(sweep):
     )
     assert "To which comes the time of 9 cells, of models or measures of which none is done yet" in said
     assert "like others" not in said
+
+
+def test_a_dry_run_tells_that_times_are_measured_one_by_one(sweep, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # its times are not looked at
+    plan = 'methods = ["knorm"]\nwindow = 64\nnew_tokens = 3\nblocks = 8\ndevice = "cpu"\n'
+    assert sweep(plan + 'measure = ["latency"]\nprompt_lengths = [8]')[0] == 0
+    for measures, count in (('"latency"', 1), ('"latency", "laws"', 4)):
+        more = f"measure = [{measures}]\nprompt_lengths = [8, 12]"
+        code, said, _ = sweep(plan + more, "--dry-run", "--workers", "4", "--json", "plan.json")
+        assert (code, strict_json("plan.json")["workers"]) == (0, count)
+        assert f"{count} at a time on cpu" in said
+        wall, work = re.search(r"Time: about (.+?), (.+?) of work", " ".join(said.split())).groups()
+        assert wall == work
+        assert "ΔNLL" not in said
 
 
 def test_a_cell_that_fails_is_a_result_with_its_reason(sweep):

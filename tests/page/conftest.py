@@ -12,14 +12,22 @@ from commands import command
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
+TIMED = """methods = ["knorm", "transformers:DynamicCache"]
+texts = ["encyclopedia"]
+window = 64
+measure = ["latency"]
+new_tokens = 3
+blocks = 8
+device = "cpu"
+"""
 SMALL = ("--window", "64", "--windows", "2", "-q")
 PLAN = 'methods = ["knorm", "mended.py:compress"]\nwindow = 64\nwindows = 4\nwindows_per_cell = 2\ndevice = "cpu"\n'
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory, request):
-    """A folder with check.json, declared.json, ppl.json, curve.json, explain.json, and a sweep's folder, study; made
-    once for all workers of pytest-xdist."""
+    """A folder with check.json, declared.json, ppl.json, curve.json, explain.json, timed.json, and folders of sweeps,
+    study and timed; made once for all workers of pytest-xdist."""
     if not hasattr(request.config, "workerinput"):
         return made(tmp_path_factory.mktemp("results"))
     folder = tmp_path_factory.getbasetemp().parent / "results"
@@ -39,6 +47,7 @@ def made(folder):
     for name in ("mine.py", "mended.py"):
         shutil.copy(ROOT / "examples" / name, folder)
     (folder / "plan.toml").write_text(PLAN)
+    (folder / "times.toml").write_text(TIMED)
     patch = pytest.MonkeyPatch()
 
     @contextlib.contextmanager
@@ -46,6 +55,7 @@ def made(folder):
         yield sweeping.AtOnce(measure.measure_cell)
 
     patch.setattr("knorm.cli.sweep._engine", here)
+    patch.setattr("knorm.bench.latency.check_alone", lambda device: None)  # whatever the times come to
     fp8 = 'transformers:QuantizedCache(backend="fp8")'
 
     def quiet(name):
@@ -60,9 +70,10 @@ def made(folder):
             command("ppl", "--keep-ratio", "0.9,0.5", "--prune-after", "16", *SMALL, "--json", "curve.json"),
             command("explain", "mended.py:compress", *SMALL, "--tokens", "0", "--json", "explain.json"),
             command("sweep", "plan.toml", "study", "-q"),
+            command("sweep", "times.toml", "timed", "-q", "--json", "timed.json"),
         ]  # fmt: skip
     patch.undo()
-    assert codes == [1, 0, 0, 0, 0, 0]
+    assert codes == [1, 0, 0, 0, 0, 0, 0]
     return folder
 
 

@@ -56,7 +56,7 @@ def chromium(tmp_path_factory):
 def made(results, tmp_path_factory):
     """A page of all kinds of results."""
     out = tmp_path_factory.mktemp("page") / "out"
-    names = ("check.json", "declared.json", "ppl.json", "curve.json", "explain.json", "study")
+    names = ("check.json", "declared.json", "ppl.json", "curve.json", "explain.json", "study", "timed")
     assert command("page", *(results / name for name in names), out, "-q") == 0
     return out
 
@@ -144,11 +144,12 @@ def _method(driver, cell):
     return driver.execute_script("return arguments[0].closest('tr').dataset.method", cell)
 
 
-def test_a_heading_sorts_its_column_both_ways(opened):
+@pytest.mark.parametrize(("which", "name"), [("table.costs", "KL"), ("table.times", "ratio")])
+def test_a_heading_sorts_its_column_both_ways(opened, which, name):
     from selenium.webdriver.common.keys import Keys
 
-    table = one(opened, "table.costs")
-    heading = next(th for th in every(table, "th[data-kind]") if th.text.strip() == "KL")
+    table = one(opened, which)
+    heading = next(th for th in every(table, "th[data-kind]") if th.text.strip() == name)
     column = opened.execute_script("return arguments[0].cellIndex", heading)
 
     def values():

@@ -128,7 +128,7 @@ def refused(run_knorm, results):
     return make
 
 
-ALL = ("check.json", "declared.json", "ppl.json", "curve.json", "explain.json", "study")
+ALL = ("check.json", "declared.json", "ppl.json", "curve.json", "explain.json", "study", "timed")
 
 
 def test_every_verdict_of_the_results_is_on_the_page_and_in_its_json(page, loaded):
@@ -181,7 +181,7 @@ def test_letters_that_nobody_can_read_are_in_the_json_alone(page):
 
 
 def test_every_number_of_the_json_is_on_the_page(page, loaded):
-    html, told = page("ppl.json", "study", "curve.json", "explain.json")
+    html, told = page("ppl.json", "study", "curve.json", "explain.json", "timed")
     numbers = {*Read(html).numbers}
     without = {"schema_version", "source", "cells", "missing"}
 
@@ -338,6 +338,89 @@ def test_a_whole_sweep_and_its_json_give_the_same_frontiers(page, results, run_k
     _, told = page("study")
     assert all(point["complete"] for point in told["frontiers"][0]["points"])
     assert told["sources"][0]["missing"] == 0
+
+
+def test_times_stand_beside_the_uncompressed_cache_s_of_the_same_run(page, results, loaded):
+    html, told = page("timed")
+    (timing,) = told["timings"]
+    cells = [json.loads(file.read_text()) for file in (results / "timed" / "results").iterdir()]
+    by_name = {cell["latency"]["rows"][1]["method"]: cell for cell in cells}
+    assert {*by_name} == {"knorm 0.5", "transformers:DynamicCache"} == {row["method"] for row in timing["rows"]}
+    for row in timing["rows"]:
+        cell = by_name[row["method"]]
+        full, mine = cell["latency"]["rows"]
+        for metric, pace in (("ttft", row["first_token"]), ("tpot", row["output_token"])):
+            same = {name: mine["comparisons"][metric][name] for name in ("ratio", "low", "high", "mde", "verdict")}
+            assert pace.items() >= same.items()
+            assert pace["ms"] == pytest.approx(1000 * mine[metric]["seconds"])
+            assert pace["ms_full"] == pytest.approx(1000 * full[metric]["seconds"])
+        assert row["verdict"] == cell["latency"]["verdict"]
+        assert row["blocks"] == 8
+    environment = cells[0]["environment"]
+    setting = {"model": "embedded", "text": "encyclopedia", "prompt_length": 32, "new_tokens": 3, "threads": 1}
+    assert {name: timing[name] for name in setting} == setting
+    assert timing["device_class"] == environment["device_class"]
+    assert timing["versions"]["torch"] == environment["torch"]
+    assert f"torch {environment['torch']}" in html[html.index('id="times-0"') : html.index('id="timed-0-1"')]
+    assert page("timed.json", out="json")[1]["timings"][0]["rows"] == timing["rows"]
+    assert loaded("timed.json")["timed"][0]["device_class"] == environment["device_class"]
+
+
+def test_every_time_has_its_verdict_in_words(page):
+    _, told = page("timed")
+    pace = told["timings"][0]["rows"][0]["output_token"]
+    cases = [("PASS", 0.8, 0.9, "✓ faster"), ("PASS", 0.9, 1.01, "✓ not slower"), ("FAIL", 1.1, 1.3, "✗ slower"),
+             ("INCONCLUSIVE", 0.9, 1.3, "? undecided")]  # fmt: skip
+    for verdict, low, high, words in cases:
+        pace.update(verdict=verdict, low=low, high=high)
+        html = render(Page.model_validate({name: told[name] for name in Page.model_fields}))
+        (texts,) = [texts for given, texts, _ in Read(html).rows if given.get("id") == "timed-0-1"]
+        assert f"{low:.2f} to {high:.2f}{words}" in "".join(texts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: told["environment"].update(torch="1.0"),
+        lambda told: [cell.update(device_class="nvidia-h200") for cell in told["timed"]],
+        lambda told: [cell.update(prompt_length=64) for cell in told["timed"]],
+        lambda told: [cell.update(new_tokens=9) for cell in told["timed"]],
+        lambda told: [cell.update(threads=2) for cell in told["timed"]],
+        lambda told: [cell.update(dtype="bfloat16") for cell in told["timed"]],
+    ],
+)
+def test_times_of_another_environment_or_prompt_stand_in_another_table(page, loaded, tmp_path, change):
+    told = loaded("timed.json")
+    told["cells"] = 3  # another digest, the same times
+    (tmp_path / "same.json").write_text(json.dumps(told))
+    assert [len(timing["rows"]) for timing in page("timed.json", tmp_path / "same.json")[1]["timings"]] == [4]
+    change(told)
+    (tmp_path / "other.json").write_text(json.dumps(told))
+    timings = page("timed.json", tmp_path / "other.json", out="two")[1]["timings"]
+    assert [{row["source"] for row in timing["rows"]} for timing in timings] == [{0}, {1}]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda cell: cell["rows"].pop(), "should have two rows"),
+        (lambda cell: cell["rows"].clear(), "should have two rows"),
+        (lambda cell: cell["rows"][1]["comparisons"].pop("tpot"), "should have two rows"),
+        (lambda cell: cell["rows"][1]["comparisons"]["tpot"].update(ratio=-1.0), "field ratio: "),
+        (lambda cell: cell["rows"][1]["comparisons"]["ttft"].update(verdict="fine"), "field verdict: "),
+        (lambda cell: cell["rows"][1]["comparisons"]["ttft"].update(margin=-0.5), "field margin: "),
+        (lambda cell: cell["rows"][0]["ttft"].update(seconds=0.0), "field ms_full: "),
+        (lambda cell: cell.update(verdict="fine"), "field verdict: "),
+        (lambda cell: cell.pop("device_class"), "field timed.0.device_class"),
+    ],
+)
+def test_times_that_no_page_can_show_are_refused(refused, loaded, tmp_path, change, words):
+    told = loaded("timed.json")
+    change(told["timed"][0])
+    (tmp_path / "bad.json").write_text(json.dumps(told))
+    said = refused(str(tmp_path / "bad.json"))
+    assert "bad.json" in said
+    assert words in said
 
 
 @pytest.mark.parametrize(

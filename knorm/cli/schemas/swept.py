@@ -46,15 +46,23 @@ class LawsOfTarget(CellFields):
     results: list[LawRow]
 
 
-class Counted(CellFields):
+class Generated(CellFields):
+    """Name a cell in which a model generates."""
+
+    new_tokens: Count = said("generated after the prompt")
+
+
+class Counted(Generated):
     """Hold what one generation does."""
 
     counters: CounterFields
 
 
-class TimedCell(CellFields):
+class TimedCell(Generated):
     """Hold how a method was timed beside the uncompressed cache."""
 
+    threads: Count
+    device_class: str = said("the exact kind of device, as cpu-x86_64 or nvidia-h200")
     rows: list[ArmRow]
     verdict: str
 
