@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from knorm.engines.conditions import EngineTarget, Place, Settings
+from knorm.engines.process import EngineError
 from knorm.engines.scorer import Asked, EngineHow, EngineScorer, ModelScorer, closing, compared
 from knorm.evaluation.damage import PerToken, summed
 from knorm.evaluation.ways import Evaluation
@@ -158,6 +159,9 @@ class EngineWays:
         noise: float,
     ) -> Evaluation:
         own, full = said
+        if not bool(tokens.kl.isfinite().all() and tokens.nll.isfinite().all()):
+            count = int((~(tokens.kl.isfinite() & tokens.nll.isfinite())).sum())
+            raise EngineError(f"{name}: the predictions of {count} tokens are no numbers")
         before = (self.prompt_length + self.ids.shape[1]) / 2  # when a query after the prompt attends, on average
         seen: Tensor = torch.full((full["layers"], full["kv_heads"]), before, dtype=torch.float64)
         return Evaluation(

@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import knorm.engines
 from knorm.engines.conditions import EngineTarget, LlamaCpp, Place, engine_target
 from knorm.engines.frames import MOST_FIELDS, Junk, pack, read_frame
 from knorm.engines.process import EngineError, EngineProcess
+from knorm.engines.ways import EngineWays
+from knorm.evaluation.damage import PerToken
+from knorm.evaluation.windows import Windows
 
 BARE = f'exec {sys.executable} -I -S "$@"'  # a Python without packages
 
@@ -149,3 +153,14 @@ def test_a_target_is_read_by_the_same_machinery_as_all_others():
     target = engine_target('llama.cpp:embedded(type_k="q8_0", type_v="q4_0", flash_attn=True, n_threads=2)')
     assert target == EngineTarget(target.spec, "llama.cpp", "embedded", LlamaCpp("q8_0", "q4_0", True, 512, 2))
     assert target.settings.full() == LlamaCpp("f16", "f16", True, 512, 2)
+
+
+def test_predictions_that_are_no_numbers_are_one_line(embedded, monkeypatch):
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    broken = PerToken(zeros, zeros, zeros.fill_(float("nan")), zeros == 0, zeros == 0, zeros)
+    ways = EngineWays(embedded[0], Windows(torch.arange(12).view(2, 6)), 3, file=Path("m.gguf"))
+    monkeypatch.setattr(
+        ways, "_scored", lambda *_: ([broken], [{"layers": 1, "kv_heads": 1, "bytes_per_token": 4}] * 2)
+    )
+    with pytest.raises(EngineError, match="embedded: the predictions of 6 tokens are no numbers"):
+        ways.alone(engine_target("llama.cpp:embedded"))
