@@ -6,7 +6,7 @@ import signal
 
 
 def how_ended(code: int) -> str:
-    """Say how a process ended, by its return code as `subprocess` gives it.
+    """Say how a process ended, by its return `code` as `subprocess` gives it.
 
     >>> how_ended(-9)
     'the process ended with signal 9 (SIGKILL), as when memory runs out'

@@ -87,8 +87,9 @@ def defined(top, home):
     """The functions without underscore, methods and constructors of a syntax tree: (name, node, docstring).
 
     Left out is what keeps to an interface that is documented elsewhere: methods that a base class has too, pydantic's
-    validators, laws (of a compressor and a cache), pytest's hooks and fixtures, Triton's kernels.
+    validators, laws (of a compressor, a cache, an engine), pytest's hooks and fixtures, Triton's kernels.
     """
+    laws = {law.__name__ for law in getattr(home, "LAWS", ())}  # of engines
     for node in top.body:
         inside = isinstance(node, ast.ClassDef) and not node.name.startswith("_")
         bases = getattr(home, node.name).__mro__[1:] if inside else ()
@@ -99,7 +100,7 @@ def defined(top, home):
             if inside and part.name == "__init__":
                 yield node.name, part, ast.get_docstring(node) or ""
             inherited = any(hasattr(base, part.name) for base in bases)
-            if not (inherited or part.name.startswith(("_", "pytest_")) or marks & ELSEWHERE):
+            if not (inherited or part.name.startswith(("_", "pytest_")) or marks & ELSEWHERE or part.name in laws):
                 yield f"{node.name}.{part.name}" if inside else part.name, part, ast.get_docstring(part) or ""
 
 

@@ -71,7 +71,7 @@ class LlamaCpp:
         return "keys and values in f16, llama.cpp's default"
 
     def in_batches_of(self, tokens: int) -> LlamaCpp:
-        """Return the same with batches of so many tokens at most."""
+        """Return the same with batches of so many `tokens` at most."""
         return replace(self, n_ubatch=tokens)
 
     def request(self) -> dict[str, Any]:

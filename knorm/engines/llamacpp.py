@@ -17,7 +17,7 @@ _MOST_REASON = 400  # characters
 
 
 class Log:
-    """Pass the engine's log on to stderr, and remember its warnings and errors since the request began."""
+    """Pass the log of the engine's `library` on to stderr, and remember warnings and errors since the request began."""
 
     def __init__(self, library: Any) -> None:
         self.lines: list[tuple[int, str]] = []

@@ -164,7 +164,10 @@ class EngineProcess:
             self._raise(str(kind), fields)
 
     def ask(self, ask: str, **fields: Any) -> Fields:
-        """Send a request, and return the fields of the one part of its answer. Raises what `parts` raises."""
+        """Send a request as begin takes it, `ask` and `fields`, and return the fields of the one part of its answer.
+
+        Raises what parts raises.
+        """
         self.begin(ask, **fields)
         answers = list(self.parts())
         return answers[0][0] if answers else {}

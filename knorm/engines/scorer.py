@@ -86,7 +86,7 @@ class EngineScorer:
         self.vocabulary: int = self.said["vocabulary"]
 
     def logits(self, tokens: Tensor, prompt: int) -> Iterator[Tensor]:
-        """Send a window to the engine, and generate its logits; see Scorer.logits.
+        """Send the `tokens` of a window to the engine, and generate logits for those after its `prompt`.
 
         Raises:
             EngineError: tokens beyond the engine's vocabulary; what EngineProcess raises.
@@ -114,7 +114,7 @@ class EngineScorer:
             raise EngineError(f"{self.target.engine} scored {done} tokens of {wanted}")
 
     def tokenize(self, text: str, *, begin: bool) -> list[int]:
-        """Cut a text into tokens as the engine does; `begin`: with what it puts in front of a text."""
+        """Cut `text` into tokens as the engine does; `begin`: with what it puts in front of a text."""
         return list(self.process.ask("tokenize", text=text, begin=begin)["tokens"])
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class ModelScorer:
         self.model, self.states = model, states or self._plain
 
     def logits(self, tokens: Tensor, prompt: int) -> Iterator[Tensor]:
-        """Run the model on a window, and generate its logits; see Scorer.logits."""
+        """Run the model on the `tokens` of a window, and generate logits for those after its `prompt`."""
         states = self.states(tokens, prompt)
         return self._heads(states)
 
@@ -199,7 +199,7 @@ def compared(scorers: Sequence[Any], windows: Tensor, prompt: int, pairs: Sequen
 
 @contextmanager
 def closing(scorers: Sequence[Any]) -> Iterator[None]:
-    """Close, at the end of the context, all scorers that are in the list by then, whatever happened."""
+    """Close, at the end of the context, all `scorers` that are in the list by then, whatever happened."""
     try:
         yield
     finally:

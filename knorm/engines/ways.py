@@ -77,7 +77,10 @@ class EngineWays:
         self._controls: dict[EngineTarget, Evaluation] = {}
 
     def control(self, target: EngineTarget) -> Evaluation:
-        """Score the full cache twice, the second time read in small batches: what differs is noise; once for all."""
+        """Score the full cache of `target` twice, the second time read in small batches: what differs is noise.
+
+        It is done once for all targets of one full cache.
+        """
         full = replace(full_of(target), spec="")
         if full not in self._controls:
             self._controls[full] = self._control(full)
@@ -114,14 +117,14 @@ class EngineWays:
         return EngineRows(row, self._row(f"{target.spec}, again", check, again, (said[2], said[1]), begin, noise))
 
     def alone(self, target: EngineTarget) -> Evaluation:
-        """Score a target beside its full cache, and nothing else: `changed` is told by rounding."""
+        """Score `target` beside its full cache, and nothing else: `changed` is told by rounding."""
         begin = time.perf_counter()
         (tokens,), said = self._scored([full_of(target), target], [(0, 1)])
         check = f"{_HOW[self.how]}; {self._batches(target)}"
         return self._row(target.spec, check, tokens, (said[1], said[0]), begin, ROUNDING)
 
     def beside(self, target: EngineTarget) -> Evaluation:
-        """Compare the engine's full cache with transformers, which runs the same weights in their own precision."""
+        """Compare the full cache of `target` with transformers, which runs the same weights in their own precision."""
         noise = self._noise(target)
         begin = time.perf_counter()
         (tokens,), said = self._scored([full_of(target)], [(0, 1)], ModelScorer(self.model))
@@ -181,12 +184,12 @@ class EngineWays:
 
 
 def with_settings(target: EngineTarget, settings: Settings) -> EngineTarget:
-    """Return a target with other settings."""
+    """Return `target` with other `settings`."""
     return replace(target, settings=settings)
 
 
 def full_of(target: EngineTarget) -> EngineTarget:
-    """Return the same engine and model with the full cache."""
+    """Return the engine and the model of `target` with the full cache."""
     return with_settings(target, target.settings.full())
 
 

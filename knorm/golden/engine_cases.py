@@ -51,7 +51,7 @@ def check_declared(declared: Declared) -> EngineTarget:
 
 
 def packages_of(target: EngineTarget) -> dict[str, str]:
-    """Name the packages that an engine's numbers depend on, with their versions."""
+    """Name the packages that the numbers of `target` depend on, with their versions."""
     return {"knorm": __version__, target.settings.distribution: target.version() or "not installed"}
 
 

@@ -43,7 +43,16 @@ class EngineSubject(Protocol):
     short: Tensor
 
     def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> Any:
-        """Return a scorer of the full cache or of the condition; `small`: reads in small batches."""
+        """Return a scorer of the full cache or of the condition.
+
+        Args:
+            which: "full" or "target".
+            asked: how it scores.
+            small: reads in small batches.
+
+        Returns:
+            A Scorer with close().
+        """
         ...
 
     def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> Any:
@@ -51,7 +60,7 @@ class EngineSubject(Protocol):
         ...
 
     def tokenize(self, text: str) -> list[int]:
-        """Cut a text as the engine does. Raises EngineRefused where it has no tokenizer."""
+        """Cut `text` as the engine does. Raises EngineRefused where it has no tokenizer."""
         ...
 
 
@@ -59,15 +68,14 @@ class Uniform:
     """Score as who knows nothing does: every token is as likely as any other.
 
     Args:
-        vocabulary: its size.
-        sizes: rows of each chunk.
+        like: a scorer, whose vocabulary and chunks it takes.
     """
 
     def __init__(self, like: Scorer) -> None:
         self.like = like
 
     def logits(self, tokens: Tensor, prompt: int) -> Any:
-        """Generate equal logits, in the chunks of the scorer that it is like."""
+        """Generate equal logits for the `tokens` after the `prompt`, in the chunks of the scorer that it is like."""
         return (torch.zeros_like(chunk) for chunk in self.like.logits(tokens, prompt))
 
     def close(self) -> None:
@@ -75,13 +83,18 @@ class Uniform:
 
 
 class After:
-    """Score a window after another one, in the same process."""
+    """Score a window after another one, in the same process.
+
+    Args:
+        scorer: of an engine.
+        before: the other window, int64 [T].
+    """
 
     def __init__(self, scorer: Any, before: Tensor) -> None:
         self.scorer, self.before = scorer, before
 
     def logits(self, tokens: Tensor, prompt: int) -> Any:
-        """Score the other window, forget what came of it, and score this one."""
+        """Score the other window, forget what came of it, and score the `tokens` of this one after its `prompt`."""
         for _ in self.scorer.logits(self.before, prompt):
             pass
         return self.scorer.logits(tokens, prompt)
@@ -93,7 +106,7 @@ class After:
 
 @dataclass
 class Trial:
-    """Run what the laws ask for, each run once."""
+    """Run what the laws ask of `subject`, each run once."""
 
     subject: EngineSubject
     _noise: dict[str, float] = field(default_factory=dict)
@@ -113,7 +126,7 @@ class Trial:
             return dict(zip(names, compared(runs, subject.long, PROMPT, pairs), strict=True))
 
     def noise(self, which: Literal["full", "target"]) -> float:
-        """Return the mean KL that noise explains: NOISE times that of large batches against small ones."""
+        """Return the mean KL that noise explains in `which`: NOISE times that of large batches against small ones."""
         if which not in self._noise:
             scorers: list[Any] = []
             with closing(scorers):
@@ -129,6 +142,9 @@ class Trial:
         Args:
             asked: the other way.
             after: a window that is scored before, in the same process.
+
+        Returns:
+            How the other way differs, [2, SHORT - PROMPT] each.
         """
         scorers: list[Any] = []
         with closing(scorers):
@@ -138,7 +154,16 @@ class Trial:
             return compared(scorers, self.subject.short, PROMPT, [(0, 1)])[0]
 
     def within(self, tokens: PerToken, what: str, *conditions: Literal["full", "target"]) -> int:
-        """Raise Refuted where predictions differ by more than noise does in any of the conditions; count the tokens."""
+        """Raise Refuted where predictions differ by more than noise does in any of the conditions.
+
+        Args:
+            tokens: how they differ.
+            what: the name of the law.
+            *conditions: whose noise counts.
+
+        Returns:
+            The number of tokens.
+        """
         bound, mean = max(map(self.noise, conditions)), float(tokens.kl.mean())
         if mean <= bound:
             return tokens.kl.numel()

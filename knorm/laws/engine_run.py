@@ -52,7 +52,16 @@ class Named:
         self.file: Path | None = None
 
     def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> EngineScorer:
-        """Start the engine in a process of its own."""
+        """Start the engine in a process of its own.
+
+        Args:
+            which: "full" for its full cache, "target" for the condition.
+            asked: how it scores.
+            small: reads in small batches.
+
+        Returns:
+            The scorer, to be closed.
+        """
         assert self.file
         target = full_of(self.target) if which == "full" else self.target
         if small:
@@ -60,13 +69,13 @@ class Named:
         return EngineScorer(target, self.file, self.place, self.long.shape[1], asked)
 
     def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> ModelScorer:
-        """Return a scorer of the same weights in transformers."""
+        """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
         if not cut:
             return ModelScorer(self.model)
         return ModelScorer(self.model, lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, cut))
 
     def tokenize(self, text: str) -> list[int]:
-        """Cut a text as the engine does."""
+        """Cut `text` as the engine does."""
         scorers = [self.scorer("full", Asked())]
         with closing(scorers):
             return scorers[0].tokenize(text, begin=False)
@@ -74,6 +83,10 @@ class Named:
 
 class EngineChecks:
     """Try the laws of engines on what `request` names, in the place of laws.process.supervisor.Supervisor.
+
+    Args:
+        request: the target, and which laws to try how long.
+        place: where the engine runs.
 
     Attributes:
         traits: None: an engine promises nothing but the laws.

@@ -73,6 +73,7 @@ def program(target: EngineTarget, tokens: list[int], law: str) -> str:
         Python that needs the engine's package alone; the model's file is its argument.
 
     Example:
+        >>> from knorm.engines.conditions import engine_target
         >>> "import knorm" in program(engine_target("llama.cpp:embedded"), [1, 2, 3], "survives")
         False
     """

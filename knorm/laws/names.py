@@ -58,9 +58,12 @@ def _enters(decorator: ast.expr) -> bool:
 
 
 def refuse_unknown(names: Iterable[str], families: bool = False, engine: bool = False) -> None:
-    """Raise ValueError for one of `names` that is no check's, nor, where `families` may be named, a family's.
+    """Raise ValueError for a name that is no check's.
 
-    The message names the checks of engines where `engine` is asked, else all others.
+    Args:
+        names: what a user wrote.
+        families: names of families are right too.
+        engine: the message names the checks of engines, else all others.
     """
     known = {**check_names(), **engine_names()}
     for name in names:
