@@ -54,6 +54,8 @@ class Named:
     def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> EngineScorer:
         """Start the engine in a process of its own."""
         assert self.file
+        if asked.cut and self.target.settings.no_cut:
+            raise Silent(self.target.settings.no_cut)
         target = full_of(self.target) if which == "full" else self.target
         if small:
             target = with_settings(target, target.settings.in_batches_of(SMALLER))
@@ -95,7 +97,7 @@ class EngineChecks:
         with contextlib.chdir(self.request.folder or "."):
             target = engine_target(self.request.target)
             subject = Named(target, self.place, self.request.profile)
-            with model_file(target.model, subject.model) as file:
+            with model_file(target.model, subject.model, target.settings.form) as file:
                 subject.file = file.resolve()
                 with contextlib.suppress(EngineLost), closing([subject.scorer("target", Asked())]):
                     pass  # it is installed, and does not refuse; whether it dies is a law's to say
