@@ -16,7 +16,7 @@ from typing import Any
 from knorm.engines.frames import Fields
 from knorm.engines.serving import Answer, Part, Refusal, serve
 
-_SPARE = 2  # blocks of the cache that no token of a request needs
+_SPACE = 8  # the cache has so many times the blocks that requests need, so that it is far from its end, as in serving
 _MOST_REASON = 400  # characters
 _SCORED = "0"  # the request whose logits are kept
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")  # of a context, in a config.json
@@ -84,7 +84,7 @@ class Vllm:
         trained = self._trained()
         self.context = min(request["context"], trained)
         block = request["block_size"]
-        blocks = request["sequences"] * -(-self.context // block) + _SPARE
+        blocks = _SPACE * (request["sequences"] * -(-self.context // block) + 1)
         try:
             self.engine = self.library.LLM(
                 model=str(self.folder), dtype=request["dtype"], kv_cache_dtype=request["kv_cache_dtype"],

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from knorm.engines.boxed import model_file
 from knorm.engines.conditions import EngineTarget, Place, engine_target
-from knorm.engines.cut import states_after_a_cut
+from knorm.engines.cut import states_after_a_cut, states_of_the_last
 from knorm.engines.process import EngineLost
 from knorm.engines.scorer import Asked, EngineScorer, ModelScorer, closing
 from knorm.engines.ways import SMALLER, full_of, with_settings
@@ -66,6 +66,12 @@ class Named:
         if not cut:
             return ModelScorer(self.model)
         return ModelScorer(self.model, lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, cut))
+
+    def forgetful(self) -> ModelScorer:
+        """Return a scorer of the same weights in transformers, where a token sees the last few alone."""
+        return ModelScorer(
+            self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """Cut a text as the engine does."""

@@ -102,7 +102,7 @@ def predictions(kv_cache_dtype):
     SEEN.clear()
     llm = LLM(
         model=sys.argv[1], kv_cache_dtype=kv_cache_dtype, dtype={dtype!r}, block_size={block}, max_model_len=len(IDS),
-        max_num_seqs=1, max_num_batched_tokens={batch}, num_gpu_blocks_override=len(IDS) // {block} + 3,
+        max_num_seqs=1, max_num_batched_tokens={batch}, num_gpu_blocks_override=8 * (len(IDS) // {block} + 2),
         enable_prefix_caching=False, async_scheduling=False, enforce_eager=True, skip_tokenizer_init=True,
         logits_processors=[Forced],
     )
