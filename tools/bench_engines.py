@@ -41,7 +41,8 @@ NEAR, NEARER = 3e-3, 1e-4  # relative: of knorm's figures, and of those with the
 MOST_LOGITS = 64 * 2**20
 VLLM_WORK = ("fp8", "fp8_e5m2")
 VLLM_WRONG = (  # what knorm check refutes under a model in float32
-    "int8_per_token_head", "int4_per_token_head", "fp8_per_token_head", "fp8_inc", "nvfp4", "turboquant_k8v4", "float16",
+    "int8_per_token_head", "int4_per_token_head", "fp8_per_token_head", "fp8_inc", "nvfp4", "turboquant_k8v4",
+    "float16",
 )  # fmt: skip
 Array = np.ndarray[Any, Any]
 
