@@ -117,8 +117,8 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session
 def engines(session: nox.Session) -> None:
-    """Engines built from source as tox.ini says, and their tests; `-- PROGRAM` compares with llama-perplexity too."""
+    """Engines installed as tox.ini says, and their tests; `-- PROGRAM` compares with llama-perplexity too."""
     session.install("-c", PINS, "tox")
-    session.run("tox", "-e", "llamacpp")
+    session.run("tox", "-e", "llamacpp,vllm")
     if session.posargs:
         session.run(".tox/llamacpp/bin/python", "tools/bench_engines.py", "tool", *session.posargs, external=True)

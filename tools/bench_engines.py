@@ -3,6 +3,7 @@
 tool PROGRAM   llama.cpp's own llama-perplexity beside knorm on the same tokens, q4_0 and q8_0; exit code 1 where they
                differ, or where knorm takes more time or memory than promised
 types MODEL    what each of llama.cpp's cache types costs on smollm2, embedded or embedded-llama, by forced decode
+vllm MODEL     the same of vLLM's on a CPU, beside what it accepts and gets wrong
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ CHUNKS, WINDOW = 4, 512
 FIRST = WINDOW // 2  # the tool's rule: logits of a chunk's second half are scored, but the last one's
 NEAR, NEARER = 3e-3, 1e-4  # relative: of knorm's figures, and of those with the reference rounded as in the tool's file
 MOST_LOGITS = 64 * 2**20
+VLLM_WORK = ("fp8", "fp8_e5m2")
+VLLM_WRONG = (  # what knorm check refutes under a model in float32
+    "int8_per_token_head", "int4_per_token_head", "fp8_per_token_head", "fp8_inc", "nvfp4", "turboquant_k8v4",
+    "float16",
+)  # fmt: skip
 Array = np.ndarray[Any, Any]
 
 
@@ -255,6 +261,33 @@ def types(name: str) -> None:
     print("\n" + "\n".join(notes))
 
 
+def vllm(name: str) -> None:
+    """Print what vLLM's types of cache cost by forced decode, those that work with a control of their own."""
+    hush()
+    print(f"## vLLM's cache types on {name}\n\n" + where(f"vllm {name}"))
+    model, tokenizer = load_model(name)
+    boxed = name.startswith("embedded")
+    count, window = (4, WINDOW) if boxed else (2, 128)
+    windows = cut_windows(tokenizer, load_text("narrative"), window, count)
+    print(f"{count} windows of {window} tokens, prompt {window // 2}, weights in float32.\n")
+    print("| kv_cache_dtype | bytes per token | ΔNLL | KL | 95% interval | same top | KL to itself |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    with model_file(name, model, "folder") as file:
+        ways = EngineWays(model, windows, window // 2, file=file)
+        first = engine_target(f"vllm:{name}")
+        line("auto, read in other batches", ways.control(first).damage, 0)
+        beside = ways.beside(first)
+        line(f"transformers in {beside.method.partition(', ')[2]}", beside.damage, beside.bytes_per_token)
+        for kind in (*VLLM_WORK, *(VLLM_WRONG if boxed else ())):
+            target = replace(first, settings=replace(first.settings, kv_cache_dtype=kind))
+            if kind in VLLM_WORK:
+                pair = ways.evaluate(target)
+                line(kind, pair.row.damage, pair.row.bytes_per_token, pair.again.damage.kl)
+            else:
+                row = ways.alone(target)
+                line(f"{kind} (refuted)", row.damage, row.bytes_per_token)
+
+
 def line(name: str, damage: Damage, size: float, again: float | None = None) -> None:
     change = f"{damage.delta_nll:+.4f} ({damage.delta_nll_low:+.4f} to {damage.delta_nll_high:+.4f})"
     between = f"{damage.kl_low:.2g} to {damage.kl_high:.2g}"
@@ -265,7 +298,7 @@ def line(name: str, damage: Damage, size: float, again: float | None = None) -> 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = {"tool": tool, "types": types}
+    parts = {"tool": tool, "types": types, "vllm": vllm}
     if len(sys.argv) != 3 or sys.argv[1] not in parts:
         sys.exit(__doc__)
     parts[sys.argv[1]](sys.argv[2])

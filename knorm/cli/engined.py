@@ -116,7 +116,7 @@ def compare_engines(
         text = load_text(text_options.text, text_options.column)
     windows = cut_windows(tokenizer, text, text_options.window, text_options.windows)
     place = Place(engine_options.engine_python, engine_options.engine_limit)
-    with model_file(wanted[0].model, model) as file:
+    with model_file(wanted[0].model, model, wanted[0].settings.form) as file:
         way: Any = "loop" if how == "auto" else how
         ways = EngineWays(model, windows, prompt, file=file, place=place, how=way)
         rows, beside, failed = _measured(ways, wanted, quiet)

@@ -1,8 +1,9 @@
-"""The models in the box as GGUF files, which engines read; and the file of any other model."""
+"""The models in the box as GGUF files or folders, which engines read; and the file or folder of any other model."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,21 +13,25 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from knorm.engines.conditions import Form
+from knorm.paths import ASSETS
 from knorm.sources import EMBEDDED_MODELS, find_model
 
 Array = np.ndarray[Any, Any]
 
 
 @contextlib.contextmanager
-def model_file(name: str, model: PreTrainedModel) -> Iterator[Path]:
-    """Give the file that an engine reads a model from.
+def model_file(name: str, model: PreTrainedModel, form: Form = "gguf") -> Iterator[Path]:
+    """Give the file or folder that an engine reads a model from.
 
     Args:
         name: of EngineTarget.model.
-        model: the same, as knorm loads it; one in the box is written to a file, with its weights in float32.
+        model: the same, as knorm loads it; one in the box is written anew, and so is a GGUF file where the engine reads
+            a folder: weights in float32.
+        form: "gguf" for a file, "folder" for config.json and safetensors.
 
     Yields:
-        The path of a GGUF file; gone, where it is a temporary one, when the context closes.
+        The path of a GGUF file or of a folder; gone, where it is a temporary one, when the context closes.
 
     Raises:
         ValueError: a model that is not there, or a package that is not installed.
@@ -36,15 +41,36 @@ def model_file(name: str, model: PreTrainedModel) -> Iterator[Path]:
         ...     file.read_bytes()[:4]
         b'GGUF'
     """
-    if name not in EMBEDDED_MODELS:
-        place = find_model(name)
+    boxed = name in EMBEDDED_MODELS
+    place = find_model(name)
+    if not boxed and (form == "gguf" or (isinstance(place, Path) and place.is_dir())):
         assert isinstance(place, Path)
         yield place
         return
     with tempfile.TemporaryDirectory(prefix="knorm-") as folder:
+        if form == "folder":
+            write_folder(model, Path(folder), tokenizer=boxed)
+            yield Path(folder)
+            return
         file = Path(folder) / f"{name}.gguf"
         write_gguf(model, file)
         yield file
+
+
+def write_folder(model: PreTrainedModel, folder: Path, *, tokenizer: bool) -> None:
+    """Write a model's settings and its weights, in their dtype, as vLLM reads them.
+
+    Args:
+        model: a causal language model.
+        folder: where they go.
+        tokenizer: with the tokenizer of the models in the box.
+
+    Example:
+        >>> write_folder(load_embedded()[0], Path("model"), tokenizer=True)  # doctest: +SKIP
+    """
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+        shutil.copyfile(ASSETS / name, folder / name)
 
 
 def write_gguf(model: PreTrainedModel, file: Path) -> None:

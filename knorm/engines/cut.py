@@ -54,3 +54,26 @@ def states_after_a_cut(model: PreTrainedModel, tokens: Tensor, prompt: int, cut:
     if prompt >= len(tokens) - 1:
         return before
     return torch.cat([before, read(prompt, len(tokens) - 1)])
+
+
+@torch.no_grad()
+def states_of_the_last(model: PreTrainedModel, tokens: Tensor, prompt: int, kept: int) -> Tensor:
+    """Read a window while each token sees the last few alone, itself among them.
+
+    Args:
+        model: a causal language model.
+        tokens: int64 [T].
+        prompt: tokens that are not scored.
+        kept: tokens that each sees.
+
+    Returns:
+        Hidden states that predict the tokens after the prompt, [T - prompt, width].
+
+    Example:
+        >>> states_of_the_last(model, torch.arange(9), 4, 2).shape[0]  # doctest: +SKIP
+        5
+    """
+    seen = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril().triu(1 - kept)
+    output = model.base_model(input_ids=tokens[None], attention_mask=seen[None, None], use_cache=False)
+    states: Tensor = output.last_hidden_state[0, prompt - 1 : -1]
+    return states

@@ -138,7 +138,7 @@ class EngineWays:
         return max(ROUNDING, 2 * float(self.control(target).per_token.kl.max()))
 
     def _batches(self, target: EngineTarget) -> str:
-        return f"batches of {target.settings.n_ubatch}"
+        return f"batches of {target.settings.batch}"
 
     def _scored(
         self, targets: list[EngineTarget], pairs: list[tuple[int, int]], *others: ModelScorer

@@ -101,7 +101,7 @@ def _engine_case(project: Project, name: str, declared: Declared) -> Case:
     return Case(
         name, declared.what or declared.target, partial(_configuration, declared, target.model),
         partial(_measure_engine, project, declared, target), devices=MEASURED,
-        how=How(batch=declared.batch, numerics=f"batches of {target.settings.n_ubatch} tokens"), one_thread=True,
+        how=How(batch=declared.batch, numerics=f"batches of {target.settings.batch} tokens"), one_thread=True,
         packages=packages_of(target), own_noise=True, fixed=tuple(_KINDS[name] for name in declared.thresholds),
     )  # fmt: skip
 

@@ -80,6 +80,6 @@ def run_declared(
     settings = replace(settings, n_threads=max(settings.n_threads, torch.get_num_threads()))
     changed = how.model(model) if target.model in EMBEDDED_MODELS else model
     way: Any = how.way or ("loop" if declared.how == "auto" else declared.how)
-    with contextlib.chdir(root), model_file(target.model, changed) as file:
+    with contextlib.chdir(root), model_file(target.model, changed, target.settings.form) as file:
         ways = EngineWays(changed, windows, declared.prompt, file=file.resolve(), how=way)
         return ways, ways.alone(with_settings(target, settings))

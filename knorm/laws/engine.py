@@ -22,6 +22,7 @@ NOISE, FLOOR = 5, 5e-6  # a mean KL passes up to so many times the control's, or
 BLOCK = 16  # tokens in a row that are judged together
 _JUMP, _BROKEN = 10, 0.5  # times the mean before it, and nats a token, beyond which what follows has broken
 PROMPT, LONG, SHORT = 32, 320, 128  # tokens of a prompt, and of the windows of both kinds
+KEPT = 4  # tokens that are seen by what a cache must be better than
 CUT = ((20, 28), (4, 16))  # positions that leave the cache, the last ones first
 
 
@@ -57,6 +58,10 @@ class EngineSubject(Protocol):
 
     def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> Any:
         """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
+        ...
+
+    def forgetful(self) -> Any:
+        """Return a scorer of the same weights in transformers, where a token sees the last KEPT ones alone."""
         ...
 
     def tokenize(self, text: str) -> list[int]:
@@ -113,16 +118,16 @@ class Trial:
 
     @cached_property
     def long(self) -> dict[str, PerToken]:
-        """Score growing contexts: the full cache beside the condition, transformers and knowing nothing."""
+        """Score growing contexts: the full cache beside the condition, transformers, knowing nothing and forgetting."""
         subject = self.subject
         scorers: list[Any] = []
         with closing(scorers):
             scorers.append(subject.scorer("full", Asked()))
             scorers.append(subject.scorer("target", Asked()))
             elsewhere = subject.elsewhere()
-            runs = [*scorers, elsewhere, Uniform(elsewhere)]
-            names = ("target", "elsewhere", "uniform")
-            pairs = [(0, place) for place in range(1, 4)]
+            runs = [*scorers, elsewhere, Uniform(elsewhere), subject.forgetful()]
+            names = ("target", "elsewhere", "uniform", "forgetful")
+            pairs = [(0, place) for place in range(1, 5)]
             return dict(zip(names, compared(runs, subject.long, PROMPT, pairs), strict=True))
 
     def noise(self, which: Literal["full", "target"]) -> float:
@@ -174,6 +179,9 @@ class Trial:
         )
 
 
+_WORST = {"uniform": "chance", "forgetful": f"seeing the last {KEPT} tokens alone"}
+
+
 def check_survives(trial: Trial) -> int:
     """The engine survives a cache that it accepts."""
     tokens, scorers = trial.subject.short[0], list[Any]()
@@ -210,8 +218,8 @@ def check_default_equals_transformers(trial: Trial) -> int:
 
 
 def check_accepted_cache_works(trial: Trial) -> int:
-    """A cache that is accepted predicts better than chance, and does not break at a length of the context."""
-    whole, chance = trial.long["target"].kl, trial.long["uniform"].kl.mean(0)
+    """A cache that is accepted is better than chance, or none, and does not break at a length of the context."""
+    whole, worst = trial.long["target"].kl, {name: trial.long[name].kl.mean(0) for name in _WORST}
     kl = whole.mean(0)
     if not bool(kl.isfinite().all()):
         place = PROMPT + int((~kl.isfinite()).nonzero()[0])
@@ -221,9 +229,10 @@ def check_accepted_cache_works(trial: Trial) -> int:
         if float(kl[place]) > _BROKEN < after and after > _JUMP * before:
             _broken(place, after, f"{before:.2g} before")
     for place in range(0, len(kl) - BLOCK + 1, BLOCK):  # or is it no better than knowing nothing?
-        mean, most = (float(column[place : place + BLOCK].mean()) for column in (kl, chance))
-        if mean > most:
-            _broken(place, mean, f"chance would give {most:.2g}")
+        mean = float(kl[place : place + BLOCK].mean())
+        for name, column in worst.items():
+            if mean > (most := float(column[place : place + BLOCK].mean())):
+                _broken(place, mean, f"{_WORST[name]} would give {most:.2g}")
     return whole.numel()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from knorm.engines.boxed import model_file
 from knorm.engines.conditions import EngineTarget, Place, engine_target
-from knorm.engines.cut import states_after_a_cut
+from knorm.engines.cut import states_after_a_cut, states_of_the_last
 from knorm.engines.process import EngineLost
 from knorm.engines.scorer import Asked, EngineScorer, ModelScorer, closing
 from knorm.engines.ways import SMALLER, full_of, with_settings
@@ -63,6 +63,8 @@ class Named:
             The scorer, to be closed.
         """
         assert self.file
+        if asked.cut and self.target.settings.no_cut:
+            raise Silent(self.target.settings.no_cut)
         target = full_of(self.target) if which == "full" else self.target
         if small:
             target = with_settings(target, target.settings.in_batches_of(SMALLER))
@@ -73,6 +75,12 @@ class Named:
         if not cut:
             return ModelScorer(self.model)
         return ModelScorer(self.model, lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, cut))
+
+    def forgetful(self) -> ModelScorer:
+        """Return a scorer of the same weights in transformers, where a token sees the last few alone."""
+        return ModelScorer(
+            self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)
+        )
 
     def tokenize(self, text: str) -> list[int]:
         """Cut `text` as the engine does."""
@@ -108,7 +116,7 @@ class EngineChecks:
         with contextlib.chdir(self.request.folder or "."):
             target = engine_target(self.request.target)
             subject = Named(target, self.place, self.request.profile)
-            with model_file(target.model, subject.model) as file:
+            with model_file(target.model, subject.model, target.settings.form) as file:
                 subject.file = file.resolve()
                 with contextlib.suppress(EngineLost), closing([subject.scorer("target", Asked())]):
                     pass  # it is installed, and does not refuse; whether it dies is a law's to say

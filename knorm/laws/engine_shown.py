@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knorm.engines.conditions import EngineTarget
+from knorm.engines.conditions import EngineTarget, LlamaCpp
 
 _LLAMA_CPP = '''\
 # {target}: {law}
@@ -61,6 +61,64 @@ for start in range(0, len(kl), BLOCK):
 '''
 
 
+_VLLM = '''\
+# {target}: {law}
+# Needs vllm alone, on a CPU. Argument: a folder with a model{which}.
+import os
+import sys
+
+os.environ |= {environment}
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+IDS = {ids}
+PROMPT, BLOCK = 32, 16
+SEEN = {{}}
+
+
+class Forced(LogitsProcessor):
+    """Keep the log-probabilities of all tokens at each step, and leave the next token of IDS as the only choice."""
+
+    def __init__(self, vllm_config, device, is_pin_memory):
+        self.rows = {{}}
+
+    def is_argmax_invariant(self):
+        return False
+
+    def update_state(self, batch_update):
+        process_dict_updates(self.rows, batch_update, lambda params, prompt, out: out)
+
+    def apply(self, logits):
+        for row, out in self.rows.items():
+            SEEN[len(out)] = torch.log_softmax(logits[row].double(), -1)
+            logits[row] = float("-inf")
+            logits[row, IDS[PROMPT + len(out)]] = 0.0
+        return logits
+
+
+def predictions(kv_cache_dtype):
+    SEEN.clear()
+    llm = LLM(
+        model=sys.argv[1], kv_cache_dtype=kv_cache_dtype, dtype={dtype!r}, block_size={block}, max_model_len=len(IDS),
+        max_num_seqs=1, max_num_batched_tokens={batch}, num_gpu_blocks_override=8 * (len(IDS) // {block} + 2),
+        enable_prefix_caching=False, async_scheduling=False, enforce_eager=True, skip_tokenizer_init=True,
+        logits_processors=[Forced],
+    )
+    asked = SamplingParams(temperature=0.0, max_tokens=len(IDS) - PROMPT, ignore_eos=True, detokenize=False)
+    llm.generate({{"prompt_token_ids": IDS[:PROMPT]}}, asked, use_tqdm=False)
+    return torch.stack([SEEN[place] for place in range(len(IDS) - PROMPT)])
+
+
+full, run = predictions("auto"), predictions({kind!r})
+kl = (full.exp() * (full - run)).sum(1)
+for start in range(0, len(kl), BLOCK):
+    mean = kl[start : start + BLOCK].mean()
+    print(f"tokens {{PROMPT + start}} on: KL from the default cache {{mean:.4f}} nats a token")
+'''
+
+
 def program(target: EngineTarget, tokens: list[int], law: str) -> str:
     """Write a program that compares a condition with the full cache, block by block.
 
@@ -70,16 +128,27 @@ def program(target: EngineTarget, tokens: list[int], law: str) -> str:
         law: the name of the check.
 
     Returns:
-        Python that needs the engine's package alone; the model's file is its argument.
+        Python that needs the engine's package alone; the model's file or folder is its argument.
 
     Example:
         >>> from knorm.engines.conditions import engine_target
         >>> "import knorm" in program(engine_target("llama.cpp:embedded"), [1, 2, 3], "survives")
         False
     """
-    settings = target.settings
+    settings, boxed = target.settings, target.model.startswith("embedded")
+    if not isinstance(settings, LlamaCpp):
+        return _VLLM.format(
+            target=target.spec,
+            law=law,
+            which=f", as knorm.engines.boxed.write_folder makes of {target.model}" if boxed else f", {target.model}",
+            environment=settings.environment(),
+            ids=tokens,
+            dtype=settings.dtype,
+            block=settings.block_size,
+            batch=settings.max_num_batched_tokens,
+            kind=settings.kv_cache_dtype,
+        )
     given = settings.request()
-    boxed = target.model.startswith("embedded")
     return _LLAMA_CPP.format(
         target=target.spec,
         law=law,

@@ -21,7 +21,7 @@ from knorm.paths import resolved
 
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
 KVPRESS = "install it with pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
-ENGINES = ("llama.cpp",)  # reserved words, no modules: what follows is a model
+ENGINES = ("llama.cpp", "vllm")  # reserved words, no modules: what follows is a model
 _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", re.DOTALL)
 _ENGINE = re.compile(
     rf"(?P<where>{'|'.join(map(re.escape, ENGINES))}):(?P<path>[^()]+?)\s*(?P<call>\(.*\))?", re.DOTALL

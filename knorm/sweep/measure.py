@@ -192,11 +192,12 @@ def _damage(cell: Cell, hint: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _of_engine(cell: Cell) -> dict[str, Any]:
     """Run an engine's cache, or its full one, on the cell's windows, beside its full cache."""
-    name = engine_target(cell.model).model
+    host = engine_target(cell.model)
+    name = host.model
     model, _ = _loaded(name, cell.dtype, cell.device)
     windows = _windows(name, cell.text, cell.column, cell.window, cell.last, cell.dtype, cell.device)
     part = Windows(windows.input_ids[cell.first : cell.last])
-    with model_file(name, model) as file:
+    with model_file(name, model, host.settings.form) as file:
         how: Any = "loop" if cell.how == "auto" else cell.how
         ways = EngineWays(model, part, cell.prompt_length, file=file, how=how)
         if cell.method.target == CONTROL:

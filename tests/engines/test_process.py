@@ -43,6 +43,11 @@ def test_a_python_without_the_engine_is_told_what_to_type(python):
     assert said.endswith("or name a Python that has it by --engine-python or KNORM_ENGINE_PYTHON")
 
 
+def test_a_python_without_vllm_is_told_what_to_type(python):
+    said = refusal(python(BARE), spec="vllm:embedded")
+    assert "has no module 'vllm'; pip install --no-deps -r constraints-vllm.txt, in an environment of its own" in said
+
+
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
@@ -109,7 +114,8 @@ def test_frames_come_back_and_junk_does_not():
         pack({"long": "x" * MOST_FIELDS})
 
 
-SERVED = ("frames", "serving", "llamacpp")
+SERVED = ("frames", "serving", "llamacpp", "vllm")
+OF_ENGINES = {"llamacpp": {"numpy", "llama_cpp"}, "vllm": {"vllm", "torch", "transformers"}}
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -122,8 +128,8 @@ def test_what_runs_in_the_engines_python_needs_little_of_knorm(name):
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
     own = {f"knorm.engines.{other}" for other in SERVED}
-    engine = {"numpy", "llama_cpp"} if name == "llamacpp" else set()
-    assert {x for x in names if x.split(".")[0] not in sys.stdlib_module_names} <= own | engine
+    other = {x for x in names if x.split(".")[0] not in sys.stdlib_module_names} - own
+    assert {x.split(".")[0] for x in other} <= OF_ENGINES.get(name, set())
 
 
 @pytest.mark.parametrize(
@@ -139,7 +145,12 @@ def test_what_runs_in_the_engines_python_needs_little_of_knorm(name):
         ("llama.cpp:embedded(flash_attn=1)", "flash_attn=1, but should be None or False or True"),
         ("llama.cpp:nowhere.gguf", "nowhere.gguf cannot be read: it is not there"),
         ("llama.cpp:mine.safetensors", "should be embedded, embedded-llama, smollm2 or a .gguf file"),
-        ("knorm", "is no engine: it should begin with llama.cpp:"),
+        ("knorm", "is no engine: it should begin with llama.cpp: or vllm:"),
+        ("vllm:embedded(kv_cache_dtype=8)", "kv_cache_dtype=8, but should be a text, as auto or fp8"),
+        ("vllm:embedded(kv_cache='fp8')", "vllm has no setting 'kv_cache'; did you mean kv_cache_dtype?"),
+        ("vllm:embedded(dtype='float64')", "dtype='float64', but should be one of float32, bfloat16, float16"),
+        ("vllm:embedded(block_size=0)", "block_size=0, but should be a whole number from 1 to 65536"),
+        ("vllm:nowhere", "should be embedded, embedded-llama, smollm2, a .gguf file or a folder"),
     ],
 )
 def test_a_target_that_cannot_be_is_refused_in_a_line(spec, said):

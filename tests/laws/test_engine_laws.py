@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from knorm.engines.cut import states_after_a_cut
+from knorm.engines.cut import states_after_a_cut, states_of_the_last
 from knorm.engines.process import EngineLost, EngineRefused
 from knorm.engines.scorer import FRAME, ModelScorer
 from knorm.evaluation.windows import cut_windows
@@ -37,6 +37,11 @@ class Right:
 
     def elsewhere(self, cut=()):
         return self.scorer("full", engine.Asked(cut=cut))
+
+    def forgetful(self):
+        return ModelScorer(
+            self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)
+        )
 
     def tokenize(self, text):
         return self.tokens
@@ -138,6 +143,22 @@ def test_the_first_position_that_breaks_is_named(embedded, place, change):
 def test_damage_that_grows_with_the_context_has_not_broken(embedded):
     wrong = Wrong(*embedded, is_target, lambda row, at, tokens: row + GARBAGE * (at / 6000))
     assert engine.check_accepted_cache_works(Trial(wrong))
+
+
+class Empty(Right):
+    """An engine whose cache holds nothing: each token sees itself, which is far better than chance."""
+
+    def scorer(self, which, asked, *, small=False):
+        if which == "full":
+            return super().scorer(which, asked, small=small)
+        return ModelScorer(self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, 1))
+
+
+def test_a_cache_that_holds_nothing_is_refuted(embedded):
+    trial = Trial(Empty(*embedded))
+    with pytest.raises(Refuted, match=r"from token 32 on .* seeing the last 4 tokens alone would give"):
+        engine.check_accepted_cache_works(trial)
+    assert float(trial.long["target"].kl.mean()) < float(trial.long["uniform"].kl.mean())
 
 
 class Leaking(Right):
