@@ -31,7 +31,8 @@ def test_wrong_usage_is_one_line(run_knorm, arguments, said):
 
 
 @pytest.mark.parametrize("command", [("explain",), ("bench",)])
-def test_commands_that_take_no_engine_say_so(run_knorm, command):
+def test_commands_that_take_no_engine_say_so(run_knorm, command, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # of which bench speaks first
     code, out, err = run_knorm(*command, Q8)
     assert (code, out) == (2, "")
     assert f"target {Q8!r} is an engine, which" in err
