@@ -137,7 +137,7 @@ def _subject(
     own = any(target is mine for mine in (compress, KnormCache, exact_nll, stream_nll))
     base = METHOD if kind in ("cache", "press") else None
     if base is not None:
-        base = replace(base, **known_traits(_classes(target)))
+        base = replace(base, **known_traits(_classes(target), options))
     # compress refuses a cache without tokens; a call without tokens leaves KnormCache as it is
     ours = replace(KNORM, empty=None) if target is KnormCache else KNORM
     promised = traits_of(SimpleNamespace(__knorm_traits__=ours) if own else target, traits, base)

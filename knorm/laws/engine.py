@@ -111,9 +111,15 @@ class After:
 
 @dataclass
 class Trial:
-    """Run what the laws ask of `subject`, each run once."""
+    """Run what the laws ask for, each run once.
+
+    Attributes:
+        subject: the engine.
+        undisturbed: the condition's control is the same to the bit, so that it tells nothing of noise.
+    """
 
     subject: EngineSubject
+    undisturbed: bool = False
     _noise: dict[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -139,6 +145,8 @@ class Trial:
                     scorers.append(self.subject.scorer(which, Asked("two calls"), small=small))
                 (control,) = compared(scorers, self.subject.short, PROMPT, [(0, 1)])
             self._noise[which] = max(FLOOR, NOISE * float(control.kl.mean()))
+            if which == "target":
+                self.undisturbed = not control.kl.any()
         return self._noise[which]
 
     def beside(self, asked: Asked, after: Tensor | None = None) -> PerToken:
@@ -168,10 +176,19 @@ class Trial:
 
         Returns:
             The number of tokens.
+
+        Raises:
+            Refuted: by more.
+            Untested: no control disturbs this engine, and what its cache rounds may be rounded otherwise.
         """
         bound, mean = max(map(self.noise, conditions)), float(tokens.kl.mean())
         if mean <= bound:
             return tokens.kl.numel()
+        if "target" in conditions and self.undisturbed and mean <= (most := float(self.long["target"].kl.mean())):
+            raise Untested(
+                f"{what}: mean KL {mean:.2g} nats a token, which may be rounding: this cache's costs {most:.2g}, and "
+                "in batches of any size it is the same to the bit"
+            )
         over = (~(tokens.kl <= bound)).nonzero()[0]  # what is no number too
         raise Refuted(
             f"{what}: mean KL {mean:.2g} nats a token, but noise explains {bound:.2g} at most; first at token "

@@ -65,11 +65,18 @@ TRANSFORMERS: Mapping[str, Known] = {  # transformers 5.24
 }
 
 
-def known_traits(names: Iterable[str]) -> dict[str, Any]:
+def known_traits(names: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what the classes of these `names` promise otherwise, all together; a class that is not known, nothing.
+
+    The `options` that a cache is made with may name nbits, which say how far rounding goes: by half a step, of
+    2**nbits - 1 steps in a range of at most twice the largest number.
 
     >>> known_traits(["KeyRerotationPress", "KnormPress"])
     {'positions': 'renumbered'}
     """
     named = {**KVPRESS, **TRANSFORMERS}
-    return {name: value for known in names if known in named for name, value in named[known].traits.items()}
+    traits = {name: value for known in names if known in named for name, value in named[known].traits.items()}
+    bits = (options or {}).get("nbits")
+    if "lossy" in traits and type(bits) is int and bits > 0:
+        traits["lossy"] = max(traits["lossy"], 1 / (2**bits - 1))
+    return traits

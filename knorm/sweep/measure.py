@@ -202,7 +202,7 @@ def _of_engine(cell: Cell) -> dict[str, Any]:
         ways = EngineWays(model, part, cell.prompt_length, file=file, how=how)
         if cell.method.target == CONTROL:
             return _sums(ways.control(engine_target(cell.model)))
-        return _sums(ways.evaluate(engine_target(cell.method.target)).row)
+        return _sums(ways.alone(engine_target(cell.method.target)))
 
 
 def _way(cell: Cell, made: Method) -> dict[str, str]:

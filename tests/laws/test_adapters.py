@@ -506,3 +506,11 @@ def test_a_call_without_tokens_leaves_knorms_cache_as_it_is():
     cache.update(nothing, nothing, 0)
     assert cache.get_seq_length() == 6
     assert torch.equal(cache.layers[0].keys, before)
+
+
+def test_a_cache_of_few_bits_promises_as_much_as_they_can_hold():
+    """At two bits a third of the range of a group may be lost: what four promise was once asked of it."""
+    cache = "transformers:QuantizedCache(backend='quanto', nbits={})"
+    lossy = [load_target(cache.format(bits)).traits.lossy for bits in (1, 2, 4, 8)]
+    assert lossy == [1, 1 / 3, 1 / 15, 0.0625]
+    assert load_target("transformers:QuantizedCache(backend='fp8')").traits.lossy == 0.0625

@@ -11,7 +11,7 @@ from knorm.engines.scorer import FRAME, ModelScorer
 from knorm.evaluation.windows import cut_windows
 from knorm.laws import engine
 from knorm.laws.engine import LONG, PROMPT, SHORT, Trial
-from knorm.laws.registry import Refuted, Silent
+from knorm.laws.registry import Refuted, Silent, Untested
 from knorm.models import load_text
 
 
@@ -159,6 +159,27 @@ def test_a_cache_that_holds_nothing_is_refuted(embedded):
     with pytest.raises(Refuted, match=r"from token 32 on .* seeing the last 4 tokens alone would give"):
         engine.check_accepted_cache_works(trial)
     assert float(trial.long["target"].kl.mean()) < float(trial.long["uniform"].kl.mean())
+
+
+class Undisturbed(Right):
+    """An engine that rounds otherwise in batches, `times` as far as its cache does, and is the same in all batches."""
+
+    times = 1.0
+
+    def scorer(self, which, asked, *, small=False):
+        change = GARBAGE / 50 if asked.how == "loop" else GARBAGE / 50 * (1 + self.times)
+        right = super().scorer(which, asked)
+        return right if which == "full" else Changed(right, lambda row, place, tokens: row + change)
+
+
+def test_what_rounding_may_do_where_no_control_shows_noise_is_not_refuted(embedded):
+    subject = Undisturbed(*embedded)
+    subject.times = 0.5
+    with pytest.raises(Untested, match=r"mean KL .* may be rounding: this cache's costs .* the same to the bit"):
+        engine.check_decode_equals_batch(Trial(subject))
+    subject.times = 2.0
+    with pytest.raises(Refuted, match="decode equals batch: mean KL"):
+        engine.check_decode_equals_batch(Trial(subject))
 
 
 class Leaking(Right):
