@@ -22,7 +22,8 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows sums damage recovery distinct ways runner curve interventions tokens explain "
     "explain_methods doubts facts published",
     "evaluation.published": "schema measure judge",
-    "engines": "frames serving llamacpp vllm process conditions boxed scorer cut ways",
+    "engines": "frames serving llamacpp vllm forced process http conditions boxed partial scorer endpoint asking cut "
+    "ways endpoint_ways",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "engine_cases declared verify values workspace history",
     "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
@@ -33,8 +34,9 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "laws.process": "protocol usage worker start supervisor",
     "sweep": "plan inputs cells folder drive measure local cluster table estimate",
     "page": "form axes figures words matrix text render",
-    "cli": "schemas outputs figures numbers options prompts tables timings setting compared engined explained "
-    "verdicts verify asked check ppl explain bench golden_log golden_shown golden swept sweep results paged page init",
+    "cli": "schemas outputs figures numbers options prompts tables timings setting compared engined endpointed "
+    "explained verdicts verify asked check ppl explain bench golden_log golden_shown golden swept sweep results paged "
+    "page init",
     "cli.schemas": "parts quality timing verdicts swept paged",
 }
 TESTS = Path(__file__).parent

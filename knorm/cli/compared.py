@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -201,12 +202,17 @@ def row_fields(row: Evaluation) -> dict[str, Any]:
         "checked": row.check,
         "changed": row.changed,
         **asdict(row.damage),
-        "bytes_per_token": row.bytes_per_token,
-        "bytes_per_token_full": row.bytes_full / row.tokens_before,
+        "bytes_per_token": _known(row.bytes_per_token),
+        "bytes_per_token_full": _known(row.bytes_full / row.tokens_before),
         "tokens_seen": row.tokens_seen.tolist(),
         "tokens_before": row.tokens_before,
         "seconds": row.seconds,
+        "kl_at_least": row.kl_at_least,
     }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def budget_fields(budget: Budget | None) -> dict[str, Any]:

@@ -26,14 +26,16 @@ ALLOWED = frozenset(
         *("engine_python", "engine_limit"),
     }
 )  # of the parameters of knorm ppl
+ENDPOINT_ALLOWED = (ALLOWED | {"model", "dtype", "device", "reference"}) - {"engine_python"}
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Say where an engine runs, and how long it may take for an answer."""
+    """Say where an engine runs, how long it may take for an answer, and which server has the full cache."""
 
     engine_python: str | None
     engine_limit: float
+    reference: str | None
 
 
 engine_options = bundled(
@@ -48,6 +50,11 @@ engine_options = bundled(
         default=300.0,
         show_default=True,
         help="Seconds that an engine may take for an answer.",
+    ),
+    click.option(
+        "--reference",
+        metavar="URL",
+        help="Beside a server's endpoint: that of one with the full cache, as http://127.0.0.1:8001/v1#MODEL.",
     ),
 )
 
@@ -65,10 +72,10 @@ def engines_among(targets: Sequence[str], given: frozenset[str]) -> bool:
     Raises:
         ValueError: some are and some are not, or an option is not for engines.
     """
-    from knorm.methods.targets import is_engine
+    from knorm.methods.targets import is_endpoint, is_engine
 
     engines = [target for target in targets if is_engine(target)]
-    own = sorted({"engine_python", "engine_limit"} & given)
+    own = sorted({"engine_python", "engine_limit", "reference"} & given)
     if not engines:
         if own:
             raise ValueError(f"--{own[0].replace('_', '-')} is about an engine, as llama.cpp:smollm2: give one")
@@ -79,8 +86,13 @@ def engines_among(targets: Sequence[str], given: frozenset[str]) -> bool:
             f"{engines[0]} is an engine, whose full cache is its own, and {other} is none: give them one command each, "
             "and both results of --json to knorm page"
         )
-    if refused := sorted(given - ALLOWED):
-        why = "it brings its own model" if refused[0] == "model" else "its settings stand in the target"
+    endpoints = [target for target in targets if is_endpoint(target)]
+    if endpoints and len(endpoints) < len(targets):
+        other = next(target for target in targets if target not in endpoints)
+        raise ValueError(f"{endpoints[0]} is a server's endpoint, and {other} is none: give them one command each")
+    if refused := sorted(given - (ENDPOINT_ALLOWED if endpoints else ALLOWED)):
+        why = "its settings are the server's own" if endpoints else "its settings stand in the target"
+        why = {"model": "it brings its own model", "reference": "its full cache is its own"}.get(refused[0], why)
         raise ValueError(f"--{refused[0].replace('_', '-')} is not for an engine such as {engines[0]}: {why}")
     return True
 

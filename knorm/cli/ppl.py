@@ -96,14 +96,15 @@ def ppl(
     Without a TARGET: perplexity of knorm's own policies, exactly, from one forward pass each. With targets: each beside
     the full cache on the same tokens. A target is knorm, path/to/file.py:name, package.module:name,
     kvpress:SnapKVPress, transformers:QuantizedCache(backend="fp8"), or kvpress:* for all; or an engine with its
-    model, as llama.cpp:model.gguf(type_k="q8_0"), beside the same engine's full cache.
+    model, as llama.cpp:model.gguf(type_k="q8_0"), beside the same engine's full cache; or a server's endpoint, as
+    http://127.0.0.1:8000/v1#MODEL, beside --reference or --model.
     """
     console, given = make_console(quiet), explicit(context)
     if engines_among(targets, given):
         check_outputs(json, plot)
-        whole, fields = compare_engines(
-            targets, how, policy_options.prompt_length, text_options, model_options, engine_options, plot=plot,
-            quiet=quiet, verbose=bool(context.obj),
+        whole, fields = _of_engines(
+            targets, how, policy_options.prompt_length, text_options, model_options, engine_options, given,
+            plot=plot, quiet=quiet, verbose=bool(context.obj),
         )  # fmt: skip
         write_json(json, fields, "methods")
         sys.exit(HOLDS if whole else REFUTED)
@@ -132,6 +133,27 @@ def ppl(
     holds, fields = _curve(setting, stream=stream, plot=plot, quiet=quiet)
     write_json(json, fields)
     sys.exit(HOLDS if holds else REFUTED)
+
+
+def _of_engines(
+    targets: tuple[str, ...],
+    how: How,
+    prompt_length: int | None,
+    text: TextOptions,
+    model: ModelOptions,
+    engine: EngineOptions,
+    given: frozenset[str],
+    **shown: Any,
+) -> tuple[bool, dict[str, Any]]:
+    """Measure engines, or servers, which a model of transformers stands beside only where it is named."""
+    from knorm.methods.targets import is_endpoint
+
+    if not is_endpoint(targets[0]):
+        return compare_engines(targets, how, prompt_length, text, model, engine, **shown)
+    from knorm.cli.endpointed import compare_endpoints
+
+    beside = model if "model" in given else None
+    return compare_endpoints(targets, how, prompt_length, text, beside, engine, **shown)
 
 
 def _curve(setting: Setting, *, stream: bool, plot: Path | None, quiet: bool) -> tuple[bool, dict[str, Any]]:

@@ -103,11 +103,12 @@ def show_methods(
     first = rows[0]
     print_text(console, Text(title))
     full = first.bytes_full / first.tokens_before
-    said = f"Full cache: PPL {math.exp(float(first.per_token.nll_full.mean())):.3f}, {full:,.0f} bytes per token"
-    print_text(console, Text(f"{said}, {first.tokens_before:.0f} tokens seen by a query\n"))
+    said = f"Full cache: PPL {math.exp(float(first.per_token.nll_full.mean())):.3f}, "
+    said += "" if math.isnan(full) else f"{full:,.0f} bytes per token, "
+    print_text(console, Text(f"{said}{first.tokens_before:.0f} tokens seen by a query\n"))
     apart = letters([row.per_token.kl for row in rows], max(NOISE, 2 * first.damage.kl))
     lines = [
-        damage_line(row.label, row.damage, row.bytes_per_token, float(row.tokens_seen.mean()), letter)
+        evaluation_line(row, letter)
         for row, letter in zip(rows, apart if legible(apart) else [""] * len(rows), strict=True)
     ]
     console.print(damage_table(lines))
@@ -150,11 +151,18 @@ def damage_table(lines: Sequence[tuple[str, ...]]) -> Table:
     return table
 
 
+def evaluation_line(row: Evaluation, letter: str) -> tuple[str, ...]:
+    """Write what a `row` costs as the cells of a line, with its `letter`; a lower bound on KL says so."""
+    line = damage_line(row.label, row.damage, row.bytes_per_token, float(row.tokens_seen.mean()), letter)
+    return (*line[:4], f"≥{line[4]}", *line[5:]) if row.kl_at_least else line
+
+
 def damage_line(label: str, damage: Damage, bytes_per_token: float, seen: float, letter: str) -> tuple[str, ...]:
     """Write what a method costs as the cells of a line: its label, losses, memory, and the letters of its equals."""
     half = "-" if damage.delta_nll_high is None else f"{damage.delta_nll_high - damage.delta_nll:.3f}"
     losses = f"{damage.ppl:.2f}", f"{damage.delta_nll:+.3f}", half, _small(damage.kl), f"{damage.same_top:.1%}"
-    return label, *losses, f"{bytes_per_token:.0f}", f"{seen:.0f}", letter
+    stored = "-" if math.isnan(bytes_per_token) else f"{bytes_per_token:.0f}"
+    return label, *losses, stored, f"{seen:.0f}", letter
 
 
 def print_wrapped(console: Console, text: str, style: str = "") -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from knorm.engines.conditions import EngineTarget, Place
+from knorm.engines.partial import Top, compare_known
 from knorm.engines.process import EngineError
 from knorm.evaluation.damage import PerToken, compare, head_of
 
@@ -159,6 +160,12 @@ def _as_it_is(logits: Tensor) -> Tensor:
     return logits
 
 
+def _beside(full: Tensor | Top, run: Tensor | Top, true: Tensor) -> PerToken:
+    if isinstance(full, Top) or isinstance(run, Top):
+        return compare_known(full, run, true[0])
+    return compare(_as_it_is, full[None], run[None], true, full.shape[1])
+
+
 def compared(scorers: Sequence[Any], windows: Tensor, prompt: int, pairs: Sequence[tuple[int, int]]) -> list[PerToken]:
     """Let scorers score the same windows side by side, a few tokens at a time, and compare them in pairs.
 
@@ -181,15 +188,14 @@ def compared(scorers: Sequence[Any], windows: Tensor, prompt: int, pairs: Sequen
         place = prompt
         running = [scorer.logits(tokens, prompt) for scorer in scorers]
         for chunks in zip(*running, strict=True):
-            sizes = {chunk.shape[1] for chunk in chunks}
+            sizes = {chunk.shape[1] for chunk in chunks if not isinstance(chunk, Top)}
             if len(sizes) > 1:
                 raise EngineError(
                     f"vocabularies of {' and '.join(f'{size:,}' for size in sorted(sizes))} tokens differ"
                 )
-            (vocabulary,) = sizes
             true = tokens[None, place : place + len(chunks[0])]
             for column, (full, run) in zip(parts, pairs, strict=True):
-                column[-1].append(compare(_as_it_is, chunks[full][None], chunks[run][None], true, vocabulary))
+                column[-1].append(_beside(chunks[full], chunks[run], true))
             place += len(chunks[0])
     joined = [
         [PerToken(*(torch.cat(c, 1) for c in zip(*window, strict=True))) for window in column] for column in parts

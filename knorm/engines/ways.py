@@ -130,7 +130,7 @@ class EngineWays:
         (tokens,), said = self._scored([full_of(target)], [(0, 1)], ModelScorer(self.model))
         dtype = str(self.model.dtype).removeprefix("torch.")
         check = f"the same weights in {dtype}, one pass; KL(engine's full cache || transformers)"
-        stored = {**said[0], "bytes_per_token": _bytes_per_token(self.model)}
+        stored = {**said[0], "bytes_per_token": bytes_per_token(self.model)}
         return self._row(f"transformers, {dtype}", check, tokens, (stored, said[0]), begin, noise)
 
     def _noise(self, target: EngineTarget) -> float:
@@ -193,7 +193,8 @@ def full_of(target: EngineTarget) -> EngineTarget:
     return with_settings(target, target.settings.full())
 
 
-def _bytes_per_token(model: PreTrainedModel) -> int:
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Count the bytes that a token takes in the full cache of a `model`."""
     config: Any = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -59,6 +59,7 @@ class Evaluation:
         bytes_stored: bytes that the cache stores for one window, on average over those queries.
         bytes_full: the same for the full cache.
         seconds: wall time of the method's own runs.
+        kl_at_least: only the likeliest tokens are compared, so that KL is a lower bound.
 
     Example:
         >>> model, tokenizer = load_embedded()
@@ -79,6 +80,7 @@ class Evaluation:
     bytes_stored: float
     bytes_full: float
     seconds: float
+    kl_at_least: bool = False
 
     @property
     def label(self) -> str:
@@ -238,8 +240,7 @@ class Ways:
 
     def _acted(self, tokens: PerToken, run: Pass, index: int) -> bool:
         """Tell whether a run differs from the full cache's, in a prediction or in what its queries see."""
-        full = self.full()[index]
-        fewer = bool((run.seen < full.seen - 1e-9).any())
+        fewer = bool((run.seen < self.full()[index].seen - 1e-9).any())
         return fewer or not self.covers(tokens.nll - tokens.nll_full, "loop")
 
     def _compared(self, runs: Sequence[Pass], full: Sequence[Pass], ids: Tensor) -> PerToken:
@@ -396,5 +397,4 @@ def evaluate(
         >>> evaluate(model, ids, method(Policy(1.0)), prompt_length=8).damage.same_top
         1.0
     """
-    ways = Ways(model, Windows(input_ids), prompt_length, batch=batch, tokenizer=tokenizer)
-    return ways.evaluate(method, how)
+    return Ways(model, Windows(input_ids), prompt_length, batch=batch, tokenizer=tokenizer).evaluate(method, how)

@@ -22,6 +22,7 @@ from knorm.paths import resolved
 FORMS = "path/to/file.py:name, package.module:name, kvpress:PressName or transformers:CacheName, also with (arguments)"
 KVPRESS = "install it with pip install 'knorm[kvpress]' -c constraints-kvpress.txt"
 ENGINES = ("llama.cpp", "vllm")  # reserved words, no modules: what follows is a model
+ENDPOINTS = ("http://", "https://")  # of servers, whose models they serve
 _SPEC = re.compile(r"(?P<where>[^()]*?):(?P<path>[\w.]+)\s*(?P<call>\(.*\))?", re.DOTALL)
 _ENGINE = re.compile(
     rf"(?P<where>{'|'.join(map(re.escape, ENGINES))}):(?P<path>[^()]+?)\s*(?P<call>\(.*\))?", re.DOTALL
@@ -86,6 +87,8 @@ def parse_target(spec: str) -> Target:
         >>> parse_target('transformers:QuantizedCache(backend="fp8")').call.named
         {'backend': 'fp8'}
     """
+    if is_endpoint(spec):
+        raise ValueError(f"target {spec!r} is a server's endpoint, which knorm ppl and knorm check alone take")
     if is_engine(spec):
         return _engine(spec)
     match = _SPEC.fullmatch(spec.strip())
@@ -109,13 +112,29 @@ def is_engine(spec: str) -> bool:
         spec: as on the command line.
 
     Returns:
-        True where its first word is one of ENGINES.
+        True where its first word is one of ENGINES, and for a server's endpoint.
 
     Example:
         >>> is_engine('llama.cpp:model.gguf(type_k="q8_0")'), is_engine("mine.py:compress")
         (True, False)
     """
-    return spec.strip().partition(":")[0] in ENGINES
+    return spec.strip().partition(":")[0] in ENGINES or is_endpoint(spec)
+
+
+def is_endpoint(spec: str) -> bool:
+    """Tell whether a target is the endpoint of a server, which is asked over HTTP.
+
+    Args:
+        spec: as on the command line.
+
+    Returns:
+        True where it begins as a URL does.
+
+    Example:
+        >>> is_endpoint("http://127.0.0.1:8000/v1#small")
+        True
+    """
+    return spec.strip().startswith(ENDPOINTS)
 
 
 def _engine(spec: str) -> Target:

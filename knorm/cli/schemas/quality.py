@@ -83,7 +83,12 @@ class DamageFields(Part):
 class MethodRow(DamageFields):
     """Hold a method's damage, and what it took."""
 
+    bytes_per_token: float | None = said(  # type: ignore[assignment]
+        "bytes that the cache stores, per token fed; null where a server does not say"
+    )
+    bytes_per_token_full: float | None  # type: ignore[assignment]
     seconds: float
+    kl_at_least: bool = said("true: KL is a lower bound, since a server told the likeliest tokens alone", default=False)
 
 
 class Recall(Part):
