@@ -28,7 +28,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "engine_cases declared verify values workspace history",
     "laws": "traits results targets registry ranked names strategies subjects blame probe oracle model reading witness "
     "replay readings known standins adapters loading shown scripts snippets search "
-    "catalogue runner own own_model own_cache process engine engine_shown engine_run",
+    "catalogue runner own own_model own_cache process engine engine_shown engine_run endpoint_run",
     "laws.catalogue": "count provenance order identity protection independence selection numerics memory seen "
     "cache perplexity schedule",
     "laws.process": "protocol usage worker start supervisor",

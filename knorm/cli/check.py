@@ -96,6 +96,9 @@ _MOST_BYTES = 2**26  # of a --baseline
     help="Seconds that the target may take for an answer; for an engine: --engine-limit.",
 )
 @engine_options
+@click.option(
+    "--model", metavar="MODEL", help="Beside a server's endpoint: the same weights in transformers, as for knorm ppl."
+)
 @with_options(*COMMON)
 @click.pass_obj
 def check(
@@ -111,13 +114,15 @@ def check(
     snippets: Path | None,
     limit: float,
     engine_options: EngineOptions,
+    model: str | None,
     **given: Any,
 ) -> None:
     """Try to refute the laws that each TARGET's promises ask of it.
 
     That is done in a process of its own. TARGET: path/to/file.py:name, package.module:name, kvpress:PressName;
-    kvpress:* or transformers:* for all that these ship; an engine's cache, as llama.cpp:model.gguf(type_k="q8_0"); or
-    the NAME of a [check.NAME] in knorm.toml, of which all are tried where no TARGET is given.
+    kvpress:* or transformers:* for all that these ship; an engine's cache, as llama.cpp:model.gguf(type_k="q8_0"); a
+    server's endpoint, as http://127.0.0.1:8000/v1#MODEL, with --model; or the NAME of a [check.NAME] in knorm.toml, of
+    which all are tried where no TARGET is given.
     """
     from knorm.cli.asked import asked_of
     from knorm.cli.verdicts import Report, Summary
@@ -134,7 +139,7 @@ def check(
         "--as": given["kind"], "--like": given["like"], "--trait": given["traits"],
         "--expect-failure": expected, "--expect-untested": untested,
     }  # fmt: skip
-    asked = asked_of(targets, request, untested, alone)
+    asked = _beside(asked_of(targets, request, untested, alone), model, engine_options.reference)
     if snippets and not snippets.absolute().parent.is_dir():
         raise ValueError(f"--snippets {snippets}, but there is no folder {snippets.parent}")
     before = _before(baseline, [each.request.target for each in asked]) if baseline else {}
@@ -144,7 +149,7 @@ def check(
     tried = []
     for each in asked:
         report = Report(console, each.again, verbose, each.name if summary.several else "")
-        known, started = before.get(each.request.target, {}), _started(each.request, limit, engine_options)
+        known, started = before.get(each.request.target, {}), _started(each.request, limit, engine_options, model)
         one = _try(each, started, report, known, summary.several)
         summary.add(each.name, report.results, one.not_run, wrong=one.code == WRONG_USAGE)
         if snippets:
@@ -157,6 +162,21 @@ def check(
     fields = {"suite": suite_revision(), **{name: given[name] for name in ("profile", "seed", "device")}}
     write_json(json, fields | {"targets": [one.as_fields() for one in tried]})
     sys.exit(max((one.code for one in tried), key=_WORST.index))
+
+
+def _beside(asked: list[Asked], model: str | None, reference: str | None) -> list[Asked]:
+    """Say what is typed again of what stands beside a server's endpoint. Raises ValueError where there is none."""
+    from knorm.methods.targets import is_endpoint
+
+    options = [("--model", model), ("--reference", reference)]
+    words = [word for name, value in options if value for word in (name, value)]
+    servers = [is_endpoint(each.request.target) for each in asked]
+    if words and not any(servers):
+        raise ValueError(
+            f"--{'model' if model else 'reference'} is about a server's endpoint, as http://127.0.0.1:8000/v1: give one"
+        )
+    pairs = zip(asked, servers, strict=True)
+    return [replace(each, again=[*each.again, *words]) if served else each for each, served in pairs]
 
 
 _WORST = (HOLDS, REFUTED, WRONG_USAGE, BROKEN)
@@ -182,11 +202,16 @@ class _Tried:
         }
 
 
-def _started(request: Request, limit: float, options: EngineOptions) -> Any:
+def _started(request: Request, limit: float, options: EngineOptions, model: str | None) -> Any:
     """Make what tries a target's laws; nothing runs yet."""
     from knorm.laws.process.supervisor import Supervisor
-    from knorm.methods.targets import is_engine
+    from knorm.methods.targets import is_endpoint, is_engine
 
+    if is_endpoint(request.target):
+        with waiting():
+            from knorm.laws.endpoint_run import EndpointChecks
+
+        return EndpointChecks(request, options.engine_limit, model, options.reference)
     if not is_engine(request.target):
         return Supervisor(request, limit)
     with waiting():
@@ -212,7 +237,7 @@ def _try(asked: Asked, supervisor: Any, report: Report, before: dict[tuple[str, 
         code = HOLDS if isinstance(error, _NothingApplies) else WRONG_USAGE
         why = str(error).removeprefix(f"target {asked.request.target!r}: ")  # it stands above
         return _Tried(asked, supervisor.traits, [], why, code)
-    report.close()
+    report.close(getattr(supervisor, "told", ()))
     return _Tried(asked, supervisor.traits, report.results, code=_code(report.results, tolerated))
 
 

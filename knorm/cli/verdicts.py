@@ -74,9 +74,11 @@ class Report:
         elif result.verdict != "does not apply":
             self._show(result)
 
-    def close(self) -> None:
-        """Show what was kept, which laws were refuted, and how many of each verdict there are."""
+    def close(self, told: Sequence[str] = ()) -> None:
+        """Show what was kept, what is `told` of how it was asked, what was refuted, and how many of each verdict."""
         self._fold()
+        for line in told:
+            self._write("", (line, "dim"))
         if (count := self._count("does not apply")) and not self.heading:
             names = ", ".join(dict.fromkeys(name for result in self.results for name in result.needs))
             laws = "1 law does" if count == 1 else f"{count} laws do"

@@ -23,8 +23,8 @@ from knorm.laws.results import Result, judged
 from knorm.models import hush, load_model, load_text
 
 FAMILY = "engine"
-_TEXT = 2000  # characters whose tokens are compared
-_LONG = {"quick": (2, engine.LONG), "thorough": (4, 1024)}  # windows, and tokens of each
+TEXT = 2000  # characters whose tokens are compared
+LONG = {"quick": (2, engine.LONG), "thorough": (4, 1024)}  # windows, and tokens of each
 
 
 class Named:
@@ -43,9 +43,9 @@ class Named:
         hush()
         self.name, self.target, self.place = target.spec, target, place
         self.model, tokenizer = load_model(target.model)
-        story, (count, length) = load_text("narrative"), _LONG[profile]
+        story, (count, length) = load_text("narrative"), LONG[profile]
         most = getattr(self.model.config, "max_position_embeddings", None) or length
-        self.text = story[:_TEXT]
+        self.text = story[:TEXT]
         self.tokens = list(tokenizer(self.text, add_special_tokens=False).input_ids)
         self.long = cut_windows(tokenizer, story, min(length, most), count).input_ids
         self.short = cut_windows(tokenizer, story, engine.SHORT, 2).input_ids
@@ -88,6 +88,10 @@ class Named:
         with closing(scorers):
             return scorers[0].tokenize(text, begin=False)
 
+    def program(self, law: str) -> str:
+        """Write a program that shows what a `law` refuted, with the engine's own package alone."""
+        return program(self.target, self.long[0].tolist(), law)
+
 
 class EngineChecks:
     """Try the laws of engines on what `request` names, in the place of laws.process.supervisor.Supervisor.
@@ -112,7 +116,7 @@ class EngineChecks:
         Raises:
             ValueError: a target that cannot be loaded, or that the engine refuses.
         """
-        chosen = [law for law in engine.LAWS if self.request.select is None or {*_names(law)} & {*self.request.select}]
+        chosen = chosen_laws(self.request)
         with contextlib.chdir(self.request.folder or "."):
             target = engine_target(self.request.target)
             subject = Named(target, self.place, self.request.profile)
@@ -122,7 +126,7 @@ class EngineChecks:
                     pass  # it is installed, and does not refuse; whether it dies is a law's to say
                 yield from self._tried(subject, chosen)
 
-    def _tried(self, subject: Named, chosen: Sequence[Callable[[engine.Trial], int]]) -> Iterator[Result]:
+    def _tried(self, subject: Any, chosen: Sequence[Callable[[engine.Trial], int]]) -> Iterator[Result]:
         trial, lost = engine.Trial(subject), ""
         for law in chosen:
             result = _try(law, trial) if not lost else _result(law, "untested", reason=lost)
@@ -133,9 +137,14 @@ class EngineChecks:
                 result = _result(
                     law, "refuted", counterexample=result.counterexample, seconds=result.seconds, examples=1,
                     given=f"{subject.name}, {len(subject.long)} windows of {subject.long.shape[1]} tokens of narrative",
-                    snippet=program(subject.target, subject.long[0].tolist(), _names(law)[0]),
+                    snippet=subject.program(_names(law)[0]),
                 )  # fmt: skip
             yield judged(result, self.expected)
+
+
+def chosen_laws(request: Request) -> list[Callable[[engine.Trial], int]]:
+    """Return the laws that a `request` selects."""
+    return [law for law in engine.LAWS if request.select is None or {*_names(law)} & {*request.select}]
 
 
 _DIED = "the engine was lost: see survives"

@@ -10,7 +10,7 @@ from knorm.laws.process.protocol import Request
 from knorm.laws.results import PROFILES
 from knorm.laws.targets import KINDS
 from knorm.laws.traits import KNORM, Traits, parse_trait, traits_of
-from knorm.methods.targets import is_engine, parse_target
+from knorm.methods.targets import is_endpoint, is_engine, parse_target
 
 
 def check_request(request: Request) -> None:
@@ -30,7 +30,8 @@ def check_request(request: Request) -> None:
         raise ValueError(f"--as {request.kind}, but should be one of {', '.join(KINDS)}")
     refuse_unknown((name for name, _ in request.expected), engine=engine)
     refuse_unknown(request.select or (), families=True, engine=engine)
-    parse_target(request.target)
+    if not is_endpoint(request.target):
+        parse_target(request.target)
 
 
 def _check_engine(request: Request) -> None:
@@ -42,7 +43,7 @@ def _check_engine(request: Request) -> None:
         "--device": request.device != "cpu",
     }
     if given := [option for option, value in said.items() if value]:
-        raise ValueError(f"{given[0]} is not for an engine such as {request.target}: its settings stand in the target")
+        raise ValueError(f"{given[0]} is not for an engine such as {request.target}: its settings are its own")
 
 
 def promised(request: Request) -> Traits | dict[str, Any]:
