@@ -128,13 +128,10 @@ def check(
     from knorm.cli.verdicts import Report, Summary
     from knorm.laws.process.protocol import Request
 
-    names = None if select is None else tuple(name.strip() for name in select.split(",") if name.strip())
-    if names == ():
-        raise ValueError("--select is empty, but should be names of checks or families, e.g. order,retained_count")
     expected = tuple(_expected("--expect-failure", text) for text in expect_failure)
     untested = dict(_expected("--expect-untested", text) for text in expect_untested)
     refuse_unknown(untested)
-    request = Request("", **given, select=names, expected=expected, quiet=quiet, verbose=bool(verbose))
+    request = Request("", **given, select=_selected(select), expected=expected, quiet=quiet, verbose=bool(verbose))
     alone = {
         "--as": given["kind"], "--like": given["like"], "--trait": given["traits"],
         "--expect-failure": expected, "--expect-untested": untested,
@@ -162,6 +159,13 @@ def check(
     fields = {"suite": suite_revision(), **{name: given[name] for name in ("profile", "seed", "device")}}
     write_json(json, fields | {"targets": [one.as_fields() for one in tried]})
     sys.exit(max((one.code for one in tried), key=_WORST.index))
+
+
+def _selected(select: str | None) -> tuple[str, ...] | None:
+    names = None if select is None else tuple(name.strip() for name in select.split(",") if name.strip())
+    if names == ():
+        raise ValueError("--select is empty, but should be names of checks or families, e.g. order,retained_count")
+    return names
 
 
 def _beside(asked: list[Asked], model: str | None, reference: str | None) -> list[Asked]:
