@@ -156,6 +156,27 @@ class Endpoint:
                 f"{self.context} or less"
             )
 
+    def check_vocabulary(self, ours: int | None, tokens: Tensor) -> None:
+        """Refuse a vocabulary that is not the text's.
+
+        Args:
+            ours: size of the vocabulary of the model beside it; None where there is none.
+            tokens: of the text, int64 of any shape.
+
+        Raises:
+            EngineError: another size, or a token that the server does not have.
+        """
+        theirs, most = self.able().vocabulary, int(tokens.max())
+        if theirs is not None and ours is not None and theirs != ours:
+            raise EngineError(
+                f"{self.spec} has a vocabulary of {theirs:,} tokens, but that of --model has {ours:,}: they are two "
+                "models"
+            )
+        try:
+            [*self.generated([most], 1, 1)]
+        except EngineRefused as error:
+            raise EngineRefused(f"the text has token {most}, the tokens are another model's: {error}") from None
+
     def able(self) -> Able:
         """Find out what can be asked, by asking; it is done once.
 

@@ -93,18 +93,9 @@ class EndpointWays:
         return self.how
 
     def _able(self, server: Endpoint) -> Able:
-        able, most = server.able(), int(self.ids.max())
         config: Any = self.model.config.get_text_config(decoder=True) if self.model else None
-        if able.vocabulary is None:
-            return able
-        if config and able.vocabulary != config.vocab_size:
-            raise EngineError(
-                f"{server.spec} has a vocabulary of {able.vocabulary:,} tokens, but that of --model has "
-                f"{config.vocab_size:,}: they are two models"
-            )
-        if most >= able.vocabulary:
-            raise EngineError(f"{server.spec} has a vocabulary of {able.vocabulary:,}, but the text has token {most}")
-        return able
+        server.check_vocabulary(config.vocab_size if config else None, self.ids)
+        return server.able()
 
     @property
     def sees(self) -> str:

@@ -183,13 +183,13 @@ class Server:
             EngineRefused: the server says no, with its reason.
             EngineLost: it is not there, dies, hangs, or sends too much.
         """
-        with self._answer(method, path, fields) as (answer, _):
+        with self._answer(method, path, fields) as (answer, watch):
             data, told = bytearray(), answer.length
             while piece := answer.read1(_PIECE):
                 data += piece
                 if len(data) > most:
                     raise EngineLost(f"{self._name} answers {method} {path} with more than {most:,} bytes")
-            if told is not None and len(data) < told:
+            if told is not None and len(data) < told and not watch.expired:
                 raise EngineLost(f"{self._name} ended in the midst of its answer to {method} {path}")
             return bytes(data)
 

@@ -12,7 +12,6 @@ from knorm.engines.asking import FORCED, OWN, PROMPTS, EndpointScorer, own_windo
 from knorm.engines.cut import states_after_a_cut, states_of_the_last
 from knorm.engines.endpoint import Able, Endpoint
 from knorm.engines.http import read_address
-from knorm.engines.process import EngineError
 from knorm.engines.scorer import Asked, ModelScorer, compared
 from knorm.evaluation.windows import cut_windows
 from knorm.laws import engine
@@ -60,7 +59,7 @@ class Served:
         self.short = cut_windows(tokenizer, story, engine.SHORT, 2).input_ids
         for server in servers:
             server.check_context(engine.SHORT + 1)
-            self._check_vocabulary(server)
+            server.check_vocabulary(self.model.config.get_text_config(decoder=True).vocab_size, self.long)
         self.own = torch.empty(0, 0, dtype=torch.int64)
         if not self.able.forced:
             self.own = self.short = own_windows(endpoint, self.short, engine.PROMPT)
@@ -69,14 +68,6 @@ class Served:
     def able(self) -> Able:
         """Say what can be asked of the server."""
         return self.endpoint.able()
-
-    def _check_vocabulary(self, server: Endpoint) -> None:
-        theirs, ours = server.able().vocabulary, self.model.config.get_text_config(decoder=True).vocab_size
-        if theirs is not None and theirs != ours:
-            raise EngineError(
-                f"{server.spec} has a vocabulary of {theirs:,} tokens, but that of --model has {ours:,}: they are two "
-                "models"
-            )
 
     def scorer(self, which: str, asked: Asked, **how: bool) -> EndpointScorer | ModelScorer:
         """Return a scorer.
@@ -124,12 +115,12 @@ class Served:
         """Say how the server was asked, and what stands beside it."""
         way = FORCED if self.able.forced else f"{PROMPTS}. Where laws are about decoding, {OWN}"
         full = self.reference.spec if self.reference else "transformers with the weights of --model"
-        why = "" if self.able.forced else f" ({self.able.why})"
         software = ", ".join(
             filter(None, (self.endpoint.software, self.endpoint.kind and f"cache type {self.endpoint.kind}"))
         )
         return [
-            f"{self.name} ({software}): {way}{why}.",
+            f"{self.name} ({software}): {way}.",
+            *([] if self.able.forced else [f"It cannot be made to decode a given text: {self.able.why}."]),
             f"{self.able.told[0].upper()}{self.able.told[1:]}. The full cache is that of {full}.",
         ]
 
