@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import http.server
 import json
 import math
@@ -92,9 +93,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = self.server.s.name
         top = []
         for token, row in zip(tokens, rows, strict=True):
-            order = [] if row is None else sorted(range(len(row)), key=lambda i: -row[i])
-            kept = order if known == -1 else order[:known]
-            top.append(None if row is None else {name(i): row[i] for i in [token, *kept]})
+            if row is None:
+                top.append(None)
+                continue
+            kept = heapq.nlargest(len(row) if known == -1 else known, range(len(row)), row.__getitem__)
+            top.append({name(i): row[i] for i in [token, *kept]})
         logprobs = [None if row is None else row[token] for token, row in zip(tokens, rows, strict=True)]
         told = {"tokens": [*map(name, tokens)], "token_logprobs": logprobs, "top_logprobs": top}
         return {"index": 0, "text": "", "logprobs": told}
