@@ -131,7 +131,7 @@ class EngineChecks:
         for law in chosen:
             result = _try(law, trial) if not lost else _result(law, "untested", reason=lost)
             died = result.verdict == "refuted" and _names(law)[0] == "survives"
-            if died or result.reason == _DIED:
+            if died or (result.reason or "").startswith(_DIED):
                 lost = _DIED
             if result.verdict == "refuted":
                 result = _result(
@@ -169,8 +169,8 @@ def _try(law: Callable[[engine.Trial], int], trial: engine.Trial) -> Result:
         return _result(law, "does not apply", reason=str(silent))
     except Untested as untested:
         return _result(law, "untested", reason=str(untested), seconds=time.monotonic() - begin)
-    except EngineLost:
-        return _result(law, "untested", reason=_DIED, seconds=time.monotonic() - begin)
+    except EngineLost as lost:
+        return _result(law, "untested", reason=f"{_DIED} ({lost})", seconds=time.monotonic() - begin)
     evicted = count if law is engine.check_eviction_equals_transformers else 0
     seconds = time.monotonic() - begin
     return _result(law, "holds", examples=count, answered=count, evicted=evicted, seconds=seconds)
