@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knorm.engines.endpoint import Able, Endpoint, Predicted, fits
+from knorm.engines.endpoint import Endpoint
 from knorm.engines.partial import Top
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
 from knorm.engines.scorer import FRAME, Asked
+from knorm.engines.told import Able, Predicted, fits
 
 FORCED = (
     "forced decode: the server generates the text's own tokens, each predicted through the cache that the ones before "
@@ -88,7 +89,7 @@ class EndpointScorer:
 
     def _decoded(self, tokens: Tensor, prompt: int) -> Iterator[Tensor | Top]:
         true = tokens[prompt:].tolist()
-        known = self.able.known
+        known = fits(self.able, len(true))
         told = self.endpoint.generated(
             tokens[:prompt].tolist(), len(true), -1 if known is None else known, true if self.able.forced else None
         )
@@ -103,9 +104,9 @@ class EndpointScorer:
                 frame = []
         return spool.chunks()
 
-    def whole(self, length: int) -> bool:
-        """Tell whether all tokens' log-probabilities are told of windows of so many tokens, their `length`."""
-        return (fits(self.able, length) if self.asked.how == "two calls" else self.able.known) is None
+    def told(self, length: int, prompt: int) -> int | None:
+        """Return how many of the likeliest tokens are told of windows of this `length` and `prompt`; None for all."""
+        return fits(self.able, length if self.asked.how == "two calls" else length - prompt)
 
     def tokenize(self, text: str, *, begin: bool) -> list[int]:
         """Cut `text` into tokens as the server does; `begin`: with what it puts in front of a text."""

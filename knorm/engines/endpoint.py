@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,56 +16,13 @@ from torch import Tensor
 from knorm.engines.http import MOST_ANSWER, Address, Fields, Server
 from knorm.engines.partial import Top
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
+from knorm.engines.told import ID, Able, Likeliest, Predicted, as_told
 
 _COUNTS = (-1, 100, 50, 20, 10, 5, 1)  # likeliest tokens that are asked for, the most first; -1 is all
-_MOST_NUMBERS = 2**21  # log-probabilities in the answer that scores a prompt: 512 tokens of a vocabulary of 4,096
-_ID = "token_id:"  # what vLLM calls a token instead of its text
 _NEVER = -9999.0  # the log-probability of what cannot come, as vLLM sends it
 _NO_FORCING = "it takes no tokens to be generated (vLLM does with --logits-processors knorm.engines.forced:Forced)"
 _SAMPLE = (5, 6, 7, 8)  # tokens that every vocabulary has
 _CACHE = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
-
-
-class Predicted(NamedTuple):
-    """Hold a token, and what was predicted in its place.
-
-    token      the token itself
-    logprob    its log-probability; None for the first token of a prompt
-    known      tokens that are told of
-    logprobs   log-probabilities of these
-    """
-
-    token: int
-    logprob: float | None
-    known: list[int]
-    logprobs: list[float]
-
-
-@dataclass(frozen=True)
-class Able:
-    """Say what can be asked of a server.
-
-    Attributes:
-        forced: it generates the tokens that it is given.
-        prompts: it scores the tokens of a prompt.
-        known: how many of the likeliest tokens it tells; None for the whole vocabulary.
-        vocabulary: tokens in it; None where it tells the likeliest alone.
-        why: it cannot be forced; empty where it can.
-    """
-
-    forced: bool
-    prompts: bool
-    known: int | None
-    vocabulary: int | None
-    why: str = ""
-
-    @property
-    def told(self) -> str:
-        """Say how much of a prediction is told."""
-        if self.known is None:
-            return "all tokens' log-probabilities are told"
-        most = "the likeliest token alone is" if self.known == 1 else f"the {self.known} likeliest tokens are"
-        return f"{most} told, the others as one: KL is a lower bound"
 
 
 class Endpoint:
@@ -86,7 +43,7 @@ class Endpoint:
     """
 
     def __init__(self, address: Address, limit: float) -> None:
-        self.address, self.server = address, Server(address, limit)
+        self.address, self.server = address, Server(address, limit, as_told)
         entry = self._entry()
         self.model = str(entry["id"])
         context = entry.get("max_model_len")
@@ -266,7 +223,7 @@ class Endpoint:
                         raise EngineLost(f"{self.spec} generated more than the {count} tokens that it was asked for")
                     yield each
                 idle += 1
-                if idle > _IDLE:
+                if idle > IDLE:
                     raise EngineLost(f"{self.spec} sends events without tokens")
         if done < count:
             raise EngineLost(f"{self.spec} generated {done} tokens of {count}")
@@ -313,20 +270,23 @@ class Endpoint:
                 raise
             raise EngineLost(f"{self.spec} answers with what is no completion with log-probabilities") from None
 
-    def _predicted(self, token: str, logprob: float | None, top: dict[str, float] | None) -> Predicted:
-        if not token.startswith(_ID):
+    def _predicted(self, token: str, logprob: float | None, top: Any) -> Predicted:
+        if not token.startswith(ID):
             raise EngineRefused(
                 f"{self.spec} tells tokens as texts ({token[:20]!r}), not by their numbers, so that what it predicts "
                 "cannot be compared (vLLM's server does, asked for return_tokens_as_token_ids)"
             )
-        number = int(token[len(_ID) :])
+        number = int(token[len(ID) :])
         if logprob is None:
             return Predicted(number, None, [], [])
-        known = {int(key[len(_ID) :]): float(value) for key, value in (top or {}).items()} | {number: float(logprob)}
-        odd = next((key for key, value in known.items() if not value < 1e-3 or key < 0), None)
+        known, logprobs = (top.known, top.logprobs) if isinstance(top, Likeliest) else (array("q"), array("d"))
+        if number not in known:
+            known.append(number)
+            logprobs.append(float(logprob))
+        odd = next((place for place, value in enumerate(logprobs) if not value < 1e-3 or known[place] < 0), None)
         if odd is not None:
-            raise EngineLost(f"{self.spec} tells {known[odd]} as log-probability of token {odd}")
-        return Predicted(number, float(logprob), [*known], [max(value, _NEVER) for value in known.values()])
+            raise EngineLost(f"{self.spec} tells {logprobs[odd]} as log-probability of token {known[odd]}")
+        return Predicted(number, float(logprob), known, array("d", (max(value, _NEVER) for value in logprobs)))
 
     def tokenize(self, text: str, *, begin: bool) -> list[int]:
         """Cut `text` into tokens as the server does; `begin`: with what it puts in front of a text.
@@ -379,28 +339,8 @@ class Endpoint:
         self.server.close()
 
 
-_IDLE = 1000  # events in a row that have no tokens
+IDLE = 1000  # events in a row that have no tokens
 
 
 def _text(choices: Any) -> str:
     return str(choices[0].get("text") or "") if choices else ""
-
-
-def fits(able: Able, length: int) -> int | None:
-    """Say how many of the likeliest tokens an answer has room for that scores a prompt.
-
-    Args:
-        able: what the server can.
-        length: tokens of the prompt.
-
-    Returns:
-        The number; None for the whole vocabulary.
-
-    Example:
-        >>> fits(Able(True, True, None, 49152), 512)
-        4096
-    """
-    most = max(1, _MOST_NUMBERS // length)
-    if able.known is None:
-        return None if (able.vocabulary or 0) <= most else most
-    return min(able.known, most)

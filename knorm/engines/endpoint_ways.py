@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from knorm.engines.asking import FORCED, PROMPTS, EndpointScorer
 from knorm.engines.cut import states_after_a_cut
-from knorm.engines.endpoint import Able, Endpoint
+from knorm.engines.endpoint import Endpoint
 from knorm.engines.process import EngineError, EngineRefused
 from knorm.engines.scorer import Asked, EngineHow, ModelScorer, compared
+from knorm.engines.told import Able
 from knorm.engines.ways import bytes_per_token
 from knorm.evaluation.damage import PerToken, summed
 from knorm.evaluation.ways import Evaluation
@@ -129,7 +130,7 @@ class EndpointWays:
         for place, endpoint in enumerate(endpoints):
             tokens, itself = others[2 * place : 2 * place + 2]
             ours, twice = runs[2 * place : 2 * place + 2]
-            rows.append(self._row(endpoint.spec, ours.able.told, tokens, ours, noise))
+            rows.append(self._row(endpoint.spec, self._told(ours), tokens, ours, noise))
             beside.append(self._row(f"{endpoint.spec}, again", self._asked_again, itself, twice, noise))
         if self.reference and self.model:
             check = f"the same weights in {_dtype(self.model)}, one pass; KL(the other endpoint || transformers)"
@@ -151,6 +152,9 @@ class EndpointWays:
         companions = (self.ids[-1],) if self.how == "loop" else ()
         once, again = Asked(self.how), Asked(self.how, companions=companions)
         return EndpointScorer(endpoint, able, once), EndpointScorer(endpoint, able, again)
+
+    def _told(self, scorer: EndpointScorer) -> str:
+        return replace(scorer.able, known=scorer.told(self.ids.shape[1], self.prompt_length)).told
 
     @property
     def _asked_again(self) -> str:
@@ -180,7 +184,10 @@ class EndpointWays:
             bytes_stored=_bytes(scorer) * before,
             bytes_full=_bytes(full) * before,
             seconds=getattr(scorer, "seconds", 0.0),
-            kl_at_least=any(isinstance(x, EndpointScorer) and not x.whole(self.ids.shape[1]) for x in (scorer, full)),
+            kl_at_least=any(
+                isinstance(x, EndpointScorer) and x.told(self.ids.shape[1], self.prompt_length) is not None
+                for x in (scorer, full)
+            ),
         )
 
     def _seen(self, before: float) -> Tensor:

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
 
 KEY = "KNORM_API_KEY"  # an environment variable: sent as a bearer token, where a server asks for one
-MOST_ANSWER, MOST_SMALL = 2**27, 2**22  # bytes of an answer with logits, and of any other
-_MOST_LINE = 2**25  # bytes of a line of a stream: a vocabulary of 500,000 tokens
+MOST_ANSWER, MOST_SMALL = 2**28, 2**22  # bytes of an answer with logits, and of any other
+_MOST_LINE = MOST_ANSWER  # a server that is behind sends many tokens in a line
 _MOST_REASON, _MOST_WORDS = 2**16, 300  # bytes of a refusal that are read, and characters of it that are shown
 _PIECE = 2**20
 Fields = dict[str, Any]
@@ -140,10 +140,11 @@ class Server:
     Args:
         address: of the endpoint.
         limit: seconds for an answer; of a stream, for each token.
+        pairs: makes of the pairs of an object of JSON what stands for it.
     """
 
-    def __init__(self, address: Address, limit: float) -> None:
-        self.address, self.limit = address, limit
+    def __init__(self, address: Address, limit: float, pairs: Callable[[list[tuple[str, Any]]], Any] = dict) -> None:
+        self.address, self.limit, self.pairs = address, limit, pairs
         self._open: set[_Watch] = set()
 
     def get(self, path: str, most: int = MOST_SMALL) -> Any:
@@ -291,7 +292,7 @@ class Server:
 
     def _json(self, data: bytes, what: str) -> Any:
         try:
-            read = json.loads(data)
+            read = json.loads(data, object_pairs_hook=self.pairs)
         except (ValueError, RecursionError):
             begin = _short(data[:80].decode("utf-8", "replace")) or "nothing"
             raise EngineLost(

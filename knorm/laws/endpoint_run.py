@@ -10,9 +10,10 @@ import torch
 
 from knorm.engines.asking import FORCED, OWN, PROMPTS, EndpointScorer, own_windows
 from knorm.engines.cut import states_after_a_cut, states_of_the_last
-from knorm.engines.endpoint import Able, Endpoint
+from knorm.engines.endpoint import Endpoint
 from knorm.engines.http import read_address
 from knorm.engines.scorer import Asked, ModelScorer, compared
+from knorm.engines.told import Able
 from knorm.evaluation.windows import cut_windows
 from knorm.laws import engine
 from knorm.laws.engine_run import LONG, TEXT, EngineChecks, chosen_laws

@@ -15,12 +15,13 @@ from commands import strict_json
 from servers import FULL, Handler, Scoring, serving, table
 
 from knorm.engines.asking import EndpointScorer, own_windows
-from knorm.engines.endpoint import Able, Endpoint, fits
+from knorm.engines.endpoint import Endpoint
 from knorm.engines.endpoint_ways import EndpointWays, windows_by
 from knorm.engines.http import read_address
 from knorm.engines.partial import Top
 from knorm.engines.process import EngineError, EngineRefused
 from knorm.engines.scorer import FRAME, Asked, compared
+from knorm.engines.told import Able, fits
 from knorm.evaluation.damage import summed
 from knorm.evaluation.windows import Windows
 
@@ -127,7 +128,7 @@ def test_other_requests_run_beside_while_a_window_is_scored():
 
 def test_an_answer_that_scores_a_prompt_has_a_limit():
     whole = Able(True, True, None, 4096)
-    assert (fits(whole, 512), fits(whole, 1024)) == (None, 2048)
+    assert (fits(whole, 1024), fits(whole, 2048)) == (None, 2048)
     assert fits(Able(True, True, 20, None), 512) == 20
 
 
@@ -385,7 +386,9 @@ def test_a_server_that_goes_wrong_midway_is_one_line(then, said):
         assert re.search(said, refusal(url, score()))
 
 
-def test_a_stream_without_end_is_ended():
+def test_a_stream_without_end_is_ended(monkeypatch):
+    monkeypatch.setattr("knorm.engines.http._MOST_LINE", 1_000_000)
+
     class Endless(Handler):
         def complete(self, request):
             self.send_response(200)
@@ -398,7 +401,7 @@ def test_a_stream_without_end_is_ended():
     for line, said in (
         (b": still here\n", "gave no answer to POST /v1/completions within 0.3 s"),
         (b'data: {"choices": []}\n\n', "sends events without tokens"),
-        (b"data: " + b"9" * 2**20, "with a line of more than 33,554,432 bytes"),
+        (b"data: " + b"9" * 2**20, "with a line of more than 1,000,000 bytes"),
     ):
         with serving(Scoring(line=line), Endless) as url:
             assert said in refusal(url, score(), limit=0.3 if b":" in line[:1] else 5)

@@ -18,16 +18,17 @@ import knorm
 from knorm.engines.asking import EndpointScorer, own_windows
 from knorm.engines.boxed import model_file
 from knorm.engines.conditions import Place, Vllm, engine_target
-from knorm.engines.endpoint import Able, Endpoint
+from knorm.engines.endpoint import Endpoint
 from knorm.engines.http import read_address
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
 from knorm.engines.scorer import Asked, EngineScorer, ModelScorer, closing, compared
+from knorm.engines.told import Able
 from knorm.evaluation.damage import summed
 from knorm.evaluation.windows import cut_windows
 from knorm.models import load_embedded, load_text
 
 STARTS, FORCING = 300, ("--max-logprobs", "-1", "--logprobs-mode", "raw_logprobs")
-FORCING += ("--logits-processors", "knorm.engines.forced:Forced")
+FORCING += ("--logits-processors", "knorm.engines.forced:Forced", "--no-async-scheduling")
 
 
 @contextlib.contextmanager

@@ -43,7 +43,8 @@ def _check_engine(request: Request) -> None:
         "--device": request.device != "cpu",
     }
     if given := [option for option, value in said.items() if value]:
-        raise ValueError(f"{given[0]} is not for an engine such as {request.target}: its settings are its own")
+        where = "are the server's own" if is_endpoint(request.target) else "stand in the target"
+        raise ValueError(f"{given[0]} is not for an engine such as {request.target}: its settings {where}")
 
 
 def promised(request: Request) -> Traits | dict[str, Any]:
