@@ -83,8 +83,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        for token, row in zip(text[len(prompt) :], rows, strict=True):
-            event = {"choices": [self.choice([token], [s.after_forcing(row, token) if forced else row], known)]}
+        after = text[len(prompt) :]
+        rows = [s.after_forcing(row, token) if forced else row for token, row in zip(after, rows, strict=True)]
+        for start in range(0, len(after), s.at_once):
+            part = slice(start, start + s.at_once)
+            event = {"choices": [self.choice(after[part], rows[part], known)]}
             self.wfile.write(f"data: {json.dumps(s.changed(event))}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
@@ -113,7 +116,7 @@ class Scoring:
     def __init__(self, **different):
         self.models, self.context, self.metrics, self.tokens = ["small"], 64, "", None
         self.vocabulary, self.most, self.forced, self.prompts = 12, FULL, True, True
-        self.seen, self.count = [], 0
+        self.seen, self.count, self.at_once = [], 0, 1
         self.predict = table
         vars(self).update(different)
 

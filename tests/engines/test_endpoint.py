@@ -95,6 +95,22 @@ def test_what_is_scored_is_what_the_server_predicts(how, most):
     assert (sent.get("vllm_xargs", {}).get("forced") == IDS[0, 5:].tolist()) == (how == "loop")
 
 
+def test_a_server_that_is_behind_sends_many_tokens_at_once():
+    with serving() as url, serving(Scoring(at_once=5)) as behind:
+        one, many = ([*EndpointScorer(s, s.able()).logits(IDS[0], 5)] for s in map(endpoint, (url, behind)))
+    assert [len(chunk) for chunk in many] == [FRAME, 7 - FRAME]
+    assert torch.equal(torch.cat(one), torch.cat(many))
+
+
+def test_what_has_no_room_in_an_answer_is_a_lower_bound(monkeypatch):
+    monkeypatch.setattr("knorm.engines.told._MOST_NUMBERS", 7 * 6)
+    with serving(Scoring(predict=worse)) as url, serving() as other:
+        measured = EndpointWays(Windows(IDS), 5, reference=endpoint(other), how="loop").measure([endpoint(url)])
+    row = measured.rows[1]
+    assert row.kl_at_least
+    assert row.check == "the 6 likeliest tokens are told, the others as one: KL is a lower bound"
+
+
 def test_a_text_of_its_own_is_decoded_where_none_can_be_forced():
     with serving(Scoring(forced=False)) as url:
         server = endpoint(url)
