@@ -107,7 +107,7 @@ def number(value: float | None, form: str = "") -> Any:
 
 
 def printed(value: float | None, form: str = "") -> str:
-    """Write `value` as number does, for people alone: where nothing sorts by it.
+    """Write `value` in the format `form` as number does, for people alone: where nothing sorts by it.
 
     Example:
         >>> printed(-0.06884, ".3f"), printed(None)
