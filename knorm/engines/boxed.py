@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from knorm.engines.conditions import Form
 from knorm.paths import ASSETS
+from knorm.rounding import rounded_otherwise
 from knorm.sources import EMBEDDED_MODELS, find_model
 
 Array = np.ndarray[Any, Any]
@@ -47,9 +48,56 @@ def model_file(name: str, model: PreTrainedModel, form: Form = "gguf") -> Iterat
         assert isinstance(place, Path)
         yield place
         return
+    with _written(name, model, form) as path:
+        yield path
+
+
+def can_move(name: str, form: Form) -> bool:
+    """Tell whether moved_file can write a model as the engine reads it: its weights would else be of other types.
+
+    Args:
+        name: as model_file has it.
+        form: the same.
+
+    Returns:
+        False for a .gguf file that the engine reads itself.
+
+    Example:
+        >>> can_move("smollm2", "folder"), can_move("smollm2", "gguf")
+        (True, False)
+    """
+    return form == "folder" or name in EMBEDDED_MODELS
+
+
+@contextlib.contextmanager
+def moved_file(name: str, model: PreTrainedModel, form: Form, dtype: str) -> Iterator[Path]:
+    """Give a file or folder as model_file does, of the model with each weight moved to the number next to it.
+
+    What an engine predicts with it differs as far as rounding does.
+
+    Args:
+        name: as model_file has it; can_move says yes.
+        model: the same, which stays as it is.
+        form: the same.
+        dtype: in which the engine computes, and in which the weights are moved.
+
+    Yields:
+        A path, gone when the context closes.
+
+    Example:
+        >>> with moved_file("embedded", load_embedded()[0], "folder", "float32") as folder:
+        ...     (folder / "model.safetensors").exists()
+        True
+    """
+    with _written(name, rounded_otherwise(model, 1, getattr(torch, dtype)), form) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def _written(name: str, model: PreTrainedModel, form: Form) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="knorm-") as folder:
         if form == "folder":
-            write_folder(model, Path(folder), tokenizer=boxed)
+            write_folder(model, Path(folder), tokenizer=name in EMBEDDED_MODELS)
             yield Path(folder)
             return
         file = Path(folder) / f"{name}.gguf"

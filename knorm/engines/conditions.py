@@ -53,6 +53,7 @@ class LlamaCpp:
     distribution = "llama_cpp_python"
     install = "pip install 'knorm[llamacpp]' -c constraints-llamacpp.txt"
     form: ClassVar[Form] = "gguf"
+    dtype: ClassVar[str] = "float32"  # of the weights in the files that knorm writes
     no_cut = ""
 
     def __post_init__(self) -> None:

@@ -6,9 +6,9 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from knorm.engines.boxed import model_file
+from knorm.engines.boxed import can_move, model_file, moved_file
 from knorm.engines.conditions import EngineTarget, Place, engine_target
 from knorm.engines.cut import states_after_a_cut, states_of_the_last
 from knorm.engines.process import EngineLost
@@ -50,14 +50,16 @@ class Named:
         self.long = cut_windows(tokenizer, story, min(length, most), count).input_ids
         self.short = cut_windows(tokenizer, story, engine.SHORT, 2).input_ids
         self.file: Path | None = None
+        self.movable = can_move(target.model, target.settings.form)
 
-    def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> EngineScorer:
+    def scorer(self, which: engine.Which, asked: Asked, *, small: bool = False, moved: bool = False) -> EngineScorer:
         """Start the engine in a process of its own.
 
         Args:
             which: "full" for its full cache, "target" for the condition.
             asked: how it scores.
             small: reads in small batches.
+            moved: each weight is moved to the number next to it.
 
         Returns:
             The scorer, to be closed.
@@ -68,7 +70,11 @@ class Named:
         target = full_of(self.target) if which == "full" else self.target
         if small:
             target = with_settings(target, target.settings.in_batches_of(SMALLER))
-        return EngineScorer(target, self.file, self.place, self.long.shape[1], asked)
+        length, settings = self.long.shape[1], target.settings
+        if not moved:
+            return EngineScorer(target, self.file, self.place, length, asked)
+        with moved_file(target.model, self.model, settings.form, settings.dtype) as file:  # it is read at the start
+            return EngineScorer(target, file, self.place, length, asked)
 
     def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> ModelScorer:
         """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
@@ -151,7 +157,7 @@ def _result(law: Callable[..., Any], verdict: Any, **fields: Any) -> Result:
 
 
 def _try(law: Callable[[engine.Trial], int], trial: engine.Trial) -> Result:
-    begin = time.monotonic()
+    begin, trial.shown = time.monotonic(), ""
     try:
         count = law(trial)
     except Refuted as refuted:
@@ -164,4 +170,5 @@ def _try(law: Callable[[engine.Trial], int], trial: engine.Trial) -> Result:
         return _result(law, "untested", reason=_DIED, seconds=time.monotonic() - begin)
     evicted = count if law is engine.check_eviction_equals_transformers else 0
     seconds = time.monotonic() - begin
-    return _result(law, "holds", examples=count, answered=count, evicted=evicted, seconds=seconds)
+    fields: Any = {"examples": count, "answered": count, "evicted": evicted, "reason": trial.shown or None}
+    return _result(law, "holds", seconds=seconds, **fields)
