@@ -55,6 +55,7 @@ class LlamaCpp:
     form: ClassVar[Form] = "gguf"
     dtype: ClassVar[str] = "float32"  # of the weights in the files that knorm writes
     no_cut = ""
+    sequences: ClassVar[int] = 1  # its cache is made for as many as there are
 
     def __post_init__(self) -> None:
         for name in ("type_k", "type_v"):
@@ -123,6 +124,7 @@ class Vllm:
     install = "pip install --no-deps -r constraints-vllm.txt, in an environment of its own"
     form: ClassVar[Form] = "folder"
     no_cut = "vLLM has no call that takes tokens out of its cache"
+    sequences: ClassVar[int] = 2  # one that may be fed as many feeds one alone just so
 
     def __post_init__(self) -> None:
         if not isinstance(self.kv_cache_dtype, str):

@@ -64,6 +64,7 @@ class EngineScorer:
         place: where it runs.
         context: tokens that a window may have.
         asked: how it scores.
+        sequences: how many it can feed in one call; as many as `asked` needs, if that is more.
 
     Attributes:
         said: what the engine says of itself.
@@ -73,10 +74,18 @@ class EngineScorer:
     """
 
     def __init__(
-        self, target: EngineTarget, file: Path, place: Place, context: int, asked: Asked | None = None
+        self,
+        target: EngineTarget,
+        file: Path,
+        place: Place,
+        context: int,
+        asked: Asked | None = None,
+        *,
+        sequences: int = 1,
     ) -> None:
         self.target, self.asked = target, asked or Asked()
-        self.process, self.said = target.start(file, place, context=context, sequences=1 + len(self.asked.companions))
+        sequences = max(sequences, 1 + len(self.asked.companions))
+        self.process, self.said = target.start(file, place, context=context, sequences=sequences)
         if context > self.said["trained"]:
             self.process.close()
             raise EngineError(

@@ -47,7 +47,9 @@ class EngineSubject(Protocol):
     short: Tensor
     movable: bool
 
-    def scorer(self, which: Which, asked: Asked, *, small: bool = False, moved: bool = False) -> Any:
+    def scorer(
+        self, which: Which, asked: Asked, *, small: bool = False, moved: bool = False, fresh: bool = False
+    ) -> Any:
         """Return a scorer of the full cache or of the condition.
 
         Args:
@@ -55,6 +57,7 @@ class EngineSubject(Protocol):
             asked: how it scores.
             small: reads in small batches.
             moved: each weight is moved to the number next to it.
+            fresh: nothing was asked of it before.
 
         Returns:
             A Scorer with close().
@@ -199,7 +202,7 @@ class Trial:
         """
         scorers: list[Any] = []
         with closing(scorers):
-            scorers.append(self.subject.scorer("target", Asked()))
+            scorers.append(self.subject.scorer("target", Asked(), fresh=after is not None))
             other = self.subject.scorer("target", asked)
             scorers.append(other if after is None else After(other, after))
             return compared(scorers, self.subject.short, PROMPT, [(0, 1)])[0]

@@ -28,7 +28,7 @@ class Right:
         self.long = cut_windows(tokenizer, load_text("narrative"), LONG, 2).input_ids
         self.short = cut_windows(tokenizer, load_text("narrative"), SHORT, 2).input_ids
 
-    def scorer(self, which, asked, *, small=False, moved=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         states = (
             (lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, asked.cut)) if asked.cut else None
         )
@@ -105,8 +105,8 @@ class Wrong(Right):
         super().__init__(model, tokenizer)
         self.where, self.change = where, change
 
-    def scorer(self, which, asked, *, small=False, moved=False):
-        right = super().scorer(which, asked, small=small)
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
+        right = super().scorer(which, asked, small=small, fresh=fresh)
         return Changed(right, self.change) if self.where(which, asked, small) else right
 
     def elsewhere(self, cut=()):
@@ -149,9 +149,9 @@ def test_damage_that_grows_with_the_context_has_not_broken(embedded):
 class Empty(Right):
     """An engine whose cache holds nothing: each token sees itself, which is far better than chance."""
 
-    def scorer(self, which, asked, *, small=False, moved=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         if which == "full":
-            return super().scorer(which, asked, small=small)
+            return super().scorer(which, asked, small=small, fresh=fresh)
         return ModelScorer(self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, 1))
 
 
@@ -168,7 +168,7 @@ class Undisturbed(Right):
     times = 1.0
     moves = 0.0  # as far, if each weight is moved
 
-    def scorer(self, which, asked, *, small=False, moved=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         change = GARBAGE / 50 if asked.how == "loop" else GARBAGE / 50 * (1 + self.times)
         change = change + GARBAGE.roll(1) / 50 * (self.moves if moved else 0)
         right = super().scorer(which, asked)
@@ -216,8 +216,8 @@ def test_rounding_explains_no_more_than_the_cache_costs(embedded):
 class Leaking(Right):
     """An engine that does not forget: what was asked before is mixed in."""
 
-    def scorer(self, which, asked, *, small=False, moved=False):
-        scorer, memory = super().scorer(which, asked, small=small), []
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
+        scorer, memory = super().scorer(which, asked, small=small, fresh=fresh), []
 
         class Remembering:
             def logits(self, tokens, prompt):
@@ -244,7 +244,7 @@ class NotCut(Right):
 
     by = None
 
-    def scorer(self, which, asked, *, small=False, moved=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         cut = tuple((first + self.by, last + self.by) for first, last in asked.cut) if self.by else ()
         return super().scorer(which, engine.Asked(asked.how, asked.companions, cut), small=small)
 
@@ -262,13 +262,13 @@ def test_an_eviction_of_other_tokens_is_refuted(embedded, by):
 
 def test_an_engine_that_dies_is_refuted(embedded):
     class Dying(Right):
-        def scorer(self, which, asked, *, small=False, moved=False):
+        def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
             def die(row, place, tokens):
                 if place == 70:
                     raise EngineLost("it died while it was to answer")
                 return row
 
-            return Changed(super().scorer(which, asked, small=small), die)
+            return Changed(super().scorer(which, asked, small=small, fresh=fresh), die)
 
     with pytest.raises(Refuted, match="survives: it died while"):
         engine.check_survives(Trial(Dying(*embedded)))
