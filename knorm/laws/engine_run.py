@@ -46,6 +46,7 @@ class Named:
         hush()
         self.name, self.target, self.place = target.spec, target, place
         self.model, tokenizer = load_model(target.model)
+        self.tokenizer = tokenizer
         story, (count, length) = load_text("narrative"), _LONG[profile]
         most = getattr(self.model.config, "max_position_embeddings", None) or length
         self.text = story[:_TEXT]
@@ -140,7 +141,8 @@ class EngineChecks:
         with contextlib.chdir(self.request.folder or "."):
             target = engine_target(self.request.target)
             subject = Named(target, self.place, self.request.profile)
-            with model_file(target.model, subject.model, target.settings.form) as file, closing([subject]):
+            written = model_file(target.model, subject.model, target.settings.form, subject.tokenizer)
+            with written as file, closing([subject]):
                 subject.file = file.resolve()
                 with contextlib.suppress(EngineLost), closing([subject.scorer("target", Asked())]):
                     pass  # it is installed, and does not refuse; if it dies, a law says so

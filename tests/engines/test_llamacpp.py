@@ -307,7 +307,7 @@ def test_the_program_that_shows_a_refutation_runs_alone(llama, tmp_path):
 
 def test_the_tokens_of_a_text_are_the_engines_own():
     named = Named(target("smollm2"), Place(), "quick")
-    with model_file("smollm2", named.model) as named.file:
+    with model_file("smollm2", named.model) as named.file, closing([named]):
         assert engine.check_same_tokens(engine.Trial(named)) > 500
 
 
