@@ -177,6 +177,13 @@ class EngineProcess:
         Raises what parts raises.
         """
         self.begin(ask, **fields)
+        return self.heard()
+
+    def heard(self) -> Fields:
+        """Hear the answer to the request that was sent to its end, and return the fields of its one part.
+
+        Raises what parts raises.
+        """
         answers = list(self.parts())
         return answers[0][0] if answers else {}
 
