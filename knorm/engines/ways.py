@@ -75,7 +75,7 @@ class EngineWays:
         self.model, self.ids, self.prompt_length = model, windows.input_ids, prompt_length
         self.file, self.place, self.how = file, place or Place(), how
         self.said: dict[str, Any] = {}
-        self._controls: dict[EngineTarget, Evaluation] = {}
+        self._controls: dict[EngineTarget, tuple[Evaluation, Evaluation]] = {}  # and transformers beside the same run
 
     def control(self, target: EngineTarget) -> Evaluation:
         """Score the full cache of `target` twice, the second time read in small batches: what differs is noise.
@@ -83,20 +83,31 @@ class EngineWays:
         Where nothing differs, each weight is moved to the number next to it instead. It is done once for all targets
         of one full cache.
         """
+        return self._both(target)[0]
+
+    def beside(self, target: EngineTarget) -> Evaluation:
+        """Compare the full cache of `target` with transformers, which runs the same weights in their own precision."""
+        return self._both(target)[1]
+
+    def _both(self, target: EngineTarget) -> tuple[Evaluation, Evaluation]:
         full = replace(full_of(target), spec="")
         if full not in self._controls:
             self._controls[full] = self._control(full)
         return self._controls[full]
 
-    def _control(self, full: EngineTarget) -> Evaluation:
+    def _control(self, full: EngineTarget) -> tuple[Evaluation, Evaluation]:
         begin, scorers = time.perf_counter(), list[EngineScorer]()
         with closing(scorers):
-            (tokens,), said = self._scored([full, self._smaller(full)], [(0, 1)], scorers)
+            wanted, model = [full, self._smaller(full)], ModelScorer(self.model)
+            (tokens, beside), said = self._scored(wanted, [(0, 1), (0, 2)], scorers, model)
             tokens, check = self._disturbed(tokens, scorers[0])
+        most = float(tokens.kl.max())
         check = f"{check}; {_HOW[self.how]}"
-        return self._row(
-            "full cache, again", check, tokens, (said[0], said[0]), begin, ROUNDING + float(tokens.kl.max())
-        )
+        row = self._row("full cache, again", check, tokens, (said[0], said[0]), begin, ROUNDING + most)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        check = f"the same weights in {dtype}, one pass; KL(engine's full cache || transformers)"
+        stored, noise = {**said[0], "bytes_per_token": _bytes_per_token(self.model)}, max(ROUNDING, 2 * most)
+        return row, self._row(f"transformers, {dtype}", check, beside, (stored, said[0]), begin, noise)
 
     def evaluate(self, target: EngineTarget) -> EngineRows:
         """Score a target beside its full cache, and beside itself read in small batches, or with moved weights.
@@ -143,18 +154,6 @@ class EngineWays:
             (tokens,), said = self._scored([full_of(target), target], [(0, 1)], scorers)
         check = f"{_HOW[self.how]}; {self._batches(target)}"
         return self._row(target.spec, check, tokens, (said[1], said[0]), begin, ROUNDING)
-
-    def beside(self, target: EngineTarget) -> Evaluation:
-        """Compare the full cache of `target` with transformers, which runs the same weights in their own precision."""
-        noise = self._noise(target)
-        begin = time.perf_counter()
-        scorers: list[EngineScorer] = []
-        with closing(scorers):
-            (tokens,), said = self._scored([full_of(target)], [(0, 1)], scorers, ModelScorer(self.model))
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        check = f"the same weights in {dtype}, one pass; KL(engine's full cache || transformers)"
-        stored = {**said[0], "bytes_per_token": _bytes_per_token(self.model)}
-        return self._row(f"transformers, {dtype}", check, tokens, (stored, said[0]), begin, noise)
 
     def _noise(self, target: EngineTarget) -> float:
         """Return the most that noise does to a token's KL: twice what the control shows, or what rounding may do."""
