@@ -100,7 +100,7 @@ class EngineWays:
         with closing(scorers):
             wanted, model = [full, self._smaller(full)], ModelScorer(self.model)
             (tokens, beside), said = self._scored(wanted, [(0, 1), (0, 2)], scorers, model)
-            tokens, check = self._disturbed(tokens, scorers[0])
+            tokens, check = self._disturbed(tokens, scorers, 0)
         most = float(tokens.kl.max())
         check = f"{check}; {_HOW[self.how]}"
         row = self._row("full cache, again", check, tokens, (said[0], said[0]), begin, ROUNDING + most)
@@ -126,7 +126,7 @@ class EngineWays:
         with closing(scorers):
             wanted = [full_of(target), target, self._smaller(target)]
             (tokens, again), said = self._scored(wanted, [(0, 1), (1, 2)], scorers)
-            again, other = self._disturbed(again, scorers[1])
+            again, other = self._disturbed(again, scorers, 1)
         check = f"{_HOW[self.how]}; {self._batches(target)}"
         row = self._row(target.spec, check, tokens, (said[1], said[0]), begin, noise)
         check = f"{other}, both in this condition"
@@ -135,11 +135,14 @@ class EngineWays:
     def _smaller(self, target: EngineTarget) -> EngineTarget:
         return with_settings(target, target.settings.in_batches_of(SMALLER))
 
-    def _disturbed(self, tokens: PerToken, scorer: EngineScorer) -> tuple[PerToken, str]:
+    def _disturbed(self, tokens: PerToken, scorers: list[EngineScorer], place: int) -> tuple[PerToken, str]:
         """Return what small batches change, or, where that is nothing, what moved weights do; and which it is."""
-        target = scorer.target
+        scorer, target = scorers[place], scorers[place].target
         if tokens.kl.any() or not can_move(target.model, target.settings.form):
             return tokens, f"{self._batches(target)} against {SMALLER}"
+        for other in scorers:
+            if other is not scorer:  # each holds the model
+                other.close()
         with moved_file(target.model, self.model, target.settings.form, target.settings.dtype) as file:
             moved = EngineScorer(target, file, self.place, self.ids.shape[1], Asked(self.how))
         with closing([moved]):
