@@ -1,9 +1,10 @@
-"""Tells an effect from rounding: attention over slots in another order, and what rounding does to a token's NLL."""
+"""Tells an effect from rounding: of attention, by slots in another order; of weights, by others; of a token's NLL."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,3 +115,31 @@ class Rounding(NamedTuple):
     def covers(self, change: Tensor) -> bool:
         """Tell whether a `change` of tokens' NLLs is no larger than this, in its largest token and on average."""
         return float(change.abs().max()) <= self.largest and float(change.abs().mean()) <= self.typical
+
+
+def rounded_otherwise(model: Any, seed: int, dtype: torch.dtype | None = None) -> Any:
+    """Copy a model with each weight moved to the number next to it, up or down by a draw.
+
+    Every product and sum then rounds otherwise, by as much as on another CPU.
+
+    Args:
+        model: a model of PyTorch.
+        seed: of the draw.
+        dtype: in which the weights are moved, and stored; None: their own.
+
+    Returns:
+        The copy.
+
+    Example:
+        >>> weight = next(rounded_otherwise(torch.nn.Linear(1, 1), 1, torch.bfloat16).parameters())
+        >>> weight.dtype
+        torch.bfloat16
+    """
+    other = copy.deepcopy(model).to(dtype=dtype)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in other.parameters():
+            up = (torch.rand(weight.shape, generator=draw) < 0.5).to(weight.device)
+            towards = torch.where(up, torch.inf, -torch.inf).to(weight.dtype)
+            weight.copy_(torch.nextafter(weight, towards))
+    return other

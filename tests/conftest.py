@@ -19,6 +19,14 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("thorough" if os.
 torch.set_num_threads(int(os.environ.get("KNORM_THREADS") or 1))
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_xdist_make_scheduler(config, log):
+    """A worker that has nothing left takes what the other has not begun: the longest tests stand together."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
 def pytest_collection_modifyitems(items):
     if not IN_FULL:
         reason = "takes long, most of it to load PyTorch: where CI or KNORM_PROCESSES is set, as .ci/run does"

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import IN_FULL, in_a_new_process, new_environment
+from commands import in_a_new_process, new_environment
 
 TOOLS = Path(__file__).parents[1] / "tools"
 CONFINED = f"""
@@ -57,8 +57,9 @@ for attempt in (
     assert (outside / "kept").read_text() == "as it was"
 
 
+@pytest.mark.processes
 def test_a_few_hundred_attacks_find_nothing(tmp_path):
-    commands, calls = (60, 300) if IN_FULL else (15, 100)
+    commands, calls = 60, 300
     sizes = ("--commands", str(commands), "--calls", str(calls))
     command = [sys.executable, str(TOOLS / "fuzz.py"), *sizes, "--seed", "1"]
     done = subprocess.run(

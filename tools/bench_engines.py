@@ -286,6 +286,11 @@ def vllm(name: str) -> None:
             else:
                 row = ways.alone(target)
                 line(f"{kind} (refuted)", row.damage, row.bytes_per_token)
+        ids = cut_windows(tokenizer, load_text("narrative"), WINDOW, 1).input_ids[0]
+        memory = bytes_of_logits(replace(first, settings=replace(first.settings, kv_cache_dtype="fp8")), file, ids)
+    print(f"\n- Prompt scoring of {WINDOW} tokens with fp8: {memory / 2**20:.0f} MiB for logits, in all processes")
+    if memory > MOST_LOGITS:
+        sys.exit(f"more than {MOST_LOGITS / 2**20:.0f} MiB for logits")
 
 
 def line(name: str, damage: Damage, size: float, again: float | None = None) -> None:

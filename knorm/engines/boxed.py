@@ -11,17 +11,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from knorm.engines.conditions import Form
 from knorm.paths import ASSETS
+from knorm.rounding import rounded_otherwise
 from knorm.sources import EMBEDDED_MODELS, find_model
 
 Array = np.ndarray[Any, Any]
 
 
 @contextlib.contextmanager
-def model_file(name: str, model: PreTrainedModel, form: Form = "gguf") -> Iterator[Path]:
+def model_file(
+    name: str, model: PreTrainedModel, form: Form = "gguf", tokenizer: PreTrainedTokenizerFast | None = None
+) -> Iterator[Path]:
     """Give the file or folder that an engine reads a model from.
 
     Args:
@@ -29,6 +32,7 @@ def model_file(name: str, model: PreTrainedModel, form: Form = "gguf") -> Iterat
         model: the same, as knorm loads it; one in the box is written anew, and so is a GGUF file where the engine reads
             a folder: weights in float32.
         form: "gguf" for a file, "folder" for config.json and safetensors.
+        tokenizer: what goes into a folder that is written; the models in the box have theirs there anyway.
 
     Yields:
         The path of a GGUF file or of a folder; gone, where it is a temporary one, when the context closes.
@@ -47,9 +51,60 @@ def model_file(name: str, model: PreTrainedModel, form: Form = "gguf") -> Iterat
         assert isinstance(place, Path)
         yield place
         return
+    with _written(name, model, form, tokenizer) as path:
+        yield path
+
+
+def can_move(name: str, form: Form) -> bool:
+    """Tell whether moved_file can write a model as the engine reads it: its weights would else be of other types.
+
+    Args:
+        name: as model_file has it.
+        form: the same.
+
+    Returns:
+        False for a .gguf file that the engine reads itself.
+
+    Example:
+        >>> can_move("smollm2", "folder"), can_move("smollm2", "gguf")
+        (True, False)
+    """
+    return form == "folder" or name in EMBEDDED_MODELS
+
+
+@contextlib.contextmanager
+def moved_file(name: str, model: PreTrainedModel, form: Form, dtype: str) -> Iterator[Path]:
+    """Give a file or folder as model_file does, of the model with each weight moved to the number next to it.
+
+    What an engine predicts with it differs as far as rounding does.
+
+    Args:
+        name: as model_file has it; can_move says yes.
+        model: the same, which stays as it is.
+        form: the same.
+        dtype: in which the engine computes, and in which the weights are moved.
+
+    Yields:
+        A path, gone when the context closes.
+
+    Example:
+        >>> with moved_file("embedded", load_embedded()[0], "folder", "float32") as folder:
+        ...     (folder / "model.safetensors").exists()
+        True
+    """
+    with _written(name, rounded_otherwise(model, 1, getattr(torch, dtype)), form) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def _written(
+    name: str, model: PreTrainedModel, form: Form, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="knorm-") as folder:
         if form == "folder":
-            write_folder(model, Path(folder), tokenizer=boxed)
+            write_folder(model, Path(folder), boxed=name in EMBEDDED_MODELS)
+            if tokenizer and name not in EMBEDDED_MODELS:
+                tokenizer.save_pretrained(folder)
             yield Path(folder)
             return
         file = Path(folder) / f"{name}.gguf"
@@ -57,19 +112,19 @@ def model_file(name: str, model: PreTrainedModel, form: Form = "gguf") -> Iterat
         yield file
 
 
-def write_folder(model: PreTrainedModel, folder: Path, *, tokenizer: bool) -> None:
+def write_folder(model: PreTrainedModel, folder: Path, *, boxed: bool) -> None:
     """Write a model's settings and its weights, in their dtype, as vLLM reads them.
 
     Args:
         model: a causal language model.
         folder: where they go.
-        tokenizer: with the tokenizer of the models in the box.
+        boxed: with the tokenizer of the models in the box.
 
     Example:
-        >>> write_folder(load_embedded()[0], Path("model"), tokenizer=True)  # doctest: +SKIP
+        >>> write_folder(load_embedded()[0], Path("model"), boxed=True)  # doctest: +SKIP
     """
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+    for name in ("tokenizer.json", "tokenizer_config.json") if boxed else ():
         shutil.copyfile(ASSETS / name, folder / name)
 
 

@@ -53,7 +53,9 @@ class LlamaCpp:
     distribution = "llama_cpp_python"
     install = "pip install 'knorm[llamacpp]' -c constraints-llamacpp.txt"
     form: ClassVar[Form] = "gguf"
+    dtype: ClassVar[str] = "float32"  # of the weights in the files that knorm writes
     no_cut = ""
+    sequences: ClassVar[int] = 1  # its cache is made for as many as there are
 
     def __post_init__(self) -> None:
         for name in ("type_k", "type_v"):
@@ -122,6 +124,7 @@ class Vllm:
     install = "pip install --no-deps -r constraints-vllm.txt, in an environment of its own"
     form: ClassVar[Form] = "folder"
     no_cut = "vLLM has no call that takes tokens out of its cache"
+    sequences: ClassVar[int] = 2  # one that may be fed as many feeds one alone just so
 
     def __post_init__(self) -> None:
         if not isinstance(self.kv_cache_dtype, str):
@@ -202,8 +205,8 @@ class EngineTarget:
         """Return the version of the engine's package where it runs by default; None where it is not installed."""
         return version_in(os.environ.get(PYTHON), self.settings.distribution)
 
-    def start(self, file: Path, place: Place, *, context: int, sequences: int = 1) -> tuple[EngineProcess, Any]:
-        """Start the engine in a process of its own, with the model loaded.
+    def start(self, file: Path, place: Place, *, context: int, sequences: int = 1) -> EngineProcess:
+        """Start the engine in a process of its own, and let it load the model.
 
         Args:
             file: the model's file.
@@ -212,10 +215,10 @@ class EngineTarget:
             sequences: how many are fed in one call.
 
         Returns:
-            The process, and what it says of itself: version, vocabulary, layers, kv_heads, bytes_per_token and more.
+            The process, for `opened`.
 
         Raises:
-            EngineError: it is not installed, refuses the settings, or dies; in one line.
+            EngineError: its interpreter cannot be started, in one line.
         """
         process = EngineProcess(
             self.engine, self.settings.module, self.settings.install,
@@ -223,11 +226,25 @@ class EngineTarget:
         )  # fmt: skip
         try:
             asked = self.settings.request()
-            said = process.ask("open", file=str(file.resolve()), context=context, sequences=sequences, **asked)
+            process.begin("open", file=str(file.resolve()), context=context, sequences=sequences, **asked)
         except BaseException:
             process.close()
             raise
-        return process, said
+        return process
+
+    def opened(self, process: EngineProcess) -> dict[str, Any]:
+        """Wait until the model is loaded.
+
+        Args:
+            process: what `start` returned.
+
+        Returns:
+            What the engine says of itself: version, vocabulary, layers, kv_heads, bytes_per_token and more.
+
+        Raises:
+            EngineError: it is not installed, refuses the settings, or dies; in one line.
+        """
+        return process.heard()
 
 
 def engine_target(spec: str) -> EngineTarget:

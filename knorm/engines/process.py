@@ -84,6 +84,9 @@ class EngineProcess:
         limit: seconds for an answer.
         environment: variables beside those of this process.
 
+    Attributes:
+        answering: a request was sent whose answer was not heard to its end.
+
     Raises:
         EngineError: the interpreter cannot be started.
     """
@@ -121,7 +124,12 @@ class EngineProcess:
         os.set_blocking(self._stdout.fileno(), False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stdout.fileno(), selectors.EVENT_READ)
-        self._waiting, self._answering = bytearray(), False
+        self._waiting, self.answering = bytearray(), False
+
+    @property
+    def running(self) -> bool:
+        """Tell whether the process has not ended."""
+        return self.process.poll() is None
 
     def begin(self, ask: str, **fields: Any) -> None:
         """Send a request, so that the engine sets to work; its parts are to be heard before the next one.
@@ -130,8 +138,8 @@ class EngineProcess:
             ask: what is asked for.
             **fields: what the request says.
         """
-        assert not self._answering, "the answer to the request before has not been heard to its end"
-        self._answering = True
+        assert not self.answering, "the answer to the request before has not been heard to its end"
+        self.answering = True
         try:
             self._stdin.write(pack({"ask": ask, **fields}))
             self._stdin.flush()
@@ -158,7 +166,7 @@ class EngineProcess:
             if kind == "part":
                 yield fields, numbers
                 continue
-            self._answering = False
+            self.answering = False
             if kind == "done":
                 return
             self._raise(str(kind), fields)
@@ -169,6 +177,13 @@ class EngineProcess:
         Raises what parts raises.
         """
         self.begin(ask, **fields)
+        return self.heard()
+
+    def heard(self) -> Fields:
+        """Hear the answer to the request that was sent to its end, and return the fields of its one part.
+
+        Raises what parts raises.
+        """
         answers = list(self.parts())
         return answers[0][0] if answers else {}
 

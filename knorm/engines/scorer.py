@@ -65,6 +65,8 @@ class EngineScorer:
         place: where it runs.
         context: tokens that a window may have.
         asked: how it scores.
+        sequences: how many it can feed in one call; as many as `asked` needs, if that is more.
+        wait: until it has loaded the model; else call `wait` before it is asked.
 
     Attributes:
         said: what the engine says of itself.
@@ -74,16 +76,38 @@ class EngineScorer:
     """
 
     def __init__(
-        self, target: EngineTarget, file: Path, place: Place, context: int, asked: Asked | None = None
+        self,
+        target: EngineTarget,
+        file: Path,
+        place: Place,
+        context: int,
+        asked: Asked | None = None,
+        *,
+        sequences: int = 1,
+        wait: bool = True,
     ) -> None:
-        self.target, self.asked = target, asked or Asked()
-        self.process, self.said = target.start(file, place, context=context, sequences=1 + len(self.asked.companions))
-        if context > self.said["trained"]:
+        self.target, self.asked, self.context = target, asked or Asked(), context
+        sequences = max(sequences, 1 + len(self.asked.companions))
+        self.process = target.start(file, place, context=context, sequences=sequences)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the model is loaded.
+
+        Raises:
+            EngineError: as the class; the process is ended then.
+        """
+        try:
+            self.said = self.target.opened(self.process)
+            if self.context > self.said["trained"]:
+                raise EngineError(
+                    f"{self.target.engine}: windows of {self.context:,} tokens, but {self.target.model} holds a "
+                    f"context of {self.said['trained']:,}: give --window {self.said['trained']} or less"
+                )
+        except BaseException:
             self.process.close()
-            raise EngineError(
-                f"{target.engine}: windows of {context:,} tokens, but {target.model} holds a context of "
-                f"{self.said['trained']:,}: give --window {self.said['trained']} or less"
-            )
+            raise
         self.vocabulary: int = self.said["vocabulary"]
 
     def logits(self, tokens: Tensor, prompt: int) -> Iterator[Tensor]:

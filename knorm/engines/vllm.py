@@ -1,12 +1,14 @@
 """vLLM in a process of its own, on a CPU. Needs vllm and what vllm itself needs.
 
 A logits processor, which vLLM calls for each token that it is to generate, keeps the untouched logits and leaves the
-next token of the text as the only choice: a forced decode. A prompt is scored where vLLM computes the log-probabilities
-of its tokens: the logits that it makes them from are kept.
+next token of the text as the only choice: a forced decode. A prompt is scored from what the model makes of its tokens
+as vLLM reads them in batches: the hidden states are kept, and logits are made of a few at a time, as vLLM makes them of
+all where it is asked for a prompt's log-probabilities.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from knorm.engines.frames import Fields
 from knorm.engines.serving import Answer, Part, Refusal, serve
 
 _SPACE = 8  # the cache has so many times the blocks that requests need, so that it is far from its end, as in serving
+_ROWS = 16  # of logits that are made at a time: 3 MiB with 49,152 tokens
 _MOST_REASON = 400  # characters
 _SCORED = "0"  # the request whose logits are kept
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")  # of a context, in a config.json
@@ -69,13 +72,18 @@ class Vllm:
     """Hold a model in vLLM; answer what serving.serve hears."""
 
     def __init__(self) -> None:
+        gc.disable()  # what is imported stays: looking for garbage in it takes 2 of 7 s
         import vllm
+        from vllm import LLM, SamplingParams
 
-        self.library = vllm
+        gc.enable()
+        gc.freeze()
+        self.library, self.start, self.parameters = vllm, LLM, SamplingParams
         self.kept: Kept = {}
         self.engine: Any = None
         self.asked = 0
-        self.prompts: list[Any] | None = None  # logits of a prompt's tokens, while one is scored
+        self.states: list[Any] | None = None  # hidden states of a prompt's tokens, while one is scored
+        self.compute: Any = None  # makes logits of them
 
     def __call__(self, request: Fields) -> Iterator[Part]:
         """Answer a request: its field `ask` is open, score or tokenize."""
@@ -89,7 +97,7 @@ class Vllm:
         block = request["block_size"]
         blocks = _SPACE * (request["sequences"] * -(-self.context // block) + 1)
         try:
-            self.engine = self.library.LLM(
+            self.engine = self.start(
                 model=str(self.folder), dtype=request["dtype"], kv_cache_dtype=request["kv_cache_dtype"],
                 block_size=block, max_model_len=self.context, max_num_seqs=request["sequences"],
                 max_num_batched_tokens=max(request["batch"], request["sequences"]), num_gpu_blocks_override=blocks,
@@ -111,16 +119,14 @@ class Vllm:
         return next((int(inner[name]) for name in _LENGTHS if inner.get(name)), 2**30)
 
     def _listen(self, model: Any) -> None:
-        """Keep the logits that the model makes of a prompt's tokens."""
-        compute = model.compute_logits
+        """Keep the hidden states that the model makes of a prompt's tokens."""
 
-        def computed(*arguments: Any, **named: Any) -> Any:
-            logits = compute(*arguments, **named)
-            if self.prompts is not None:
-                self.prompts.append(logits.float().cpu().numpy().copy())
-            return logits
+        def heard(_module: Any, _given: Any, states: Any) -> None:
+            if self.states is not None:
+                self.states.append(states)
 
-        model.compute_logits = computed
+        self.compute = model.compute_logits
+        model.register_forward_hook(heard)
 
     def _described(self) -> Fields:
         config = self.engine.llm_engine.vllm_config
@@ -163,7 +169,7 @@ class Vllm:
 
     def _add(self, key: str, prompt: Sequence[int], forced: Sequence[int], **more: Any) -> None:
         self.asked += 1
-        parameters = self.library.SamplingParams(
+        parameters = self.parameters(
             temperature=0.0, max_tokens=len(forced), ignore_eos=True, detokenize=False,
             extra_args={"forced": list(forced), "key": key}, **more,
         )  # fmt: skip
@@ -188,27 +194,27 @@ class Vllm:
             raise Refusal(f"vLLM generated {given} tokens of {wanted}")
 
     def _in_batches(self, row: Sequence[int], prompt: int) -> Iterator[Any]:
-        """Let vLLM score all tokens but the last as a prompt, and predict the last: none is decoded.
+        """Let vLLM read all tokens but the last as a prompt: none is decoded, and what it says next is not used."""
+        import torch
 
-        In each step it makes logits of the last token that it read, to sample from, and then of all that it read.
-        """
-        self._add(_SCORED, row[:-1], row[-1:], prompt_logprobs=1)
-        place = 1
-        self.prompts = []
+        self._add(_SCORED, row[:-1], row[-1:])
+        place = 1  # of the token that the next state predicts
+        self.states = []
         try:
             while self.engine.llm_engine.has_unfinished_requests():
                 self.engine.llm_engine.step()
-                for logits in self.prompts[1:]:
-                    for one in logits:
-                        if place >= prompt:
-                            yield one
-                        place += 1
-                self.prompts.clear()
+                for states in self.states:
+                    wanted = states[max(0, prompt - place) :]
+                    place += len(states)
+                    for part in wanted.split(_ROWS):
+                        with torch.inference_mode():
+                            logits = self.compute(part).float().cpu().numpy()
+                        yield from logits
+                self.states.clear()
         finally:
-            self.prompts = None
-        if place != len(row) - 1:
-            raise Refusal(f"vLLM scored {place} tokens of a prompt of {len(row) - 1}")
-        yield self.kept.pop(0)
+            self.states = None
+        if place != len(row):
+            raise Refusal(f"vLLM read {place - 1} tokens of a prompt of {len(row) - 1}")
 
 
 def _stored(model: Any) -> int:

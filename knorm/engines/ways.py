@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from knorm.engines.boxed import can_move, moved_file
 from knorm.engines.conditions import EngineTarget, Place, Settings
 from knorm.engines.process import EngineError
 from knorm.engines.scorer import Asked, EngineHow, EngineScorer, ModelScorer, closing, compared
@@ -32,7 +33,7 @@ class EngineRows:
 
     Attributes:
         row: the target beside the engine's full cache.
-        again: the target beside itself, read in other batches: what noise does in its condition.
+        again: the target beside itself, read in other batches, or with moved weights: what noise does in its condition.
     """
 
     row: Evaluation
@@ -74,29 +75,42 @@ class EngineWays:
         self.model, self.ids, self.prompt_length = model, windows.input_ids, prompt_length
         self.file, self.place, self.how = file, place or Place(), how
         self.said: dict[str, Any] = {}
-        self._controls: dict[EngineTarget, Evaluation] = {}
+        self._controls: dict[EngineTarget, tuple[Evaluation, Evaluation]] = {}  # and transformers beside the same run
 
     def control(self, target: EngineTarget) -> Evaluation:
         """Score the full cache of `target` twice, the second time read in small batches: what differs is noise.
 
-        It is done once for all targets of one full cache.
+        Where nothing differs, each weight is moved to the number next to it instead. It is done once for all targets
+        of one full cache.
         """
+        return self._both(target)[0]
+
+    def beside(self, target: EngineTarget) -> Evaluation:
+        """Compare the full cache of `target` with transformers, which runs the same weights in their own precision."""
+        return self._both(target)[1]
+
+    def _both(self, target: EngineTarget) -> tuple[Evaluation, Evaluation]:
         full = replace(full_of(target), spec="")
         if full not in self._controls:
             self._controls[full] = self._control(full)
         return self._controls[full]
 
-    def _control(self, full: EngineTarget) -> Evaluation:
-        begin = time.perf_counter()
-        smaller = with_settings(full, full.settings.in_batches_of(SMALLER))
-        (tokens,), said = self._scored([full, smaller], [(0, 1)])
-        check = f"{self._batches(full)} against {SMALLER}; {_HOW[self.how]}"
-        return self._row(
-            "full cache, again", check, tokens, (said[0], said[0]), begin, ROUNDING + float(tokens.kl.max())
-        )
+    def _control(self, full: EngineTarget) -> tuple[Evaluation, Evaluation]:
+        begin, scorers = time.perf_counter(), list[EngineScorer]()
+        with closing(scorers):
+            wanted, model = [full, self._smaller(full)], ModelScorer(self.model)
+            (tokens, beside), said = self._scored(wanted, [(0, 1), (0, 2)], scorers, model)
+            tokens, check = self._disturbed(tokens, scorers, 0)
+        most = float(tokens.kl.max())
+        check = f"{check}; {_HOW[self.how]}"
+        row = self._row("full cache, again", check, tokens, (said[0], said[0]), begin, ROUNDING + most)
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        check = f"the same weights in {dtype}, one pass; KL(engine's full cache || transformers)"
+        stored, noise = {**said[0], "bytes_per_token": bytes_per_token(self.model)}, max(ROUNDING, 2 * most)
+        return row, self._row(f"transformers, {dtype}", check, beside, (stored, said[0]), begin, noise)
 
     def evaluate(self, target: EngineTarget) -> EngineRows:
-        """Score a target beside its full cache, and beside itself read in small batches.
+        """Score a target beside its full cache, and beside itself read in small batches, or with moved weights.
 
         Args:
             target: the engine's condition.
@@ -108,30 +122,41 @@ class EngineWays:
             EngineError: the engine refuses the condition, dies or hangs.
         """
         noise = self._noise(target)
-        begin, full = time.perf_counter(), full_of(target)
-        smaller = with_settings(target, target.settings.in_batches_of(SMALLER))
-        (tokens, again), said = self._scored([full, target, smaller], [(0, 1), (1, 2)])
+        begin, scorers = time.perf_counter(), list[EngineScorer]()
+        with closing(scorers):
+            wanted = [full_of(target), target, self._smaller(target)]
+            (tokens, again), said = self._scored(wanted, [(0, 1), (1, 2)], scorers)
+            again, other = self._disturbed(again, scorers, 1)
         check = f"{_HOW[self.how]}; {self._batches(target)}"
         row = self._row(target.spec, check, tokens, (said[1], said[0]), begin, noise)
-        check = f"{self._batches(target)} against {SMALLER}, both in this condition"
+        check = f"{other}, both in this condition"
         return EngineRows(row, self._row(f"{target.spec}, again", check, again, (said[2], said[1]), begin, noise))
+
+    def _smaller(self, target: EngineTarget) -> EngineTarget:
+        return with_settings(target, target.settings.in_batches_of(SMALLER))
+
+    def _disturbed(self, tokens: PerToken, scorers: list[EngineScorer], place: int) -> tuple[PerToken, str]:
+        """Return what small batches change, or, where that is nothing, what moved weights do; and which it is."""
+        scorer, target = scorers[place], scorers[place].target
+        if tokens.kl.any() or not can_move(target.model, target.settings.form):
+            return tokens, f"{self._batches(target)} against {SMALLER}"
+        for other in scorers:
+            if other is not scorer:  # each holds the model
+                other.close()
+        with moved_file(target.model, self.model, target.settings.form, target.settings.dtype) as file:
+            moved = EngineScorer(target, file, self.place, self.ids.shape[1], Asked(self.how))
+        with closing([moved]):
+            (tokens,) = compared([scorer, moved], self.ids, self.prompt_length, [(0, 1)])
+        return tokens, "weights as they are against each moved to the number next to it"
 
     def alone(self, target: EngineTarget) -> Evaluation:
         """Score `target` beside its full cache, and nothing else: `changed` is told by rounding."""
         begin = time.perf_counter()
-        (tokens,), said = self._scored([full_of(target), target], [(0, 1)])
+        scorers: list[EngineScorer] = []
+        with closing(scorers):
+            (tokens,), said = self._scored([full_of(target), target], [(0, 1)], scorers)
         check = f"{_HOW[self.how]}; {self._batches(target)}"
         return self._row(target.spec, check, tokens, (said[1], said[0]), begin, ROUNDING)
-
-    def beside(self, target: EngineTarget) -> Evaluation:
-        """Compare the full cache of `target` with transformers, which runs the same weights in their own precision."""
-        noise = self._noise(target)
-        begin = time.perf_counter()
-        (tokens,), said = self._scored([full_of(target)], [(0, 1)], ModelScorer(self.model))
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        check = f"the same weights in {dtype}, one pass; KL(engine's full cache || transformers)"
-        stored = {**said[0], "bytes_per_token": bytes_per_token(self.model)}
-        return self._row(f"transformers, {dtype}", check, tokens, (stored, said[0]), begin, noise)
 
     def _noise(self, target: EngineTarget) -> float:
         """Return the most that noise does to a token's KL: twice what the control shows, or what rounding may do."""
@@ -141,16 +166,21 @@ class EngineWays:
         return f"batches of {target.settings.batch}"
 
     def _scored(
-        self, targets: list[EngineTarget], pairs: list[tuple[int, int]], *others: ModelScorer
+        self,
+        targets: list[EngineTarget],
+        pairs: list[tuple[int, int]],
+        scorers: list[EngineScorer],
+        *others: ModelScorer,
     ) -> tuple[list[PerToken], list[dict[str, Any]]]:
-        scorers: list[EngineScorer] = []
-        with closing(scorers):
-            for target in targets:
-                length = self.ids.shape[1]
-                scorers.append(EngineScorer(target, self.file, self.place, length, Asked(self.how)))
-            self.said = scorers[0].said
-            tokens = compared([*scorers, *others], self.ids, self.prompt_length, pairs)
-            return tokens, [scorer.said for scorer in scorers]
+        """Compare targets, and others after them, in pairs; their scorers are put into the list, for closing."""
+        context, asked = self.ids.shape[1], Asked(self.how)
+        for target in targets:
+            scorers.append(EngineScorer(target, self.file, self.place, context, asked, wait=False))
+        for scorer in scorers:
+            scorer.wait()
+        self.said = scorers[0].said
+        tokens = compared([*scorers, *others], self.ids, self.prompt_length, pairs)
+        return tokens, [scorer.said for scorer in scorers]
 
     def _row(
         self,

@@ -22,6 +22,7 @@ from knorm.golden.environment import How
 from knorm.golden.format import Gate, Golden, Measured, Metric, Tensors
 from knorm.golden.rules import ANY_WINDOW, RULES
 from knorm.golden.shift import Shift, shift_of
+from knorm.rounding import rounded_otherwise
 
 ROUNDINGS = 4  # of the weights: as many other CPUs, for all that a method can tell
 MOST_RUNS = ROUNDINGS + 3
@@ -64,21 +65,6 @@ class Seen:
         """Return what JSON holds of it."""
         matters = {what: nats if math.isfinite(nats) else None for what, nats in self.matters.items()}
         return {"repetitions": self.runs, "varied": [*self.what], "matters": matters}
-
-
-def rounded_otherwise(model: Any, seed: int) -> Any:
-    """Copy `model` with each weight moved to the number next to it, up or down by a draw of `seed`.
-
-    Every product and sum then rounds otherwise, by as much as on another CPU.
-    """
-    other = copy.deepcopy(model)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in other.parameters():
-            up = (torch.rand(weight.shape, generator=draw) < 0.5).to(weight.device)
-            towards = torch.where(up, torch.inf, -torch.inf).to(weight.dtype)
-            weight.copy_(torch.nextafter(weight, towards))
-    return other
 
 
 def attending_otherwise(model: Any) -> Any:

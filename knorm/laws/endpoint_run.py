@@ -45,6 +45,7 @@ class Served:
     """
 
     movable = False  # a server's weights are its own
+    control = "the same requests again"
 
     def __init__(self, endpoint: Endpoint, reference: Endpoint | None, model: str, profile: str) -> None:
         hush()

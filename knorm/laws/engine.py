@@ -1,7 +1,8 @@
 """Laws that can be asked of an engine from outside: tokens go in, predictions come out.
 
 Each is judged by KL against a run that should predict the same. What may differ is what noise does: the engine's own
-full cache, or the condition, scored in large batches and again in small ones.
+full cache, or the condition, scored in large batches and again in small ones; where these are the same to the bit, with
+each weight moved to the number next to it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _JUMP, _BROKEN = 10, 0.5  # times the mean before it, and nats a token, beyond w
 PROMPT, LONG, SHORT = 32, 320, 128  # tokens of a prompt, and of the windows of both kinds
 KEPT = 4  # tokens that are seen by what a cache must be better than
 CUT = ((20, 28), (4, 16))  # positions that leave the cache, the last ones first
+Which = Literal["full", "target"]
 
 
 class EngineSubject(Protocol):
@@ -35,6 +37,7 @@ class EngineSubject(Protocol):
         tokens: the same in the model's tokens, as knorm cuts it.
         long: windows in which the context grows, int64 [windows, LONG or fewer].
         short: windows for what is scored several times, int64 [2, SHORT].
+        movable: each weight can be moved to the number next to it.
     """
 
     name: str
@@ -42,14 +45,19 @@ class EngineSubject(Protocol):
     tokens: list[int]
     long: Tensor
     short: Tensor
+    movable: bool
 
-    def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> Any:
+    def scorer(
+        self, which: Which, asked: Asked, *, small: bool = False, moved: bool = False, fresh: bool = False
+    ) -> Any:
         """Return a scorer of the full cache or of the condition.
 
         Args:
             which: "full" or "target".
             asked: how it scores.
             small: reads in small batches.
+            moved: each weight is moved to the number next to it.
+            fresh: nothing was asked of it before.
 
         Returns:
             A Scorer with close().
@@ -109,18 +117,31 @@ class After:
         self.scorer.close()
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Hold what noise does in a condition.
+
+    Attributes:
+        kl: nats a token, the mean.
+        what: the control, in words.
+    """
+
+    kl: float
+    what: str
+
+
 @dataclass
 class Trial:
     """Run what the laws ask for, each run once.
 
     Attributes:
         subject: the engine.
-        undisturbed: the condition's control is the same to the bit, so that it tells nothing of noise.
+        shown: what the last law that holds was judged by, in words.
     """
 
     subject: EngineSubject
-    undisturbed: bool = False
-    _noise: dict[str, float] = field(default_factory=dict)
+    shown: str = ""
+    _noise: dict[str, Noise] = field(default_factory=dict)
 
     @cached_property
     def long(self) -> dict[str, PerToken]:
@@ -136,18 +157,39 @@ class Trial:
             pairs = [(0, place) for place in range(1, 5)]
             return dict(zip(names, compared(runs, subject.long, PROMPT, pairs), strict=True))
 
-    def noise(self, which: Literal["full", "target"]) -> float:
-        """Return the mean KL that noise explains in `which`: NOISE times that of large batches against small ones."""
+    def noise(self, which: Which) -> Noise:
+        """Measure what noise does in `which`: large batches against small ones, else moved weights; each once."""
         if which not in self._noise:
-            scorers: list[Any] = []
-            with closing(scorers):
-                for small in (False, True):
-                    scorers.append(self.subject.scorer(which, Asked("two calls"), small=small))
-                (control,) = compared(scorers, self.subject.short, PROMPT, [(0, 1)])
-            self._noise[which] = max(FLOOR, NOISE * float(control.kl.mean()))
-            if which == "target":
-                self.undisturbed = not control.kl.any()
+            what = getattr(self.subject, "control", "other batches")  # a server cannot be asked for them
+            noise = Noise(self._differs(which, small=True), what)
+            if not noise.kl and self.subject.movable:
+                noise = Noise(self._differs(which, moved=True), "weights moved in the last digit")
+            self._noise[which] = noise
         return self._noise[which]
+
+    def _differs(self, which: Which, **how: bool) -> float:
+        scorers: list[Any] = []
+        with closing(scorers):
+            scorers.append(self.subject.scorer(which, Asked("two calls")))
+            scorers.append(self.subject.scorer(which, Asked("two calls"), **how))
+            (control,) = compared(scorers, self.subject.short, PROMPT, [(0, 1)])
+        return float(control.kl.mean())
+
+    def bound(self, *conditions: Which) -> float:
+        """Return the mean KL that noise explains in `conditions`: NOISE times what it does, at least FLOOR.
+
+        What the condition adds to that is rounding in its cache, which explains no more than it costs in all.
+        """
+        does = {which: NOISE * self.noise(which).kl for which in conditions}
+        most = max(FLOOR, does.get("full", 0.0))
+        if (rounded := does.get("target", 0.0)) <= most:
+            return most
+        return max(most, min(rounded, self.cost))
+
+    @property
+    def cost(self) -> float:
+        """Return the mean KL between the full cache and the condition, nats a token."""
+        return float(self.long["target"].kl.mean())
 
     def beside(self, asked: Asked, after: Tensor | None = None) -> PerToken:
         """Score short windows in the condition by forced decode, beside another way that should predict the same.
@@ -161,12 +203,12 @@ class Trial:
         """
         scorers: list[Any] = []
         with closing(scorers):
-            scorers.append(self.subject.scorer("target", Asked()))
+            scorers.append(self.subject.scorer("target", Asked(), fresh=after is not None))
             other = self.subject.scorer("target", asked)
             scorers.append(other if after is None else After(other, after))
             return compared(scorers, self.subject.short, PROMPT, [(0, 1)])[0]
 
-    def within(self, tokens: PerToken, what: str, *conditions: Literal["full", "target"]) -> int:
+    def within(self, tokens: PerToken, what: str, *conditions: Which) -> int:
         """Raise Refuted where predictions differ by more than noise does in any of the conditions.
 
         Args:
@@ -181,18 +223,21 @@ class Trial:
             Refuted: by more.
             Untested: no control disturbs this engine, and what its cache rounds may be rounded otherwise.
         """
-        bound, mean = max(map(self.noise, conditions)), float(tokens.kl.mean())
+        bound, mean = self.bound(*conditions), float(tokens.kl.mean())
+        noise = max(map(self.noise, conditions), key=lambda each: each.kl)
+        why = f"noise explains {bound:.2g} at most ({noise.what}: {noise.kl:.2g})"
         if mean <= bound:
+            self.shown = f"{what}: mean KL {mean:.2g} nats a token; {why}"
             return tokens.kl.numel()
-        if "target" in conditions and self.undisturbed and mean <= (most := float(self.long["target"].kl.mean())):
+        if "target" in conditions and not self.noise("target").kl and mean <= self.cost:
             raise Untested(
-                f"{what}: mean KL {mean:.2g} nats a token, which may be rounding: this cache's costs {most:.2g}, and "
-                "in batches of any size it is the same to the bit"
+                f"{what}: mean KL {mean:.2g} nats a token, which may be rounding: this cache's costs {self.cost:.2g}, "
+                f"and with {self.noise('target').what} it is the same to the bit"
             )
         over = (~(tokens.kl <= bound)).nonzero()[0]  # what is no number too
         raise Refuted(
-            f"{what}: mean KL {mean:.2g} nats a token, but noise explains {bound:.2g} at most; first at token "
-            f"{int(over[1]) + PROMPT} of window {int(over[0]) + 1}"
+            f"{what}: mean KL {mean:.2g} nats a token, but {why}; first at token {int(over[1]) + PROMPT} of window "
+            f"{int(over[0]) + 1}"
         )
 
 
@@ -285,7 +330,7 @@ def check_eviction_equals_transformers(trial: Trial) -> int:
         scorers.append(subject.elsewhere(CUT))
         scorers.append(subject.elsewhere())
         same, without = compared(scorers, subject.short, PROMPT, [(0, 1), (2, 1)])
-    if float(without.kl.mean()) <= 2 * trial.noise("full"):
+    if float(without.kl.mean()) <= 2 * trial.bound("full"):
         raise Untested(
             f"taking tokens out changes too little to be seen: KL {float(without.kl.mean()):.2g} nats a token"
         )

@@ -6,11 +6,12 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from knorm.engines.boxed import model_file
-from knorm.engines.conditions import EngineTarget, Place, engine_target
+from knorm.engines.boxed import can_move, model_file, moved_file
+from knorm.engines.conditions import EngineTarget, Place, Settings, engine_target
 from knorm.engines.cut import states_after_a_cut, states_of_the_last
+from knorm.engines.kept import Kept, LentScorer
 from knorm.engines.process import EngineLost
 from knorm.engines.scorer import Asked, EngineScorer, ModelScorer, closing
 from knorm.engines.ways import SMALLER, full_of, with_settings
@@ -30,6 +31,8 @@ LONG = {"quick": (2, engine.LONG), "thorough": (4, 1024)}  # windows, and tokens
 class Named:
     """Make scorers of the engine that a target names; see laws.engine.EngineSubject.
 
+    A process with the full cache and one with the target's are started once, and asked again and again.
+
     Args:
         target: the engine, its model and its settings.
         place: where it runs.
@@ -43,6 +46,7 @@ class Named:
         hush()
         self.name, self.target, self.place = target.spec, target, place
         self.model, tokenizer = load_model(target.model)
+        self.tokenizer = tokenizer
         story, (count, length) = load_text("narrative"), LONG[profile]
         most = getattr(self.model.config, "max_position_embeddings", None) or length
         self.text = story[:TEXT]
@@ -50,14 +54,20 @@ class Named:
         self.long = cut_windows(tokenizer, story, min(length, most), count).input_ids
         self.short = cut_windows(tokenizer, story, engine.SHORT, 2).input_ids
         self.file: Path | None = None
+        self.movable = can_move(target.model, target.settings.form)
+        self._kept: dict[Settings, Kept] = {}
 
-    def scorer(self, which: Literal["full", "target"], asked: Asked, *, small: bool = False) -> EngineScorer:
-        """Start the engine in a process of its own.
+    def scorer(
+        self, which: engine.Which, asked: Asked, *, small: bool = False, moved: bool = False, fresh: bool = False
+    ) -> EngineScorer | LentScorer:
+        """Ask the engine: a process that runs already, or one of its own.
 
         Args:
             which: "full" for its full cache, "target" for the condition.
             asked: how it scores.
             small: reads in small batches.
+            moved: each weight is moved to the number next to it.
+            fresh: nothing was asked of it before.
 
         Returns:
             The scorer, to be closed.
@@ -68,7 +78,22 @@ class Named:
         target = full_of(self.target) if which == "full" else self.target
         if small:
             target = with_settings(target, target.settings.in_batches_of(SMALLER))
-        return EngineScorer(target, self.file, self.place, self.long.shape[1], asked)
+        length, settings = self.long.shape[1], target.settings
+        if moved:
+            with moved_file(target.model, self.model, settings.form, settings.dtype) as file:  # it is read at the start
+                return EngineScorer(target, file, self.place, length, asked)
+        if small or fresh or len(asked.companions) >= settings.sequences:
+            return EngineScorer(target, self.file, self.place, length, asked)
+        kept = self._kept.get(settings)
+        if kept is None or not kept.alive:
+            kept = Kept(EngineScorer(target, self.file, self.place, length, sequences=settings.sequences))
+            self._kept[settings] = kept
+        return kept.scorer(asked)
+
+    def close(self) -> None:
+        """End the processes that were kept."""
+        for kept in self._kept.values():
+            kept.close()
 
     def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> ModelScorer:
         """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
@@ -120,10 +145,11 @@ class EngineChecks:
         with contextlib.chdir(self.request.folder or "."):
             target = engine_target(self.request.target)
             subject = Named(target, self.place, self.request.profile)
-            with model_file(target.model, subject.model, target.settings.form) as file:
+            written = model_file(target.model, subject.model, target.settings.form, subject.tokenizer)
+            with written as file, closing([subject]):
                 subject.file = file.resolve()
                 with contextlib.suppress(EngineLost), closing([subject.scorer("target", Asked())]):
-                    pass  # it is installed, and does not refuse; whether it dies is a law's to say
+                    pass  # it is installed, and does not refuse; if it dies, a law says so
                 yield from self._tried(subject, chosen)
 
     def _tried(self, subject: Any, chosen: Sequence[Callable[[engine.Trial], int]]) -> Iterator[Result]:
@@ -160,7 +186,7 @@ def _result(law: Callable[..., Any], verdict: Any, **fields: Any) -> Result:
 
 
 def _try(law: Callable[[engine.Trial], int], trial: engine.Trial) -> Result:
-    begin = time.monotonic()
+    begin, trial.shown = time.monotonic(), ""
     try:
         count = law(trial)
     except Refuted as refuted:
@@ -173,4 +199,5 @@ def _try(law: Callable[[engine.Trial], int], trial: engine.Trial) -> Result:
         return _result(law, "untested", reason=f"{_DIED} ({lost})", seconds=time.monotonic() - begin)
     evicted = count if law is engine.check_eviction_equals_transformers else 0
     seconds = time.monotonic() - begin
-    return _result(law, "holds", examples=count, answered=count, evicted=evicted, seconds=seconds)
+    fields: Any = {"examples": count, "answered": count, "evicted": evicted, "reason": trial.shown or None}
+    return _result(law, "holds", seconds=seconds, **fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    made.filters |= {"number": number, "visible": visible}
+    made.filters |= {"number": number, "printed": printed, "visible": visible, "counted": Counter}
     made.globals |= {"word_of": word_of, "loud": loud, "legible": legible, "signs": SIGNS, "box": BOX}
     made.globals |= {"told": told, "timed": TIMED}
     return made
@@ -87,10 +88,10 @@ def _raw(text: str) -> Any:
 
 
 def number(value: float | None, form: str = "") -> Any:
-    """Write `value` for people in the format `form`, with its exact value for programs and for sorting.
+    """Write `value` for people in the format `form`, with seven digits of it for programs and for sorting.
 
     The form is what follows the colon in an f-string, by default all digits; of 10^12 and more, three digits are shown.
-    None is a dash. What is returned is HTML, which templates do not escape again.
+    None is a dash. What is returned is HTML, which templates do not escape again. The JSON has all digits.
 
     Example:
         >>> str(number(0.06884, ".3f")), str(number(None))
@@ -100,8 +101,21 @@ def number(value: float | None, form: str = "") -> Any:
 
     if value is None:
         return Markup('<span class="none">–</span>')
-    shown = format(value, form if abs(value) < _PLAIN else ".3g").replace("-", "−")
-    return Markup('<data value="{}">{}</data>').format(repr(value), shown)
+    return Markup('<data value="{}">{}</data>').format(
+        value if isinstance(value, int) else f"{value:.7g}", printed(value, form)
+    )
+
+
+def printed(value: float | None, form: str = "") -> str:
+    """Write `value` in the format `form` as number does, for people alone: where nothing sorts by it.
+
+    Example:
+        >>> printed(-0.06884, ".3f"), printed(None)
+        ('−0.069', '–')
+    """
+    if value is None:
+        return "–"
+    return format(value, form if abs(value) < _PLAIN else ".3g").replace("-", "−")
 
 
 def visible(text: str) -> str:

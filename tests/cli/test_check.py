@@ -525,6 +525,7 @@ def test_snippets_are_written_and_long_ones_are_not_shown(run_knorm, inline):
     assert "--snippets no/where, but there is no folder no" in err
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("called", "code"),
     [
@@ -553,6 +554,7 @@ def test_the_snippet_of_a_target_that_is_called_with_more_runs(run_knorm, inline
     assert "torch.bfloat16" in done.stdout, done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("called", ["", "(sinks=1)"])
 @pytest.mark.parametrize("file", ["target.py", "sub dir/target.py", "sub dir/my-target.py"])
 def test_a_program_names_the_folder_as_the_target_does(run_knorm, inline, tmp_path, file, called):
@@ -570,6 +572,7 @@ def test_a_program_names_the_folder_as_the_target_does(run_knorm, inline, tmp_pa
     assert "torch.bfloat16" in done.stdout, done.stderr
 
 
+@pytest.mark.processes
 def test_a_program_of_a_target_with_an_absolute_path_runs_anywhere(run_knorm, inline, tmp_path, monkeypatch):
     code = "def newest(keys, values, keep_ratio):\n    return keys[:, :, -1:].bfloat16(), values[:, :, -1:]\n"
     (tmp_path / "target.py").write_text(code)
@@ -582,6 +585,7 @@ def test_a_program_of_a_target_with_an_absolute_path_runs_anywhere(run_knorm, in
     assert "torch.bfloat16" in done.stdout, done.stderr
 
 
+@pytest.mark.processes
 def test_a_program_of_a_link_finds_what_lies_beside_its_file(run_knorm, inline):
     code = "from beside import last\n\ndef newest(keys, values, keep_ratio):\n    return last(keys), last(values)\n"
     Path("real").mkdir()

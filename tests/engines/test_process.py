@@ -15,6 +15,7 @@ import knorm.engines
 from knorm.engines.conditions import EngineTarget, LlamaCpp, Place, engine_target
 from knorm.engines.frames import MOST_FIELDS, Junk, pack, read_frame
 from knorm.engines.process import EngineError, EngineProcess
+from knorm.engines.scorer import EngineScorer
 from knorm.engines.ways import EngineWays
 from knorm.evaluation.damage import PerToken
 from knorm.evaluation.windows import Windows
@@ -22,9 +23,8 @@ from knorm.evaluation.windows import Windows
 BARE = f'exec {sys.executable} -I -S "$@"'  # a Python without packages
 
 
-def start(python=None, limit=20.0, spec="llama.cpp:embedded", **options):
-    file = options.pop("file", Path("model.gguf"))
-    return engine_target(spec).start(file, Place(python, limit), context=64, **options)
+def start(python=None, limit=20.0, spec="llama.cpp:embedded"):
+    return EngineScorer(engine_target(spec), Path("model.gguf"), Place(python, limit), 64)
 
 
 def refusal(*arguments, **options):

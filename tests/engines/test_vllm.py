@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -9,13 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import strict_json
+from transformers import AutoTokenizer
 
 from knorm.engines.boxed import model_file
 from knorm.engines.conditions import Place, engine_target
-from knorm.engines.process import EngineError, EngineRefused
+from knorm.engines.process import EngineError, EngineProcess, EngineRefused
 from knorm.engines.scorer import FRAME, Asked, EngineScorer, ModelScorer, closing, compared
 from knorm.evaluation.damage import summed
 from knorm.evaluation.windows import cut_windows
+from knorm.golden import noise
 from knorm.laws import engine
 from knorm.laws.engine_run import Named
 from knorm.laws.registry import Refuted, Silent
@@ -48,6 +51,11 @@ def running(vllm, llama):
 
 def target(name="embedded-llama", settings=""):
     return engine_target(f"vllm:{name}{settings}")
+
+
+def without_knorm(*words):
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=bare)
 
 
 def asked_as(scorer, how):
@@ -83,9 +91,33 @@ def test_a_gpt_neox_in_small_batches_and_blocks_is_transformers_too():
 def test_logits_come_a_few_at_a_time_and_again_to_the_bit(running, llama, how):
     ids = llama[2]
     once = [*asked_as(running, how).logits(ids[0], 181)]
-    assert [len(chunk) for chunk in once] == [FRAME, 11 - FRAME]
+    assert [len(chunk) for chunk in once] == [*[FRAME] * (11 // FRAME), 11 % FRAME]
     _ = [*running.logits(ids[1], 90)]  # another request before
     assert torch.equal(torch.cat(once), torch.cat([*running.logits(ids[0], 181)]))
+
+
+OWN = """
+import json, os, sys
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+from vllm import LLM, SamplingParams
+llm = LLM(
+    model=sys.argv[1], dtype="float32", block_size=32, max_model_len=193, max_num_batched_tokens=128,
+    enforce_eager=True, skip_tokenizer_init=True,
+)
+asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+ids = json.loads(sys.argv[2])
+(output,) = llm.generate({"prompt_token_ids": ids}, asked, use_tqdm=False)
+print(json.dumps([output.prompt_logprobs[place][ids[place]].logprob for place in range(1, len(ids))]))
+"""
+
+
+def test_prompt_scoring_gives_what_vllm_gives_itself(running, llama, vllm):
+    ids = llama[2][0]
+    logits = torch.cat([*asked_as(running, "two calls").logits(ids, 1)])
+    ended = without_knorm(vllm, "-c", OWN, llama[1], str(ids.tolist()))
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    expected = torch.tensor(json.loads(ended.stdout.splitlines()[-1]))
+    torch.testing.assert_close(logits.log_softmax(1)[range(191), ids[1:]], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_companion_changes_no_more_than_rounding(running, llama):
@@ -109,17 +141,18 @@ def test_tokens_of_another_vocabulary_are_refused(running):
 
 
 def test_what_cannot_be_opened_is_one_line(llama, tmp_path):
-    with pytest.raises(EngineRefused, match=r"^vllm refuses: cache_dtype: Input should be 'auto', .*'fp8'.*$"):
-        EngineScorer(target(settings='(kv_cache_dtype="q4_0")'), llama[1], Place(), 64)
-    with pytest.raises(EngineError, match="windows of 1,025 tokens, but embedded-llama holds a context of 1,024"):
-        EngineScorer(target(), llama[1], Place(), 1025)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(EngineRefused, match=r"vllm refuses: empty has no config.json that can be read"):
-        EngineScorer(target(), tmp_path / "empty", Place(), 64)
-    (tmp_path / "wrong").mkdir()
-    (tmp_path / "wrong" / "config.json").write_text('{"model_type": "none"}')
-    with pytest.raises(EngineRefused) as raised:
-        EngineScorer(target(), tmp_path / "wrong", Place(), 64)
+    wanted = target(settings='(kv_cache_dtype="q4_0")')
+    with wanted.start(llama[1], Place(), context=64) as process:
+        with pytest.raises(EngineRefused, match=r"^vllm refuses: cache_dtype: Input should be 'auto', .*'fp8'.*$"):
+            wanted.opened(process)
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "wrong").mkdir()
+        (tmp_path / "wrong" / "config.json").write_text('{"model_type": "none"}')
+        asked = {"context": 64, "sequences": 1, **target().settings.request()}
+        with pytest.raises(EngineRefused, match=r"vllm refuses: empty has no config.json that can be read"):
+            process.ask("open", file=str(tmp_path / "empty"), **asked)
+        with pytest.raises(EngineRefused) as raised:
+            process.ask("open", file=str(tmp_path / "wrong"), **asked)
     assert "\n" not in str(raised.value)
 
 
@@ -148,36 +181,29 @@ class Replayed:
 def full(vllm, llama):
     subject = Named(target(), Place(vllm), "quick")
     subject.file = llama[1]
-    return Replayed(subject.scorer("full", Asked()), subject.long)
+    return Replayed(subject.scorer("full", Asked(), fresh=True), subject.long)
 
 
-def trial(kind, llama, full):
+def trial(kind, llama, full, request):
     subject = Named(target(settings=f'(kv_cache_dtype="{kind}")'), Place(), "quick")
     subject.file, start = llama[1], subject.scorer
-    subject.scorer = lambda which, asked, small=False: full if which == "full" else start(which, asked, small=small)
+    subject.scorer = lambda which, asked, **how: full if which == "full" else start(which, asked, **how)
+    request.addfinalizer(subject.close)
     return engine.Trial(subject)
-
-
-def test_fp8_works_and_is_no_rounding(llama, full):
-    fp8 = trial("fp8", llama, full)
-    assert engine.check_accepted_cache_works(fp8) == 2 * 288
-    damage = summed(fp8.long["target"])
-    assert 3e-3 < damage.kl < 0.02
-    assert damage.same_top > 0.9
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        *("int8_per_token_head", "int4_per_token_head", "fp8_per_token_head", "fp8_inc", "nvfp4", "turboquant_k8v4"),
-        "float16",  # under a model in float32
+        *("int8_per_token_head", "int4_per_token_head", "fp8_per_token_head", "fp8_inc", "turboquant_k8v4"),
+        "float16",  # under a model in float32; nvfp4: see test_check_refutes_with_a_program_that_needs_vllm_alone
     ],
 )
-def test_what_is_accepted_and_does_not_work_is_refuted(llama, full, kind):
+def test_what_is_accepted_and_does_not_work_is_refuted(llama, full, kind, request):
     with pytest.raises(
         Refuted, match=r"accepted cache works: from token 32 on the KL .*seeing the last 4 tokens alone"
     ):
-        engine.check_accepted_cache_works(trial(kind, llama, full))
+        engine.check_accepted_cache_works(trial(kind, llama, full, request))
 
 
 def test_ppl_prints_the_table_and_writes_the_form(run_knorm):
@@ -194,6 +220,27 @@ def test_ppl_prints_the_table_and_writes_the_form(run_knorm):
     assert result["rows"][1]["bytes_per_token"] == result["engine"]["beside"][1]["bytes_per_token"] / 4
 
 
+def test_check_answers_all_laws_with_few_processes(run_knorm, monkeypatch):
+    """fp8 with its full cache, each in small batches and with moved weights, and one that was asked nothing before."""
+    started, start = [], EngineProcess.__init__
+
+    def counted(self, *given, **named):
+        started.append(self)
+        start(self, *given, **named)
+
+    monkeypatch.setattr(EngineProcess, "__init__", counted)
+    code, out, err = run_knorm("check", f"vllm:embedded-llama{FP8}", "--json", "out.json")
+    assert (code, err) == (0, ""), out
+    (checked,) = strict_json("out.json")["targets"]
+    results = {result["check"]: result for result in checked["results"]}
+    assert results.pop("eviction_equals_transformers")["verdict"] == "does not apply"
+    assert {result["verdict"] for result in results.values()} == {"holds"}
+    assert len(results) == 7
+    assert "(weights moved in the last digit: " in results["decode_equals_batch"]["reason"]
+    assert len(started) <= 7
+    assert not any(process.running for process in started)
+
+
 def test_check_refutes_with_a_program_that_needs_vllm_alone(run_knorm, llama, tmp_path, vllm):
     spec = 'vllm:embedded-llama(kv_cache_dtype="nvfp4")'
     selected = "accepted_cache_works,eviction_equals_transformers"
@@ -202,8 +249,7 @@ def test_check_refutes_with_a_program_that_needs_vllm_alone(run_knorm, llama, tm
     assert "REFUTED  accepted_cache_works" in out
     assert "1 refuted, 0 untested, 1 do" in " ".join(out.split())
     (file,) = (tmp_path / "shown").iterdir()
-    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ended = subprocess.run([vllm, file, llama[1]], capture_output=True, text=True, check=False, env=bare)
+    ended = without_knorm(vllm, file, llama[1])
     assert ended.returncode == 0, ended.stderr[-2000:]
     lines = [line for line in ended.stdout.splitlines() if line.startswith("tokens ")]
     assert lines[0].startswith("tokens 32 on: KL from the default cache ")
@@ -215,11 +261,15 @@ def test_a_gguf_file_is_given_as_a_folder_and_a_folder_as_it_is(tmp_path, llama)
     pytest.importorskip("gguf", reason="needs the package gguf: pip install 'knorm[gguf]'")
     with model_file(str(llama[1]), llama[0], "folder") as same:
         assert same == llama[1]
-    model, _ = load_model("smollm2") if os.environ.get("KNORM_REQUIRE_VLLM") else load_embedded("embedded-llama")
+    model, tokenizer = (
+        load_model("smollm2") if os.environ.get("KNORM_REQUIRE_VLLM") else load_embedded("embedded-llama")
+    )
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with model_file(str(tmp_path / "m.gguf"), model, "folder") as folder:
+    text = load_text("narrative")[:500] + " 12 345, don't!"
+    with model_file(str(tmp_path / "m.gguf"), model, "folder", tokenizer) as folder:
         assert {"config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
         written = load_written(folder)
+        assert AutoTokenizer.from_pretrained(folder).encode(text) == tokenizer.encode(text)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, written[name])
 
@@ -235,3 +285,32 @@ def test_settings_say_what_runs():
     assert wanted.full() == replace(wanted, kv_cache_dtype="auto")
     assert wanted.environment()["OMP_NUM_THREADS"] == "2"
     assert wanted.in_batches_of(32).request()["batch"] == 32
+
+
+def test_a_sweep_of_two_caches(run_knorm, tmp_path):
+    specs = [f"vllm:embedded{FP8}", 'vllm:embedded(kv_cache_dtype="q4_0")']
+    listed = ", ".join(f"'{spec}'" for spec in specs)
+    (tmp_path / "plan.toml").write_text(f"methods = [{listed}]\nwindow = 96\nwindows = 1\n")
+    code, out, _ = run_knorm("sweep", "plan.toml", "out", "--workers", "1", "--json", "out.json")
+    assert code == 1, out
+    result = strict_json("out.json")
+    assert [(row["model"], row["method"]) for row in result["rows"]] == [
+        ("vllm:embedded", "full cache, again"),
+        ("vllm:embedded", specs[0]),
+    ]
+    assert 1e-3 < result["rows"][1]["kl"] < 0.1
+    (reason,) = {failure["reason"] for failure in result["failures"]}
+    assert reason.startswith("vllm refuses: cache_dtype: Input should be 'auto', ")
+
+
+def test_a_golden_of_a_cache(run_knorm, tmp_path, monkeypatch):
+    monkeypatch.setenv("KNORM_COMMIT", "a" * 40)
+    monkeypatch.setattr(noise, "ROUNDINGS", 1)
+    monkeypatch.setattr(noise, "_variations", lambda how, device: [])
+    (tmp_path / "knorm.toml").write_text(f"[case.fp8]\ntarget = 'vllm:embedded{FP8}'\nwindow = 64\nwindows = 1\n")
+    code, out, err = run_knorm("golden", "record", "fp8")
+    assert (code, err) == (0, ""), out
+    assert run_knorm("golden", "accept", "fp8", "--reason", "first")[0] == 0
+    code, out, err = run_knorm("golden", "verify")
+    assert (code, err) == (0, ""), out
+    assert "holds         fp8" in out

@@ -17,13 +17,13 @@ from knorm.golden.noise import (
     attending_otherwise,
     measure_noise,
     passes,
-    rounded_otherwise,
     rounded_up,
     with_gates,
     with_gates_of,
 )
 from knorm.golden.rules import ANY_WINDOW
 from knorm.golden.verify import record
+from knorm.rounding import rounded_otherwise
 
 NLL = np.random.Generator(np.random.PCG64(5)).gamma(2, 2, (4, 32)).astype(np.float32)
 
@@ -177,6 +177,10 @@ def test_a_rounding_moves_each_weight_to_its_neighbour_and_leaves_the_model_alon
     one, same, two = (next(rounded_otherwise(model, seed).parameters()) for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, two)
+    half, was = (next(made.parameters()) for made in (rounded_otherwise(model, 1, torch.bfloat16), model))
+    assert half.dtype == torch.bfloat16
+    assert bool((half.float() != was).all())  # what is stored in bfloat16 is moved in it
+    assert was.dtype == torch.float32
 
 
 def test_another_attention_is_the_other_one(embedded):

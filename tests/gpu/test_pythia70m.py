@@ -100,7 +100,11 @@ def test_the_golden_of_this_device_class(place, golden, monkeypatch):
 
 def test_the_gate_fails_on_another_model():
     texts = {"wikitext": str(ASSETS / "encyclopedia.txt"), "pg19": str(ASSETS / "narrative.txt")}
-    judged = judge_model(read_claims(FILE), str(ASSETS), texts, device="cuda", rounds=5)
+    report = read_claims(FILE)
+    brief = [text.model_copy(update={"new_tokens": 10}) for text in report.protocol.texts]
+    protocol = report.protocol.model_copy(update={"texts": tuple(brief), "streamed_tokens": 96})
+    report = report.model_copy(update={"protocol": protocol})
+    judged = judge_model(report, str(ASSETS), texts, device="cuda", rounds=5)
     with pytest.raises(UnexpectedVerdict, match=r"baseline-wikitext, baseline-pg19.*\n\nverdict +claim") as raised:
         require_expected(judged)
     print(raised.value)

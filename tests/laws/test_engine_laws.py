@@ -19,6 +19,7 @@ class Right:
     """The embedded model in place of an engine; small changes of the logits stand for the noise of small batches."""
 
     name = "right"
+    movable = True
 
     def __init__(self, model, tokenizer):
         self.model = model
@@ -27,7 +28,7 @@ class Right:
         self.long = cut_windows(tokenizer, load_text("narrative"), LONG, 2).input_ids
         self.short = cut_windows(tokenizer, load_text("narrative"), SHORT, 2).input_ids
 
-    def scorer(self, which, asked, *, small=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         states = (
             (lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, asked.cut)) if asked.cut else None
         )
@@ -104,8 +105,8 @@ class Wrong(Right):
         super().__init__(model, tokenizer)
         self.where, self.change = where, change
 
-    def scorer(self, which, asked, *, small=False):
-        right = super().scorer(which, asked, small=small)
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
+        right = super().scorer(which, asked, small=small, fresh=fresh)
         return Changed(right, self.change) if self.where(which, asked, small) else right
 
     def elsewhere(self, cut=()):
@@ -148,9 +149,9 @@ def test_damage_that_grows_with_the_context_has_not_broken(embedded):
 class Empty(Right):
     """An engine whose cache holds nothing: each token sees itself, which is far better than chance."""
 
-    def scorer(self, which, asked, *, small=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         if which == "full":
-            return super().scorer(which, asked, small=small)
+            return super().scorer(which, asked, small=small, fresh=fresh)
         return ModelScorer(self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, 1))
 
 
@@ -165,16 +166,19 @@ class Undisturbed(Right):
     """An engine that rounds otherwise in batches, `times` as far as its cache does, and is the same in all batches."""
 
     times = 1.0
+    moves = 0.0  # as far, if each weight is moved
 
-    def scorer(self, which, asked, *, small=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         change = GARBAGE / 50 if asked.how == "loop" else GARBAGE / 50 * (1 + self.times)
+        change = change + GARBAGE.roll(1) / 50 * (self.moves if moved else 0)
         right = super().scorer(which, asked)
         return right if which == "full" else Changed(right, lambda row, place, tokens: row + change)
 
 
-def test_what_rounding_may_do_where_no_control_shows_noise_is_not_refuted(embedded):
+@pytest.mark.parametrize("movable", [False, True])
+def test_what_rounding_may_do_where_no_control_shows_noise_is_not_refuted(embedded, movable):
     subject = Undisturbed(*embedded)
-    subject.times = 0.5
+    subject.times, subject.movable = 0.5, movable
     with pytest.raises(Untested, match=r"mean KL .* may be rounding: this cache's costs .* the same to the bit"):
         engine.check_decode_equals_batch(Trial(subject))
     subject.times = 2.0
@@ -182,11 +186,38 @@ def test_what_rounding_may_do_where_no_control_shows_noise_is_not_refuted(embedd
         engine.check_decode_equals_batch(Trial(subject))
 
 
+def test_moved_weights_show_the_noise_of_an_engine_that_is_the_same_in_all_batches(embedded):
+    """KL grows with the square: five times a fifth of a change, squared, is a fifth of what the whole change does."""
+    subject = Undisturbed(*embedded)
+    subject.moves = 0.2
+    for times in (0.1, 0.4):
+        subject.times, trial = times, Trial(subject)
+        assert engine.check_decode_equals_batch(trial) == 2 * (SHORT - PROMPT)
+        assert trial.noise("target").kl > 0
+        assert "noise explains" in trial.shown
+        assert "(weights moved in the last digit: " in trial.shown
+        assert trial.bound("full", "target") < trial.cost / 4
+    subject.times = 0.6
+    with pytest.raises(Refuted, match=r"but noise explains .* \(weights moved in the last digit: "):
+        engine.check_decode_equals_batch(Trial(subject))
+
+
+def test_rounding_explains_no_more_than_the_cache_costs(embedded):
+    subject = Undisturbed(*embedded)
+    subject.moves, subject.times = 1.0, 0.9
+    trial = Trial(subject)
+    assert engine.check_decode_equals_batch(trial)
+    assert trial.bound("full", "target") == trial.cost < trial.noise("target").kl * engine.NOISE
+    subject.times = 1.2
+    with pytest.raises(Refuted, match="decode equals batch: mean KL"):
+        engine.check_decode_equals_batch(Trial(subject))
+
+
 class Leaking(Right):
     """An engine that does not forget: what was asked before is mixed in."""
 
-    def scorer(self, which, asked, *, small=False):
-        scorer, memory = super().scorer(which, asked, small=small), []
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
+        scorer, memory = super().scorer(which, asked, small=small, fresh=fresh), []
 
         class Remembering:
             def logits(self, tokens, prompt):
@@ -213,7 +244,7 @@ class NotCut(Right):
 
     by = None
 
-    def scorer(self, which, asked, *, small=False):
+    def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
         cut = tuple((first + self.by, last + self.by) for first, last in asked.cut) if self.by else ()
         return super().scorer(which, engine.Asked(asked.how, asked.companions, cut), small=small)
 
@@ -231,13 +262,13 @@ def test_an_eviction_of_other_tokens_is_refuted(embedded, by):
 
 def test_an_engine_that_dies_is_refuted(embedded):
     class Dying(Right):
-        def scorer(self, which, asked, *, small=False):
+        def scorer(self, which, asked, *, small=False, moved=False, fresh=False):
             def die(row, place, tokens):
                 if place == 70:
                     raise EngineLost("it died while it was to answer")
                 return row
 
-            return Changed(super().scorer(which, asked, small=small), die)
+            return Changed(super().scorer(which, asked, small=small, fresh=fresh), die)
 
     with pytest.raises(Refuted, match="survives: it died while"):
         engine.check_survives(Trial(Dying(*embedded)))

@@ -78,6 +78,8 @@ def verdicts_of(html):
             classes = dict(attributes).get("class", "").split()
             if "v" in classes and any("data-check" in given for _, given in self.stack):
                 self.words = ""
+            if tag == "code" and any("unasked" in given.get("class", "").split() for _, given in self.stack):
+                self.found[self.method(), dict(attributes)["data-check"]] = "not asked"
 
         def handle_data(self, data):
             super().handle_data(data)
@@ -167,8 +169,7 @@ def test_laws_that_are_not_asked_stand_by_what_they_need(page, loaded, tmp_path)
     (tmp_path / "more.json").write_text(json.dumps(result))
     html, _ = page(tmp_path / "more.json")
     text = "".join(Read(html[html.index("Not asked. ") : html.index("</p>", html.index("Not asked. "))]).texts)
-    sign = "· not asked"
-    assert text == f"Not asked. needs rounding: {unasked['check']}{sign}, another{sign}; needs scores: third{sign}"
+    assert text == f"Not asked. needs rounding: {unasked['check']}, another; needs scores: third"
 
 
 def test_letters_that_nobody_can_read_are_in_the_json_alone(page):
@@ -180,10 +181,29 @@ def test_letters_that_nobody_can_read_are_in_the_json_alone(page):
         assert (letters in html) == shown == ('class="letters"' in html)
 
 
+BOUNDS = (("delta_nll_low", "delta_nll_high", "+.4f"), ("kl_low", "kl_high", ".3g"))  # nothing sorts by them
+PACES = ("first_token", "output_token")
+
+
+def short(value):
+    """A number as the page has it for sorting."""
+    return float(f"{value:.7g}")
+
+
+def shown(value, form):
+    return "–" if value is None else f"{value:{form}}".replace("-", "−")
+
+
 def test_every_number_of_the_json_is_on_the_page(page, loaded):
     html, told = page("ppl.json", "study", "curve.json", "explain.json", "timed")
-    numbers = {*Read(html).numbers}
-    without = {"schema_version", "source", "cells", "missing"}
+    read = Read(html)
+    without = {
+        "schema_version",
+        "source",
+        "cells",
+        "missing",
+        *(name for low, high, _ in BOUNDS for name in (low, high)),
+    }
 
     def walk(value):
         if isinstance(value, dict):
@@ -196,13 +216,19 @@ def test_every_number_of_the_json_is_on_the_page(page, loaded):
         elif isinstance(value, float):
             yield value
 
+    text = "".join(read.texts)
+    for point in [point for frontier in told["frontiers"] for point in frontier["points"]]:
+        for low, high, form in BOUNDS:
+            assert " to ".join(shown(point[x], form) for x in (low, high)) in text
+    for pace in [row[name] for timing in told["timings"] for row in timing["rows"] for name in PACES]:
+        assert " to ".join(shown(pace.pop(x), ",.2f") for x in ("low", "high")) in text
     there = {*walk(told)}
     # what only labels a row is written in its name
     labels = {p["keep_ratio"] for f in told["frontiers"] for p in f["points"]} | {
         e["keep_ratio"] for e in told["explained"]
     }
     assert len(there) > 100
-    assert there - numbers <= labels
+    assert {short(x) for x in there} - {*read.numbers} <= {short(x) for x in labels - {None}}
     for row, their in zip(told["frontiers"][0]["points"], loaded("ppl.json")["rows"], strict=True):
         for name in ("ppl", "kl", "kl_low", "delta_nll_high", "bytes_per_token", "same_top"):
             assert row[name] == their[name]
@@ -251,10 +277,10 @@ def test_the_text_is_there_with_what_each_token_lost(page, loaded):
             assert sum(time <= int(gone) for time in times) > len(heads) / 2 >= sum(time < int(gone) for time in times)
         token, (_, numbers) = tokens[at], rows[f"token-0-{at}"]
         expected = [at, token["nll"], token["nll_full"], token["kl"], len(times), *times[:1]]
-        assert {*expected} - {None} <= {*numbers}
+        assert {short(x) for x in expected if x is not None} <= {*numbers}
         if token["nll"] is not None:
             change = token["nll"] - token["nll_full"]
-            assert change in numbers
+            assert short(change) in numbers
             depth = sum(change >= edge for edge in (0.1, 0.5, 1, 2))
             assert (f"w{depth}" in classes.split()) == (depth > 0)
     assert some_gone

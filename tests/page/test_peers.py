@@ -49,13 +49,14 @@ def test_the_page_shows_every_verdict_of_the_json(told, html):
 
 
 def test_the_page_shows_the_numbers_of_every_row(told, html):
-    rows = {given["id"]: (given, numbers) for given, _, numbers in Read(html).rows if "id" in given}
+    rows = {given["id"]: ("".join(texts), numbers) for given, texts, numbers in Read(html).rows if "id" in given}
     for number, frontier in enumerate(told.frontiers):
-        for at, point in enumerate(frontier.points):
-            given, numbers = rows[f"point-{number}-{at + 1}"]
-            assert given["data-method"] == point.label
-            mine = (point.ppl, point.delta_nll, point.delta_nll_low, point.delta_nll_high, point.kl, point.kl_low)
-            assert {*mine, point.kl_high, point.same_top, point.bytes_per_token} <= {*numbers}
+        for at, p in enumerate(frontier.points):
+            text, numbers = rows[f"point-{number}-{at + 1}"]
+            assert p.label in text
+            assert {float(f"{x:.7g}") for x in (p.ppl, p.delta_nll, p.kl, p.same_top, p.bytes_per_token)} <= {*numbers}
+            for low, high, form in ((p.delta_nll_low, p.delta_nll_high, "+.4f"), (p.kl_low, p.kl_high, ".3g")):
+                assert f"{low:{form}} to {high:{form}}".replace("-", "−") in text
 
 
 def test_it_is_as_wide_as_it_says_and_small(told):
