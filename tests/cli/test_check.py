@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from commands import in_a_new_process, new_environment, strict_json
+from inline import Inline
 
 import knorm
 from knorm.cli import cli
@@ -21,8 +22,6 @@ from knorm.laws import CHECKS, KNORM, Result, find
 from knorm.laws.adapters import KINDS
 from knorm.laws.names import check_names, suite_revision
 from knorm.laws.process import supervisor
-from knorm.laws.process.protocol import Board, Frames, encode
-from knorm.laws.process.worker import serve
 from knorm.laws.results import PROFILES
 from knorm.laws.search import EFFORT
 from knorm.methods.targets import expanded
@@ -41,20 +40,6 @@ def compress(keys, values, keep_ratio):
     index = keys.double().norm(dim=-1).argsort(dim=-1, stable=True)[..., :count, None]
     return tuple(x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
 """
-
-
-class Inline:
-    """A worker that works here, all at once: for what does not end a process."""
-
-    def __init__(self, request, relay):
-        self.board, self.frames = Board(), Frames(b"t" * 16)
-        serve(lambda message: self.frames.feed(encode(message, b"t" * 16)), self.board, request)
-
-    def hear(self, limit):
-        return self.frames.next()
-
-    def end(self):
-        pass
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -32,20 +34,36 @@ class Right:
         states = (
             (lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, asked.cut)) if asked.cut else None
         )
-        return Changed(
-            ModelScorer(self.model, states), (lambda x, place, tokens: x + 1e-3 * x.sin()) if small else None
-        )
+        small_batches = (lambda x, place, tokens: x + 1e-3 * x.sin()) if small else None
+        return Changed(Once(ModelScorer(self.model, states), ("cut", asked.cut)), small_batches)
 
     def elsewhere(self, cut=()):
         return self.scorer("full", engine.Asked(cut=cut))
 
     def forgetful(self):
-        return ModelScorer(
-            self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)
-        )
+        states = lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)  # noqa: E731
+        return Once(ModelScorer(self.model, states), ("last", engine.KEPT))
 
     def tokenize(self, text):
         return self.tokens
+
+
+class Once:
+    """A scorer that computes a window once: most engines here predict what one model does, and change it."""
+
+    known: ClassVar = {}
+
+    def __init__(self, scorer, kind):
+        self.scorer, self.kind = scorer, kind
+
+    def logits(self, tokens, prompt):
+        key = self.kind, tuple(tokens.tolist()), prompt
+        if key not in self.known:
+            self.known[key] = [*self.scorer.logits(tokens, prompt)]
+        yield from self.known[key]
+
+    def close(self):
+        self.scorer.close()
 
 
 class Changed:

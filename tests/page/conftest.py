@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from commands import command
 from filelock import FileLock
+from inline import Inline
 
 ROOT = Path(__file__).parents[2]
 TIMED = """methods = ["knorm", "transformers:DynamicCache"]
@@ -54,6 +55,7 @@ def made(folder):
     def here(ready, *, alone):
         yield sweeping.AtOnce(measure.measure_cell)
 
+    patch.setattr("knorm.laws.process.supervisor.Worker", Inline)
     patch.setattr("knorm.cli.sweep._engine", here)
     patch.setattr("knorm.bench.latency.check_alone", lambda device: None)  # whatever the times come to
     fp8 = 'transformers:QuantizedCache(backend="fp8")'
