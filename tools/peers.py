@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from math import isclose
@@ -189,7 +190,7 @@ def best(page: Page) -> str:
 
 def alike(page: Page) -> str:
     """List methods of different names that cost the same, up to rounding, at every budget that both were given."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Frontier]] = {}
     for frontier in page.frontiers:
         methods: dict[str, dict[object, Point]] = {}
         for p in measured(frontier):
@@ -198,8 +199,19 @@ def alike(page: Page) -> str:
         for one, other in combinations(methods, 2):
             pairs = [(methods[one][budget], p) for budget, p in methods[other].items() if budget in methods[one]]
             if pairs and all(isclose(a.kl, b.kl, rel_tol=1e-5) and a.source == b.source for a, b in pairs):
-                found.setdefault(f"`{one}` and `{other}`", []).append(frontier.model)
-    return "".join(f"- {names}, on {', '.join(models)}\n" for names, models in found.items())
+                found.setdefault(f"`{one}` and `{other}`", []).append(frontier)
+    return "".join(f"- {names}: {_where(page, there)}\n" for names, there in found.items())
+
+
+def _where(page: Page, frontiers: Iterable[Frontier]) -> str:
+    """Name the models of `frontiers`, and the texts of those that are not among them with every text."""
+    texts: dict[str, list[str]] = {}
+    for frontier in frontiers:
+        texts.setdefault(frontier.model, []).append(frontier.text)
+    every = {model: [f.text for f in page.frontiers if f.model == model] for model in texts}
+    return ", ".join(
+        model if read == every[model] else f"{model} on {' and '.join(read)} alone" for model, read in texts.items()
+    )
 
 
 def noise(page: Page) -> str:
@@ -293,6 +305,19 @@ def models(page: Page) -> str:
     return "\n".join(_compared(first, other, first.model, other.model) for other in others)
 
 
+def texts(page: Page) -> str:
+    """Compare what methods cost each model on its first text with what they cost on its other ones; where there are few
+    methods, an order of them says little."""
+    parts = []
+    for first in page.frontiers:
+        if max(Counter(p.keep_ratio for p in measured(first) if p.keep_ratio).values()) < _FEW:
+            continue
+        mine = [f for f in page.frontiers if (f.model, f.prompt_length) == (first.model, first.prompt_length)]
+        if first is mine[0]:
+            parts += [_compared(first, f, *(f"{each.model} on {each.text}" for each in (first, f))) for f in mine[1:]]
+    return "\n".join(parts) or "Not measured in this form: `nox -s peers` reads another text too.\n"
+
+
 def prompts(page: Page) -> str:
     """Compare what methods cost after the prompts of this page with what they cost after those of the GPU's."""
     parts = []
@@ -325,7 +350,7 @@ def _compared(one: Frontier, other: Frontier, here: str, there: str) -> str:
         [f"`{a.label}`", f"{a.kl:.4f}", f"{a.delta_nll:+.4f}", "-", f"{b.kl:.4f}", f"{b.delta_nll:+.4f}", "-"]
         for a, b in shared
     ]
-    said = f"**{here}** and **{there}**, by the same text\n\n" + (table(head, lines) if lines else "")
+    said = f"**{here}** and **{there}**\n\n" + (table(head, lines) if lines else "")
     columns = f"| method, budget | {here}: KL | ΔNLL | place | {there}: KL | ΔNLL | place |"
     return f"{said}\n{table(columns, rows)}"
 
@@ -358,7 +383,7 @@ def numbers(page: Page) -> str:
 
 PARTS: dict[str, Callable[[Page], str]] = {
     part.__name__: part
-    for part in (numbers, what, defects, best, front, alike, disagreement, noise, memory, time, models, prompts)
+    for part in (numbers, what, defects, best, front, alike, disagreement, noise, memory, time, models, texts, prompts)
 }
 
 
