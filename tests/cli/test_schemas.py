@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from inline import Inline
 from pydantic import ValidationError
 
 from knorm.cli import cli, schemas
@@ -53,6 +54,7 @@ REPOSITORY = ("--golden-dir", str(Path(__file__).parents[2] / "golden"))  # an i
 )
 def test_a_result_is_what_its_schema_says(arguments, name, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # its times are not looked at
+    monkeypatch.setattr("knorm.laws.process.supervisor.Worker", Inline)
     file = tmp_path / "out.json"
     outcome = CliRunner().invoke(cli, [*arguments, "-q", "--json", str(file)])
     assert outcome.exception is None or isinstance(outcome.exception, SystemExit), outcome.exception
