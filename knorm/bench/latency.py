@@ -30,6 +30,7 @@ from knorm.policy import Policy
 SEGMENT = 5  # decode steps of an arm before the next one's turn
 PASSES = 2  # of each prompt, forwards and backwards, in a block
 INTERRUPTED = 1.5  # times its usual length: what takes longer was interrupted by something else
+SELDOM = 0.05  # of all steps: where more are interrupted, that is how this machine is
 METRICS = ("ttft", "tpot", "throughput")
 
 
@@ -196,20 +197,21 @@ def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[lis
     """Cut steps of `samples` [block][arm] to 1.5 times their usual length; return them and how many took longer.
 
     Usual is the median over blocks of the same arm, prompt and step: which steps compress is the same in every block,
-    so those that do keep their full length. What else runs on the machine stops any step, of any arm.
+    so those that do keep their full length. What else runs on the machine stops any step, of any arm. Where more than
+    SELDOM are stopped, nothing is cut: the medians would vary with them, and no interval over blocks would show it.
     """
-    count, calm = 0, [list(block) for block in samples]
+    count, steps, calm = 0, 0, [list(block) for block in samples]
     for arm in range(len(samples[0])):
         for name in ("first", "steps"):
             for prompt in range(len(samples[0][0].first)):
                 times = torch.tensor([getattr(block[arm], name)[prompt] for block in samples], dtype=torch.float64)
                 most = INTERRUPTED * times.quantile(0.5, dim=0)
-                count += int((times > most).sum())
+                count, steps = count + int((times > most).sum()), steps + times.numel()
                 for block, row in zip(calm, times.minimum(most).tolist(), strict=True):
                     values = list(getattr(block[arm], name))
                     values[prompt] = tuple(row)
                     block[arm] = replace(block[arm], **{name: tuple(values)})
-    return calm, count
+    return calm if count <= SELDOM * steps else [list(block) for block in samples], count
 
 
 @contextmanager

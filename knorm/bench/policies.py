@@ -97,7 +97,7 @@ class Bench:
     Attributes:
         rows: one for each arm, the uncompressed one first.
         samples: [block][arm], as measured.
-        interrupted: steps that took over 1.5 times their usual time, and count as that
+        interrupted: steps that took over 1.5 times their usual time; where they are few, they count as that
             (latency.without_interruptions).
         warm_up: generations of each arm that were run before, and discarded.
         seconds: how long it measured, warm-up included.
