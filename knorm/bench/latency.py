@@ -197,8 +197,7 @@ def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[lis
     """Cut steps of `samples` [block][arm] to 1.5 times their usual length; return them and how many took longer.
 
     Usual is the median over blocks of the same arm, prompt and step: which steps compress is the same in every block,
-    so those that do keep their full length. What else runs on the machine stops any step, of any arm. Where more than
-    SELDOM are stopped, nothing is cut: the medians would vary with them, and no interval over blocks would show it.
+    so those that do keep their full length. Where more than SELDOM would be cut, none is: the medians vary with them.
     """
     count, steps, calm = 0, 0, [list(block) for block in samples]
     for arm in range(len(samples[0])):
@@ -208,9 +207,8 @@ def without_interruptions(samples: Sequence[Sequence[Sample]]) -> tuple[list[lis
                 most = INTERRUPTED * times.quantile(0.5, dim=0)
                 count, steps = count + int((times > most).sum()), steps + times.numel()
                 for block, row in zip(calm, times.minimum(most).tolist(), strict=True):
-                    values = list(getattr(block[arm], name))
-                    values[prompt] = tuple(row)
-                    block[arm] = replace(block[arm], **{name: tuple(values)})
+                    parts = getattr(block[arm], name)
+                    block[arm] = replace(block[arm], **{name: (*parts[:prompt], tuple(row), *parts[prompt + 1 :])})
     return calm if count <= SELDOM * steps else [list(block) for block in samples], count
 
 
