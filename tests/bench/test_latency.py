@@ -119,7 +119,7 @@ def test_where_interruptions_are_usual_nothing_is_cut():
 
 
 def test_an_interval_says_what_it_says_where_interruptions_are_usual():
-    """Of arms that are the same it excludes 0 once in a hundred; with what is cut at 1.5 it did three times as often."""
+    """Of arms that are the same it excludes 0 once in a hundred: what is cut at 1.5 did three times as often."""
     draw, beyond, runs = random.Random(1), 0, 1000
     for _ in range(runs):
         calm, _ = without_interruptions(rough(draw, 32, 0.25))
