@@ -335,6 +335,8 @@ def reason_in(data: bytes) -> str:
         'no such model'
     """
     text = data.decode("utf-8", "replace")
+    if text.lstrip().startswith("<"):
+        return "a page of HTML"
     with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(text)
         for name in ("error", "detail", "message"):

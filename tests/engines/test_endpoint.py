@@ -277,6 +277,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
         ([b"HTTP/1.1 503 No\r\n\r\n{\"error\": {\"message\": \"I am\\nloading\"}}"], "failed with status 503 at GET"),
         ([b"HTTP/1.1 500 No\r\n\r\n" + b"trace " * 900], f"{'trace ' * 50}..."),
         ([b"HTTP/1.1 404 No\r\n\r\n"], "refuses GET /v1/models with status 404: no reason given"),
+        ([b"HTTP/1.1 404 No\r\n\r\n\n<!DOCTYPE HTML><html>No</html>"], "with status 404: a page of HTML"),
     ],
 )  # fmt: skip
 def test_what_is_no_model_server_is_one_line(replies, said):
