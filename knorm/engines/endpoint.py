@@ -265,7 +265,7 @@ class Endpoint:
                 raise EngineRefused(f"{self.spec} tells no log-probabilities")
             columns = told["tokens"], told["token_logprobs"], told["top_logprobs"]
             return [self._predicted(*each) for each in zip(*columns, strict=True)]
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, EngineError):
                 raise
             raise EngineLost(f"{self.spec} answers with what is no completion with log-probabilities") from None

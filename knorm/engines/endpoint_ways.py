@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from knorm.engines.asking import FORCED, PROMPTS, EndpointScorer
 from knorm.engines.cut import states_after_a_cut
 from knorm.engines.endpoint import Endpoint
-from knorm.engines.process import EngineError, EngineRefused
+from knorm.engines.process import EngineRefused
 from knorm.engines.scorer import Asked, EngineHow, ModelScorer, compared
 from knorm.engines.told import Able
-from knorm.engines.ways import bytes_per_token
+from knorm.engines.ways import bytes_per_token, refuse_no_numbers
 from knorm.evaluation.damage import PerToken, summed
 from knorm.evaluation.ways import Evaluation
 from knorm.evaluation.windows import Windows, check_prompt
@@ -148,7 +148,7 @@ class EndpointWays:
 
     def _twice(self, endpoint: Endpoint) -> tuple[EndpointScorer, EndpointScorer]:
         assert self.how
-        able = self._able(endpoint)
+        able = endpoint.able()
         companions = (self.ids[-1],) if self.how == "loop" else ()
         once, again = Asked(self.how), Asked(self.how, companions=companions)
         return EndpointScorer(endpoint, able, once), EndpointScorer(endpoint, able, again)
@@ -165,9 +165,7 @@ class EndpointWays:
         return self._asked_again if self.reference else "transformers, the prompt and the rest in a call each"
 
     def _row(self, name: str, check: str, tokens: PerToken, scorer: Any, noise: float) -> Evaluation:
-        if not bool(tokens.kl.isfinite().all() and tokens.nll.isfinite().all()):
-            count = int((~(tokens.kl.isfinite() & tokens.nll.isfinite())).sum())
-            raise EngineError(f"{name}: the predictions of {count} tokens are no numbers")
+        refuse_no_numbers(name, tokens)
         assert self.how
         before = (self.prompt_length + self.ids.shape[1]) / 2  # when a query after the prompt attends, on average
         full = self._full()[0]

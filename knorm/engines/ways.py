@@ -192,9 +192,7 @@ class EngineWays:
         noise: float,
     ) -> Evaluation:
         own, full = said
-        if not bool(tokens.kl.isfinite().all() and tokens.nll.isfinite().all()):
-            count = int((~(tokens.kl.isfinite() & tokens.nll.isfinite())).sum())
-            raise EngineError(f"{name}: the predictions of {count} tokens are no numbers")
+        refuse_no_numbers(name, tokens)
         before = (self.prompt_length + self.ids.shape[1]) / 2  # when a query after the prompt attends, on average
         seen: Tensor = torch.full((full["layers"], full["kv_heads"]), before, dtype=torch.float64)
         return Evaluation(
@@ -211,6 +209,12 @@ class EngineWays:
             bytes_full=full["bytes_per_token"] * before,
             seconds=time.perf_counter() - begin,
         )
+
+
+def refuse_no_numbers(name: str, tokens: PerToken) -> None:
+    """Raise EngineError where predictions in `tokens` are no numbers; `name` is whose they are."""
+    if odd := int((~(tokens.kl.isfinite() & tokens.nll.isfinite())).sum()):
+        raise EngineError(f"{name}: the predictions of {odd} tokens are no numbers")
 
 
 def with_settings(target: EngineTarget, settings: Settings) -> EngineTarget:

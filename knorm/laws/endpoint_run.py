@@ -9,14 +9,13 @@ from collections.abc import Callable, Generator
 import torch
 
 from knorm.engines.asking import FORCED, OWN, PROMPTS, EndpointScorer, own_windows
-from knorm.engines.cut import states_after_a_cut, states_of_the_last
 from knorm.engines.endpoint import Endpoint
 from knorm.engines.http import read_address
 from knorm.engines.scorer import Asked, ModelScorer, compared
 from knorm.engines.told import Able
 from knorm.evaluation.windows import cut_windows
 from knorm.laws import engine
-from knorm.laws.engine_run import LONG, TEXT, EngineChecks, chosen_laws
+from knorm.laws.engine_run import LONG, TEXT, Beside, EngineChecks, chosen_laws
 from knorm.laws.process.protocol import Request
 from knorm.laws.registry import Refuted, Silent, Untested
 from knorm.laws.results import Result
@@ -28,7 +27,7 @@ _NO_PROMPTS = "the server scores no prompts (echo with logprobs)"
 Law = Callable[[engine.Trial], int]
 
 
-class Served:
+class Served(Beside):
     """Make scorers of a server, and of what has the full cache; see laws.engine.EngineSubject.
 
     The full cache is that of the other server, or transformers' where there is none.
@@ -91,18 +90,6 @@ class Served:
         if asked.how == "two calls" and any(how.values()):
             return self.elsewhere(((0, 0),))
         return self.elsewhere()
-
-    def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> ModelScorer:
-        """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
-        if not cut:
-            return ModelScorer(self.model)
-        return ModelScorer(self.model, lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, cut))
-
-    def forgetful(self) -> ModelScorer:
-        """Return a scorer of the same weights in transformers, where a token sees the last few alone."""
-        return ModelScorer(
-            self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)
-        )
 
     def tokenize(self, text: str) -> list[int]:
         """Cut `text` as the server does."""

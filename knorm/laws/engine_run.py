@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from knorm.engines.boxed import can_move, model_file, moved_file
 from knorm.engines.conditions import EngineTarget, Place, Settings, engine_target
 from knorm.engines.cut import states_after_a_cut, states_of_the_last
@@ -28,7 +30,29 @@ TEXT = 2000  # characters whose tokens are compared
 LONG = {"quick": (2, engine.LONG), "thorough": (4, 1024)}  # windows, and tokens of each
 
 
-class Named:
+class Beside:
+    """Make scorers of the weights that an engine has, in transformers; see laws.engine.EngineSubject.
+
+    Attributes:
+        model: a model of transformers.
+    """
+
+    model: PreTrainedModel
+
+    def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> ModelScorer:
+        """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
+        if not cut:
+            return ModelScorer(self.model)
+        return ModelScorer(self.model, lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, cut))
+
+    def forgetful(self) -> ModelScorer:
+        """Return a scorer of the same weights in transformers, where a token sees the last few alone."""
+        return ModelScorer(
+            self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)
+        )
+
+
+class Named(Beside):
     """Make scorers of the engine that a target names; see laws.engine.EngineSubject.
 
     A process with the full cache and one with the target's are started once, and asked again and again.
@@ -94,18 +118,6 @@ class Named:
         """End the processes that were kept."""
         for kept in self._kept.values():
             kept.close()
-
-    def elsewhere(self, cut: tuple[tuple[int, int], ...] = ()) -> ModelScorer:
-        """Return a scorer of the same weights in transformers; positions of `cut` leave its cache after the prompt."""
-        if not cut:
-            return ModelScorer(self.model)
-        return ModelScorer(self.model, lambda tokens, prompt: states_after_a_cut(self.model, tokens, prompt, cut))
-
-    def forgetful(self) -> ModelScorer:
-        """Return a scorer of the same weights in transformers, where a token sees the last few alone."""
-        return ModelScorer(
-            self.model, lambda tokens, prompt: states_of_the_last(self.model, tokens, prompt, engine.KEPT)
-        )
 
     def tokenize(self, text: str) -> list[int]:
         """Cut `text` as the engine does."""

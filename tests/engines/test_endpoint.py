@@ -348,6 +348,7 @@ def likely(value):
         ({"changed": lambda _: likely(math.inf)}, "tells inf as log-probability of token 5"),
         ({"changed": lambda _: likely(0.7)}, "tells 0.7 as log-probability of token 5"),
         ({"changed": lambda _: likely("much")}, "answers with what is no completion with log-probabilities"),
+        ({"changed": lambda _: likely(-(10**400))}, "answers with what is no completion with log-probabilities"),
         ({"changed": lambda _: {"choices": 7}}, "answers with what is no completion with log-probabilities"),
         ({"changed": lambda _: {"choices": []}}, "generated 0 tokens of 1"),
         ({"changed": lambda _: {"error": {"message": "no\nmemory", "code": 500}}}, "at POST /v1/completions: no m"),
