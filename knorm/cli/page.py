@@ -22,14 +22,15 @@ TITLE = "KV-cache compression: is it correct, and what does it cost?"
 @click.argument("results", nargs=-1, required=True, metavar="[RESULTS]...", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--title", default=TITLE, show_default=True, help="Of the page.")
+@click.option("--without", multiple=True, metavar="NAME", help="Leave out the results of this name; can be repeated.")
 @force_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def page(results: tuple[Path, ...], out: Path, title: str, quiet: bool) -> None:
+def page(results: tuple[Path, ...], out: Path, title: str, without: tuple[str, ...], quiet: bool) -> None:
     """Show RESULTS as one static page, OUT/index.html.
 
-    Its data is written to OUT/results.json. RESULTS: files that --json of check, ppl, explain or sweep wrote, and
-    folders of sweeps. The page has the laws as a matrix with counterexamples, the costs as a frontier, and the text
-    with what each token lost. It loads nothing, and can be read without a script.
+    Its data is written to OUT/results.json. RESULTS: files that --json of check, ppl, explain or sweep wrote, folders
+    of sweeps, and pages, to which the others are added. The page has the laws as a matrix with counterexamples, the
+    costs as a frontier, and the text with what each token lost. It loads nothing, and can be read without a script.
     """
     check_page(out)
     from knorm.page.render import check_jinja, render
@@ -39,7 +40,7 @@ def page(results: tuple[Path, ...], out: Path, title: str, quiet: bool) -> None:
     from knorm.cli.results import read_results
 
     read = read_results(results)
-    parts = page_of(read, title)
+    parts = page_of(read, title, without)
     html = render(parts)
     write_page(out, html, parts.model_dump(mode="json"))
     _report(make_console(quiet), out / "index.html", parts, len(html.encode()))

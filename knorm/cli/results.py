@@ -15,28 +15,32 @@ from pydantic import ValidationError
 
 from knorm.cli.schemas import FORMS, VERSION
 from knorm.files import read_text
-from knorm.page.form import Source
+from knorm.page.form import Page, Source
 from knorm.strict import first_error
 
 MOST_BYTES = 2**26  # of a file
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
-SHOWN = ("knorm-check", "knorm-ppl", "knorm-ppl-methods", "knorm-explain", "knorm-explain-method", "knorm-sweep")
+SHOWN = (
+    "knorm-check", "knorm-ppl", "knorm-ppl-methods", "knorm-explain", "knorm-explain-method", "knorm-sweep",
+    "knorm-page",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Read:
-    """Hold results as they were read: of what form, what they are in that form, and where they are from."""
+    """Hold results as they were read: their name and form, what they are in that form, and where they are from."""
 
+    name: str
     form: str
     result: Any
-    source: Source
+    sources: Sequence[Source]
 
 
 def read_results(paths: Sequence[Path]) -> list[Read]:
     """Read results, in the order in which they were given.
 
     Args:
-        paths: of files that --json wrote, or of folders of sweeps.
+        paths: of files that --json wrote, of folders of sweeps, or of pages.
 
     Returns:
         What each holds.
@@ -46,12 +50,18 @@ def read_results(paths: Sequence[Path]) -> list[Read]:
     """
     results: list[Read] = []
     for path in paths:
-        read = _folder(path) if path.is_dir() else _file(path)
-        for other in results:
-            if other.source.digest == read.source.digest:
-                raise ValueError(f"{path} holds the same as {other.source.name}: give each result once")
+        read = _page(path) or (_folder(path) if path.is_dir() else _file(path))
+        for other in (source for before in results for source in before.sources):
+            if other.digest in {source.digest for source in read.sources}:
+                raise ValueError(f"{path} holds the same as {other.name}: give each result once")
         results.append(read)
     return results
+
+
+def _page(path: Path) -> Read | None:
+    """Read the JSON beside a page, where `path` is the page's folder."""
+    file = path / "results.json"
+    return _file(file) if (path / "index.html").is_file() and file.is_file() else None
 
 
 def _file(path: Path) -> Read:
@@ -75,7 +85,8 @@ def _file(path: Path) -> Read:
         raise ValueError(f"{path} is not what {name} should be: {why}") from None
     versions = {name: version for name, version in result.environment.model_dump().items() if version}
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Read(name, result, _source(path, name, digest, versions, result))
+    own = result.sources if isinstance(result, Page) else [_source(path, name, digest, versions, result)]
+    return Read(path.resolve().name, name, result, own)
 
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
-    raise ValueError(f"{path} {why}: give files of --json of check, ppl, explain or sweep, or folders of sweeps")
+    raise ValueError(f"{path} {why}: give files of --json of check, ppl, explain or sweep, folders of sweeps, or pages")
 
 
 def _version(fields: dict[str, Any]) -> str:
@@ -134,7 +145,7 @@ def _folder(path: Path) -> Read:
     except ValidationError as error:
         raise ValueError(f"{path} holds other results than this knorm writes: {first_error(error)}") from None
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
-    return Read("knorm-sweep", result, _source(path, "knorm-sweep", digest, versions, result))
+    return Read(path.resolve().name, "knorm-sweep", result, [_source(path, "knorm-sweep", digest, versions, result)])
 
 
 def _as_environment(versions: dict[str, str]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -329,6 +330,19 @@ class Page(Part):
     timings: list[Timing]
     curves: list[CurveShown]
     explained: list[Explained]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Page:
+        tables: list[Sequence[Any]] = [self.curves, self.explained, *(matrix.methods for matrix in self.matrices)]
+        tables += [frontier.points for frontier in self.frontiers]
+        tables += [timing.rows for timing in self.timings]
+        if any(row.source >= len(self.sources) for rows in tables for row in rows):
+            raise ValueError(f"source should name one of {len(self.sources)} sources")
+        for matrix in self.matrices:
+            laws = {law.check for law in matrix.laws}
+            if any(result.check not in laws for method in matrix.methods for result in method.results):
+                raise ValueError("results should be of checks that the laws of their matrix name")
+        return self
 
 
 def label_of(method: str, keep_ratio: float | None, keep_tokens: int | None) -> str:

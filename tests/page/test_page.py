@@ -343,6 +343,69 @@ def test_environments_are_joined_with_their_versions_named(page, loaded, tmp_pat
     assert len(page("ppl.json", tmp_path / "older.json", out="apart")[1]["frontiers"]) == 2
 
 
+@pytest.mark.parametrize("cut", [1, 3, 6])
+def test_a_page_to_which_results_are_added_is_the_page_of_them_all(page, results, cut):
+    whole = page(*ALL, out="whole")
+    page(*ALL[:cut], out="first")
+    assert page(Path("first").absolute(), *ALL[cut:], out="grown") == whole
+    page(*ALL[cut:], out="second")
+    assert page(Path("first/results.json").absolute(), Path("second").absolute(), out="both") == whole
+
+
+def test_a_page_is_written_over_itself_and_the_same_results_are_not_added_twice(page, refused):
+    page("check.json", out="grown")
+    assert len(page(Path("grown").absolute(), "ppl.json", out="grown")[1]["sources"]) == 2
+    Path("other").mkdir()
+    said = refused(str(Path("grown").absolute()), "ppl.json", out="other/out")
+    assert "ppl.json holds the same as ppl.json: give each result once" in said
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_without_results_the_page_is_that_of_the_others(page, name):
+    rest = [other for other in ALL if other != name]
+    page(*ALL, out="whole")
+    assert page(Path("whole").absolute(), out="less", arguments=["--without", name]) == page(*rest, out="rest")
+
+
+def test_noise_is_that_of_the_results_that_are_left(page, loaded, tmp_path):
+    noisy = loaded("ppl.json")
+    next(row for row in noisy["rows"] if row["method"] == "full cache, again")["kl"] = 0.5
+    (tmp_path / "noisy.json").write_text(json.dumps(noisy))
+    assert page("ppl.json", tmp_path / "noisy.json", out="both")[1]["frontiers"][0]["noise_kl"] == 1.0
+    told = page(Path("both").absolute(), out="less", arguments=["--without", "noisy.json"])[1]
+    assert told["frontiers"][0]["noise_kl"] < 0.5
+
+
+def test_results_to_be_left_out_that_are_not_there_are_named(run_knorm, page, results):
+    page("check.json", out="one")
+    code, said, problem = run_knorm("page", "one", "out", "--without", "checked.json")
+    assert (code, said, problem) == (2, "", "knorm: --without checked.json: no results have this name: check.json\n")
+    code, _, problem = run_knorm("page", "one", "out", "--without", "check.json")
+    assert (code, "nothing to show" in problem) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda told: told["frontiers"][0]["points"][0].update(source=9), "source should name one of 7 sources"),
+        (lambda told: told["matrices"][0]["methods"][0].update(source=7), "source should name one of 7 sources"),
+        (lambda told: told["timings"][0]["rows"][0].update(source=7), "source should name one of 7 sources"),
+        (lambda told: told["curves"][0].update(source=7), "source should name one of 7 sources"),
+        (lambda told: told["explained"][0].update(source=7), "source should name one of 7 sources"),
+        (lambda told: told["matrices"][0]["laws"].pop(), "results should be of checks that the laws"),
+        (lambda told: told["sources"][0].pop("digest"), "field sources.0.digest: field required"),
+        (lambda told: told.pop("timings"), "field timings: field required"),
+    ],
+)
+def test_a_page_whose_parts_do_not_fit_each_other_is_refused(page, refused, tmp_path, change, words):
+    _, told = page(*ALL, out="whole")
+    change(told)
+    (tmp_path / "bad.json").write_text(json.dumps(told))
+    said = refused(str(tmp_path / "bad.json"))
+    assert "bad.json is not what knorm-page should be: " in said
+    assert words in said
+
+
 def test_a_sweep_that_is_not_finished_is_shown_with_what_is_missing(page, results, tmp_path):
     import shutil
 

@@ -1,0 +1,116 @@
+"""Pages joined into one: what can be compared stands together, in the order in which it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import TypeVar
+
+from knorm.evaluation.distinct import NOISE
+from knorm.page.form import (
+    CurveShown,
+    Explained,
+    Frontier,
+    Law,
+    Matrix,
+    MethodVerdicts,
+    Page,
+    Point,
+    TimedRow,
+    Timing,
+)  # fmt: skip
+
+Row = TypeVar("Row", MethodVerdicts, Point, TimedRow, CurveShown, Explained)
+Table = TypeVar("Table", Matrix, Frontier, Timing)
+
+
+def joined(pages: Sequence[Page], title: str, without: Collection[str] = ()) -> Page:
+    """Join pages: verdicts by suite, points by windows and prompt, times by prompt and environment.
+
+    Args:
+        pages: in the order in which they were given.
+        title: of the page.
+        without: names of sources that are left out, with all that is from them.
+
+    Returns:
+        A page whose sources are those of all pages, one after the other.
+
+    Raises:
+        ValueError: a name in `without` that no source has.
+    """
+    sources = [source for page in pages for source in page.sources]
+    if unknown := [name for name in without if name not in {source.name for source in sources}]:
+        names = ", ".join(dict.fromkeys(source.name for source in sources))
+        raise ValueError(f"--without {unknown[0]}: no results have this name: {names}")
+    left = [at for at, source in enumerate(sources) if source.name not in without]
+    places = {at: place for place, at in enumerate(left)}
+    moved, first = [], 0
+    for page in pages:
+        mine = {at - first: place for at, place in places.items() if first <= at < first + len(page.sources)}
+        moved.append(_moved(page, mine))
+        first += len(page.sources)
+    return Page(
+        title=title,
+        sources=[sources[at] for at in left],
+        matrices=_matrices([matrix for page in moved for matrix in page.matrices]),
+        frontiers=_frontiers([frontier for page in moved for frontier in page.frontiers]),
+        timings=[
+            same[0].model_copy(update={"rows": [row for timing in same for row in timing.rows]})
+            for same in _alike([timing for page in moved for timing in page.timings], "rows")
+        ],
+        curves=[curve for page in moved for curve in page.curves],
+        explained=[part for page in moved for part in page.explained],
+    )
+
+
+def noise_of(points: Iterable[Point]) -> float:
+    """Return the KL up to which nothing is told apart: twice what any of the controls shows, as letters have it."""
+    return max([NOISE, *(2 * point.kl for point in points if point.control)])
+
+
+def by_family(laws: Iterable[Law]) -> list[Law]:
+    """Put laws of one family side by side, families in the order in which they came; each law once."""
+    families: dict[str, dict[str, Law]] = {}
+    for law in laws:
+        families.setdefault(law.family, {}).setdefault(law.check, law)
+    return [law for family in families.values() for law in family.values()]
+
+
+def _moved(page: Page, places: dict[int, int]) -> Page:
+    """Give what is from each source its new place; leave out what is from the others, and tables that become empty."""
+
+    def mine(rows: list[Row]) -> list[Row]:
+        return [row.model_copy(update={"source": places[row.source]}) for row in rows if row.source in places]
+
+    def filled(tables: list[Table], name: str) -> list[Table]:
+        found = ((table, mine(getattr(table, name))) for table in tables)
+        return [table.model_copy(update={name: rows}) for table, rows in found if rows]
+
+    tables = {"matrices": filled(page.matrices, "methods"), "frontiers": filled(page.frontiers, "points")}
+    rows = {"curves": mine(page.curves), "explained": mine(page.explained)}
+    return page.model_copy(update={**tables, "timings": filled(page.timings, "rows"), **rows})
+
+
+def _alike(tables: Sequence[Table], *own: str) -> list[list[Table]]:
+    """Put tables together that are the same but for the fields `own`."""
+    found: dict[str, list[Table]] = {}
+    for table in tables:
+        found.setdefault(table.model_dump_json(exclude={*own}), []).append(table)
+    return list(found.values())
+
+
+def _matrices(matrices: Sequence[Matrix]) -> list[Matrix]:
+    made = []
+    for same in _alike(matrices, "laws", "methods"):
+        methods = [method for matrix in same for method in matrix.methods]
+        tried = {result.check for method in methods for result in method.results}
+        laws = by_family(law for matrix in same for law in matrix.laws if law.check in tried)
+        made.append(Matrix(suite=same[0].suite, laws=laws, methods=methods))
+    return made
+
+
+def _frontiers(frontiers: Sequence[Frontier]) -> list[Frontier]:
+    made = []
+    for same in _alike(frontiers, "noise_kl", "points"):
+        points = [point for frontier in same for point in frontier.points]
+        made.append(same[0].model_copy(update={"noise_kl": noise_of(points), "points": points}))
+    return made
