@@ -66,7 +66,7 @@ def exam(session: nox.Session) -> None:
     session.run("python", "tools/exam.py", "Presses of kvpress", "kvpress:*", "--write", env=NO_CUDA)
     session.install("--upgrade", "-c", PINS, ".[test]", "optimum-quanto")
     session.run("python", "tools/exam.py", "Caches of transformers", "transformers:*", "--write", env=NO_CUDA)
-    if "KNORM_CHECKOUTS" in os.environ:  # a folder of other projects' repositories, as tools/exam_targets.py says
+    if "KNORM_CHECKOUTS" in os.environ:  # a folder of checkouts: docs/peers/plans/functions.py
         session.run("python", "tools/exam.py", "Public functions", "functions:*", "--write", env=NO_CUDA)
 
 
@@ -75,6 +75,7 @@ def exam(session: nox.Session) -> None:
 def peers(session: nox.Session, library: str) -> None:
     """What people use, side by side: writes docs/peers. What is done is not done again: `nox -R` after an interruption.
 
+    Public functions are among them where KNORM_CHECKOUTS names a folder of their projects, as plans/functions.py says.
     `-- --quick` takes 15 minutes on two cores, and times nothing; `-- --narrative` leaves out the other text and times;
     `-- --gpu` reads prompts of 2,048 tokens on CUDA, into docs/peers/gpu. Times come last, one by one, and want a
     machine that does nothing else.
@@ -94,8 +95,15 @@ def peers(session: nox.Session, library: str) -> None:
         options = ["--workers", "1"] if kind == "-time" else []
         arguments = [f"{plan}{kind}.toml", str(results / f"{library}{kind}"), *options]
         session.run("knorm", "sweep", *arguments, success_codes=[0, 1], env=env)
+    functions = not form and not kvpress and "KNORM_CHECKOUTS" in os.environ
+    if functions:
+        session.run("knorm", "sweep", "docs/peers/plans/functions.toml", str(results / "functions"), env=env)
+        laws = Path(results, "functions-laws.json").absolute()
+        with session.chdir("docs/peers/plans"):
+            session.run("knorm", "check", "--json", str(laws), "-q", success_codes=[0, 1], env=env)
     if not kvpress:
         found = [str(results / f"{name}{kind}") for kind in kinds for name in ("kvpress", "transformers")]
+        found += [str(results / "functions"), str(results / "functions-laws.json")] if functions else []
         out = "docs/peers/gpu" if form == "gpu" else "docs/peers"
         session.run("knorm", "page", *found, out, "--title", "The state of KV-cache compression", "--force")
         session.run("python", "tools/peers.py")  # README's tables, and the picture

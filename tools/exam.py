@@ -1,6 +1,6 @@
 """What the laws say of real methods: python tools/exam.py HEADING TARGET ... [--traits tools/exam.toml].
 
-A TARGET is one of `knorm check`, kvpress:*, transformers:*, functions:* (of tools/exam_targets.py), or a folder: then
+A TARGET is one of `knorm check`, kvpress:*, transformers:*, functions:* (of docs/peers/plans), or a folder: then
 each of its files has a function, class or factory `good` that no law may refute and, unless it is a control, a `bug`
 that one must. Traits that a file's own comments promise are declared in a TOML file, by the file's name. Writes a
 section of docs/exam.md under HEADING, with --write, and prints it.
@@ -37,7 +37,7 @@ from knorm.methods.known import WEIGHTS, lacking, version_of
 from knorm.methods.targets import expanded
 
 ROOT = Path(__file__).parents[1]
-TARGETS = ROOT / "tools" / "exam_targets.py"
+TARGETS = ROOT / "docs" / "peers" / "plans" / "functions.py"
 DOCUMENT = ROOT / "docs" / "exam.md"
 HEAD = (
     "# The exam: what the laws say of real methods\n\nWritten by `tools/exam.py`, quick profile, seed 0. A law counts "
@@ -53,8 +53,7 @@ def targets_of(names: list[str]) -> list[tuple[str, str, str | None]]:
     found: list[tuple[str, str, str | None]] = []
     for name in names:
         if name == "functions:*":
-            lines = re.findall(r"^(?:def|class) ([a-zA-Z]\w+)", TARGETS.read_text(encoding="utf-8"), re.MULTILINE)
-            found += [(f"{TARGETS}:{line}", line, None) for line in lines]
+            found += [(f"{TARGETS}:{line}", line, None) for line in promised()]
             continue
         if not Path(name).is_dir():
             found += [
@@ -67,6 +66,12 @@ def targets_of(names: list[str]) -> list[tuple[str, str, str | None]]:
                 if re.search(rf"^(def {variant}\(|class {variant}\b|{variant} = )", text, re.MULTILINE):
                     found.append((f"{file}:{variant}", file.stem, variant))
     return found
+
+
+def promised() -> dict[str, dict[str, object]]:
+    """Read what the projects of public functions promise, by the function's name."""
+    checks = tomllib.loads((TARGETS.parent / "knorm.toml").read_text(encoding="utf-8"))["check"]
+    return {name: check.get("traits", {}) for name, check in checks.items()}
 
 
 def examine(target: str, traits: dict[str, object]) -> tuple[list[Result], str]:
@@ -207,7 +212,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     try:
-        text, wrong = section(options.heading, options.targets, tomllib.loads(options.traits.read_text()))
+        text, wrong = section(options.heading, options.targets, promised() | tomllib.loads(options.traits.read_text()))
     except Exception as error:
         print(f"knorm broke off: {error!r}", file=sys.stderr)
         return 3

@@ -109,7 +109,8 @@ def table(head: str, rows: Iterable[Iterable[object]]) -> str:
 
 def _source(source: Source) -> str:
     names = [name for name in ("kvpress", "transformers", "torch") if source.versions.get(name)]
-    said = f"- {source.name}: {', '.join(f'{name} {source.versions[name]}' for name in names)}; {source.cells} cells"
+    said = f"- {source.name}: {', '.join(f'{name} {source.versions[name]}' for name in names)}"
+    said += f"; {source.cells} cells" if source.cells is not None else ""
     said += f", {source.missing} missing" if source.missing else ""
     return said + (f", {len(source.failed_cells)} failed" if source.failed_cells else "")
 

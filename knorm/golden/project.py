@@ -135,8 +135,11 @@ class DeclaredCheck(BaseModel):
     @classmethod
     def _plain(cls, given: dict[str, Any]) -> dict[str, Any]:
         for name, value in given.items():
-            if not isinstance(value, bool | int | float | str) and not _whole_numbers(value):
-                raise ValueError(f"has {name} = {value!r}, but should have true, false, a number, a text or [0, 1]")
+            if not isinstance(value, bool | int | float | str) and not _listed(value):
+                raise ValueError(
+                    f"has {name} = {value!r}, but should have true, false, a number, a text, [0, 1] or "
+                    '["float16", "float32"]'
+                )
         return given
 
     @field_validator("expected_failures", "expected_untested")
@@ -293,5 +296,6 @@ def _problems(error: ValidationError) -> Iterator[str]:
             yield f"{case}{key} is {one['input']!r}: {one['msg'][0].lower()}{one['msg'][1:]}"
 
 
-def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is int for number in value)
+def _listed(value: Any) -> bool:
+    """Tell whether this is a list of whole numbers, or of names."""
+    return isinstance(value, list) and any(all(type(item) is kind for item in value) for kind in (int, str))

@@ -394,7 +394,7 @@ CHECKS_TOML = """
 [check.good]
 target = "mine/target.py:compress"
 like = "knorm"
-traits = {rounding = "ceil", skip_layers = [0, 1]}
+traits = {rounding = "ceil", skip_layers = [0, 1], dtypes = ["float16", "float32"]}
 select = ["time_order", "retained_count"]
 
 [check.sorted]
@@ -448,7 +448,8 @@ def test_what_a_project_declares_is_tried_where_no_target_is_given(run_knorm, in
     assert out.splitlines()[-1] == "2 targets: 3 hold, 0 refuted, 1 failed as expected, 0 untested, 0 do not apply"
     first, _ = strict_json("out.json")["targets"]
     assert (first["name"], first["target"]) == ("good", "mine/target.py:compress")
-    assert first["traits"] == as_json({**asdict(KNORM), "rounding": "ceil", "skip_layers": [0, 1]})
+    own = {"rounding": "ceil", "skip_layers": [0, 1], "dtypes": ["float16", "float32"]}
+    assert first["traits"] == as_json({**asdict(KNORM), **own})
     ended, out, _ = run_knorm("check", "sorted", "--select", "dtype")  # what is not tried cannot fail
     assert ended == 0
     assert out.splitlines()[-1].startswith("1 hold, 0 refuted, 0 untested, 0 do not apply, in ")
@@ -473,6 +474,7 @@ def test_a_project_is_tried_from_any_of_its_folders(run_knorm, declared, monkeyp
         (("", ""), ("god",), "'god' is neither a target nor declared in knorm.toml: good, sorted"),
         (("like =", "likes ="), (), "knorm.toml: check good: unknown key 'likes'; did you mean like?"),
         (("rounding =", "round ="), (), "knorm.toml: check good: no trait is named 'round'; there are acts, "),
+        (("[0, 1]", '[0, "a"]'), (), "check good: traits has skip_layers = [0, 'a'], but should have true, false,"),
         (('"ceil"', "{}"), (), "check good: traits has rounding = {}, but should have true, false, a number, a text"),
         (("mine/sorted", "mine/gone"), (), "check sorted: target 'mine/gone.py:compress': there is no Python file "),
         (('"sorts by norm"', '""'), (), "check sorted: expected_failures has time_order without a reason"),

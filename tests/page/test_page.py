@@ -70,7 +70,7 @@ def verdicts_of(html):
 
     class Verdicts(Read):
         def __init__(self, html):
-            self.found, self.words = {}, None
+            self.found, self.words, self.unasked = {}, None, False
             super().__init__(html)
 
         def handle_starttag(self, tag, attributes):
@@ -78,15 +78,18 @@ def verdicts_of(html):
             classes = dict(attributes).get("class", "").split()
             if "v" in classes and any("data-check" in given for _, given in self.stack):
                 self.words = ""
-            if tag == "code" and any("unasked" in given.get("class", "").split() for _, given in self.stack):
-                self.found[self.method(), dict(attributes)["data-check"]] = "not asked"
+            names = any("unasked" in given.get("class", "").split() for kind, given in self.stack if kind == "p")
+            self.unasked = tag == "code" and names
 
         def handle_data(self, data):
             super().handle_data(data)
             if self.words is not None:
                 self.words += data
+            if self.unasked:
+                self.found[self.method(), data] = "not asked"
 
         def handle_endtag(self, tag):
+            self.unasked = False
             if tag == "span" and self.words is not None and "v" in self.stack[-1][1].get("class", "").split():
                 check = next(given["data-check"] for _, given in reversed(self.stack) if "data-check" in given)
                 sign, word = self.words.split(maxsplit=1)

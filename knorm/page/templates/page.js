@@ -43,7 +43,8 @@
   // Tables: a button in each heading sorts; missing values stand last.
   const value = (row, column, kind) => {
     const cell = row.cells[column], data = cell.querySelector("data");
-    return kind === "number" ? (data ? Number(data.value) : NaN) : cell.textContent.trim();
+    const text = cell.textContent.trim();
+    return kind === "number" ? Number(data ? data.value : text || NaN) : text;
   };
   for (const heading of all(".sortable th[data-kind]")) {
     const button = element("button", heading.textContent);

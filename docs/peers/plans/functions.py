@@ -1,13 +1,13 @@
-"""Public functions and caches that are no class of a library, as targets for tools/exam.py, a few lines each.
+"""Public functions, as targets of the plans here, a few lines each.
 
-The functions are called out of checkouts of their projects, in folders of the projects' names below $KNORM_CHECKOUTS:
+They are called out of checkouts of their projects, in folders of the projects' names below $KNORM_CHECKOUTS:
 l2compress, SnapKV, H2O, streaming-llm and KVCache-Factory. Where a method scores by queries, it is given the keys as
-queries, normalised. What the projects promise otherwise than every compressor stands in tools/exam.toml.
+queries, normalised: laws can be asked of it then, but what it costs is not what the method costs, and is not measured.
+What the projects promise otherwise than every compressor stands in knorm.toml.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import math
 import os
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
 
 WINDOW = 2  # tokens at the end whose queries score, and which stay
 
@@ -114,24 +113,3 @@ def factory_streaming(keys: Tensor, values: Tensor, keep_ratio: float) -> Any:
 
 def factory_l2norm(keys: Tensor, values: Tensor, keep_ratio: float) -> Any:
     return _factory("L2NormCluster", keys, values, keep_ratio)
-
-
-def _sliding(config: Any, window: int = 8) -> Any:
-    """A configuration in which every layer has a sliding window."""
-    changed = copy.deepcopy(config)
-    changed.sliding_window, changed.layer_types = window, ["sliding_attention"] * config.num_hidden_layers
-    return changed
-
-
-class DynamicSlidingCache(DynamicCache):
-    """Transformers' own cache of a model with sliding windows, here of 8 tokens."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config=_sliding(config))
-
-
-class StaticSlidingCache(StaticCache):
-    """Transformers' own static cache of a model with sliding windows, here of 8 tokens."""
-
-    def __init__(self, config: Any, max_cache_len: int) -> None:
-        super().__init__(config=_sliding(config), max_cache_len=max_cache_len)
