@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         s.seen.append((self.path, request))
         if self.path == "/tokenize" and s.tokens is not None:
-            self.reply({"tokens": s.tokens(request["prompt"])})
+            self.reply({"tokens": s.tokens(request.get("prompt") or request["content"])})
             return
         if self.path != "/v1/completions":
             self.reply({"detail": "Not Found"}, 404)
@@ -106,6 +106,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"index": 0, "text": "", "logprobs": told}
 
 
+class LlamaHandler(Handler):
+    """Answer as llama.cpp's server does: a token a request, in the cache of a slot."""
+
+    def do_GET(self):
+        s = self.server.s
+        if self.path == "/v1/models":
+            meta = {"n_vocab": s.vocabulary, "n_ctx": s.context}
+            self.reply({"data": [{"id": name, "owned_by": "llamacpp", "meta": meta} for name in s.models]})
+        elif self.path == "/props":
+            self.reply({"total_slots": s.slots, "build_info": "b1"})
+        else:
+            self.reply({"error": {"code": 404, "message": "File Not Found"}}, 404)
+
+    def complete(self, request):
+        s, prompt, known = self.server.s, request["prompt"], request["logprobs"]
+        if max(prompt) >= s.vocabulary:
+            raise Refusal("Prompt contains invalid tokens")
+        assert request["max_tokens"] == 1
+        (row,) = s.told([*prompt, 0], len(prompt), True)
+        bias = dict(request.get("logit_bias", []))
+        token = max(range(len(row)), key=lambda token: row[token] + bias.get(token, 0))
+        kept = heapq.nlargest(min(known, s.most), range(len(row)), row.__getitem__)
+        top = [{"id": i, "token": "a", "logprob": row[i]} for i in kept]
+        content = [{"id": token, "token": "a", "logprob": row[token], "top_logprobs": top}]
+        answer = {"choices": [{"text": "a", "logprobs": {"content": content}}]}
+        self.reply(s.changed(answer | {"timings": {"prompt_n": s.read_anew(request)}}))
+
+
 class Refusal(Exception):
     """Refused, with the reason."""
 
@@ -117,6 +145,7 @@ class Scoring:
         self.models, self.context, self.metrics, self.tokens = ["small"], 64, "", None
         self.vocabulary, self.most, self.forced, self.prompts = 12, FULL, True, True
         self.seen, self.count, self.at_once = [], 0, 1
+        self.slots, self.clears, self.caches = 2, False, {}
         self.predict = table
         vars(self).update(different)
 
@@ -139,6 +168,16 @@ class Scoring:
 
     def changed(self, event):
         return event
+
+    def read_anew(self, request):
+        """Read a prompt into the cache of a slot; returns how many of its tokens were not there."""
+        prompt, slot = request["prompt"], request["id_slot"]
+        if self.clears:
+            self.caches = {name: cache for name, cache in self.caches.items() if name == slot}
+        cache = self.caches.get(slot, []) if request["cache_prompt"] else []
+        same = next((place for place, (a, b) in enumerate(zip(cache, prompt, strict=False)) if a != b), len(cache))
+        self.caches[slot] = [*prompt]
+        return len(prompt) - min(same, len(prompt) - 1)
 
     @contextlib.contextmanager
     def running(self):

@@ -88,13 +88,13 @@ def asked_servers(
 ) -> tuple[list[Endpoint], Endpoint | None]:
     """Ask all servers which model they serve, before anything heavy is loaded; the second is --reference."""
     with waiting("Asking the server"):
-        from knorm.engines.endpoint import Endpoint
         from knorm.engines.http import read_address
+        from knorm.engines.llama_server import endpoint_at
 
         addresses = [read_address(target) for target in targets]
         other = read_address(options.reference) if options.reference else None
-        endpoints = [Endpoint(address, options.engine_limit) for address in addresses]
-        reference = Endpoint(other, options.engine_limit) if other else None
+        endpoints = [endpoint_at(address, options.engine_limit) for address in addresses]
+        reference = endpoint_at(other, options.engine_limit) if other else None
         for each in (*endpoints, *([reference] if reference else [])):
             each.check_context(window)
     return endpoints, reference

@@ -18,7 +18,6 @@ from knorm.engines.partial import Top
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
 from knorm.engines.told import ID, Able, Likeliest, Predicted, as_told
 
-_COUNTS = (-1, 100, 50, 20, 10, 5, 1)  # likeliest tokens that are asked for, the most first; -1 is all
 _NEVER = -9999.0  # the log-probability of what cannot come, as vLLM sends it
 _NO_FORCING = "it takes no tokens to be generated (vLLM does with --logits-processors knorm.engines.forced:Forced)"
 _SAMPLE = (5, 6, 7, 8)  # tokens that every vocabulary has
@@ -35,6 +34,7 @@ class Endpoint:
     Attributes:
         model: as the server calls it.
         context: tokens that it holds at most; None where it does not say.
+        owner: who serves it, as the server says.
         software: name and version, as far as they are told.
         cache: settings of its cache, as vLLM tells them under /metrics; else empty.
 
@@ -42,14 +42,17 @@ class Endpoint:
         EngineError: nothing answers, no model server does, or it does not serve the model; in one line.
     """
 
+    counts: Sequence[int] = (-1, 100, 50, 20, 10, 5, 1)  # likeliest tokens asked for, the most first; -1 is all
+    spare: int | None = None  # windows that it decodes beside one; None for as many as there are
+
     def __init__(self, address: Address, limit: float) -> None:
         self.address, self.server = address, Server(address, limit, as_told)
-        entry = self._entry()
-        self.model = str(entry["id"])
-        context = entry.get("max_model_len")
-        self.context = context if type(context) is int and context > 0 else None
+        self.entry = self._entry()
+        self.model = str(self.entry["id"])
+        self.context = count_of(self.entry.get("max_model_len"))
         self.cache = self._cache()
-        self.software = " ".join(filter(None, (str(entry.get("owned_by") or ""), self._version())))[:80]
+        self.owner = str(self.entry.get("owned_by") or "")
+        self.software = " ".join(filter(None, (self.owner, self._version())))[:80]
         self._able: Able | None = None
 
     def _entry(self) -> Fields:
@@ -160,7 +163,7 @@ class Endpoint:
         return Able(not why, prompts, None if whole else known, vocabulary, why)
 
     def _most_told(self, sample: list[int]) -> tuple[int, Predicted]:
-        for count in _COUNTS:
+        for count in self.counts:
             try:
                 (first,) = self.generated(sample, 1, count)
             except EngineRefused as error:
@@ -280,6 +283,10 @@ class Endpoint:
         if logprob is None:
             return Predicted(number, None, [], [])
         known, logprobs = (top.known, top.logprobs) if isinstance(top, Likeliest) else (array("q"), array("d"))
+        return self._checked(number, logprob, known, logprobs)
+
+    def _checked(self, number: int, logprob: float, known: array[int], logprobs: array[float]) -> Predicted:
+        """Put the token itself among the known ones; refuse what are no log-probabilities."""
         if number not in known:
             known.append(number)
             logprobs.append(float(logprob))
@@ -295,14 +302,16 @@ class Endpoint:
             EngineRefused: it has no /tokenize.
             EngineError: what Server.ask raises.
         """
-        request = {"model": self.model, "prompt": text, "add_special_tokens": begin}
         try:
-            tokens = self.server.ask(f"{self.address.root}/tokenize", request).get("tokens")
+            tokens = self.server.ask(f"{self.address.root}/tokenize", self._cuts(text, begin=begin)).get("tokens")
         except EngineError:
             tokens = None
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise EngineRefused(f"{self.address.url} cuts no text into tokens (POST {self.address.root}/tokenize)")
         return tokens
+
+    def _cuts(self, text: str, *, begin: bool) -> Fields:
+        return {"model": self.model, "prompt": text, "add_special_tokens": begin}
 
     def rows(self, told: Sequence[Predicted], able: Able, known: int | None) -> Tensor | Top:
         """Put predictions together, as scorers give them.
@@ -337,6 +346,22 @@ class Endpoint:
     def close(self) -> None:
         """End what is still being answered."""
         self.server.close()
+
+
+def count_of(value: object) -> int | None:
+    """Read a number of something.
+
+    Args:
+        value: what a server told.
+
+    Returns:
+        The number, where it is a whole one above 0; None for anything else.
+
+    Example:
+        >>> count_of(512), count_of(0), count_of(True), count_of("512")
+        (512, None, None, None)
+    """
+    return value if type(value) is int and value > 0 else None
 
 
 IDLE = 1000  # events in a row that have no tokens

@@ -131,7 +131,7 @@ class EndpointWays:
             tokens, itself = others[2 * place : 2 * place + 2]
             ours, twice = runs[2 * place : 2 * place + 2]
             rows.append(self._row(endpoint.spec, self._told(ours), tokens, ours, noise))
-            beside.append(self._row(f"{endpoint.spec}, again", self._asked_again, itself, twice, noise))
+            beside.append(self._row(f"{endpoint.spec}, again", self._asked_again(endpoint), itself, twice, noise))
         if self.reference and self.model:
             check = f"the same weights in {_dtype(self.model)}, one pass; KL(the other endpoint || transformers)"
             beside.append(self._row(f"transformers, {_dtype(self.model)}", check, others[-1], scorers[-1], noise))
@@ -149,20 +149,26 @@ class EndpointWays:
     def _twice(self, endpoint: Endpoint) -> tuple[EndpointScorer, EndpointScorer]:
         assert self.how
         able = endpoint.able()
-        companions = (self.ids[-1],) if self.how == "loop" else ()
+        companions = (self.ids[-1],) if self._in_company(endpoint) else ()
         once, again = Asked(self.how), Asked(self.how, companions=companions)
         return EndpointScorer(endpoint, able, once), EndpointScorer(endpoint, able, again)
 
     def _told(self, scorer: EndpointScorer) -> str:
         return replace(scorer.able, known=scorer.told(self.ids.shape[1], self.prompt_length)).told
 
-    @property
-    def _asked_again(self) -> str:
-        return "asked again" + (", while another window is generated beside it" if self.how == "loop" else "")
+    def _asked_again(self, endpoint: Endpoint) -> str:
+        return "asked again" + (", while another window is generated beside it" if self._in_company(endpoint) else "")
+
+    def _in_company(self, endpoint: Endpoint) -> bool:
+        return self.how == "loop" and endpoint.spare != 0
 
     @property
     def _control(self) -> str:
-        return self._asked_again if self.reference else "transformers, the prompt and the rest in a call each"
+        return (
+            self._asked_again(self.reference)
+            if self.reference
+            else "transformers, the prompt and the rest in a call each"
+        )
 
     def _row(self, name: str, check: str, tokens: PerToken, scorer: Any, noise: float) -> Evaluation:
         refuse_no_numbers(name, tokens)

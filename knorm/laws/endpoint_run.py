@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import torch
 
 from knorm.engines.asking import FORCED, OWN, PROMPTS, EndpointScorer, own_windows
 from knorm.engines.endpoint import Endpoint
 from knorm.engines.http import read_address
+from knorm.engines.llama_server import endpoint_at
 from knorm.engines.scorer import Asked, ModelScorer, compared
 from knorm.engines.told import Able
 from knorm.evaluation.windows import cut_windows
@@ -23,6 +25,7 @@ from knorm.models import hush, load_model, load_text
 
 NO_MODEL = "the laws compare a server with the same weights in transformers: give them as --model"
 _NO_CUT = "a server has no call that takes tokens out of its cache"
+_ALONE = "the server decodes one window at a time (llama.cpp's several, with --parallel 2 --no-kv-unified)"
 _NO_PROMPTS = "the server scores no prompts (echo with logprobs)"
 Law = Callable[[engine.Trial], int]
 
@@ -83,6 +86,11 @@ class Served(Beside):
         """
         if asked.cut:
             raise Silent(_NO_CUT)
+        server = self.endpoint if which == "target" else self.reference
+        if asked.companions and server and server.spare == 0:
+            raise Silent(_ALONE)
+        if asked.how == "two calls" and server and not server.able().prompts:  # noise: the same requests again
+            asked = replace(asked, how="loop")
         if which == "target":
             return EndpointScorer(self.endpoint, self.able, asked, [*self.own])
         if self.reference:
@@ -140,8 +148,8 @@ class EndpointChecks(EngineChecks):
         """
         if not self.model:
             raise ValueError(NO_MODEL)
-        endpoint = Endpoint(read_address(self.request.target), self.limit)
-        reference = Endpoint(read_address(self.reference), self.limit) if self.reference else None
+        endpoint = endpoint_at(read_address(self.request.target), self.limit)
+        reference = endpoint_at(read_address(self.reference), self.limit) if self.reference else None
         subject = Served(endpoint, reference, self.model, self.request.profile)
         self.told = subject.told
         yield from self._tried(subject, [_asked(law, subject) for law in chosen_laws(self.request)])
