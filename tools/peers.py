@@ -299,6 +299,11 @@ def _paces(row: TimedRow) -> tuple[Pace, Pace]:
     return row.first_token, row.output_token
 
 
+def gpu_time(_: Page) -> str:
+    """Show the same of the GPU's page."""
+    return time(read(GPU))
+
+
 def models(page: Page) -> str:
     """Compare what methods cost on the first figure's model with what they cost on each other one."""
     first = page.frontiers[0]
@@ -384,7 +389,22 @@ def numbers(page: Page) -> str:
 
 PARTS: dict[str, Callable[[Page], str]] = {
     part.__name__: part
-    for part in (numbers, what, defects, best, front, alike, disagreement, noise, memory, time, models, texts, prompts)
+    for part in (
+        numbers,
+        what,
+        defects,
+        best,
+        front,
+        alike,
+        disagreement,
+        noise,
+        memory,
+        time,
+        gpu_time,
+        models,
+        texts,
+        prompts,
+    )
 }
 
 

@@ -14,7 +14,7 @@ from page.test_page import WORDS, Read, verdicts_of
 
 from knorm.methods.known import lacking, version_of
 from knorm.page.form import Page
-from knorm.page.render import MOST_BYTES
+from knorm.page.render import MOST_BYTES, render
 from knorm.sweep.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +58,12 @@ def test_the_page_shows_the_numbers_of_every_row(told, html):
             assert {float(f"{x:.7g}") for x in (p.ppl, p.delta_nll, p.kl, p.same_top, p.bytes_per_token)} <= {*numbers}
             for low, high, form in ((p.delta_nll_low, p.delta_nll_high, "+.4f"), (p.kl_low, p.kl_high, ".3g")):
                 assert f"{low:{form}} to {high:{form}}".replace("-", "−") in text
+
+
+@pytest.mark.parametrize("folder", [FOLDER, peers.GPU])
+def test_the_page_is_what_its_json_makes_now(folder):
+    """A template that changes is tried on both pages, and both are made again."""
+    assert render(peers.read(folder)) == (folder / "index.html").read_text()
 
 
 def test_it_is_as_wide_as_it_says_and_small(told):
@@ -159,6 +165,27 @@ def test_what_readme_says_in_words(told):
     count = sum(len(method.results) for matrix in told.matrices for method in matrix.methods)
     same = re.search(r"the same ([\d,]+)\sverdicts and counterexamples", (FOLDER / "README.md").read_text())
     assert int(same[1].replace(",", "")) <= count
+
+
+def test_what_readme_says_in_words_of_times_on_a_gpu():
+    rows = [row for timing in peers.read(peers.GPU).timings for row in timing.rows]
+    first, later = (
+        {
+            peers.class_of(row.method): getattr(row, name).ratio
+            for row in rows
+            if peers.told(getattr(row, name))[2] == "slower"
+        }
+        for name in ("first_token", "output_token")
+    )
+    assert 12 < first.pop("KVgradPress") < 13
+    assert (round(min(first.values()), 1), round(max(first.values()), 1)) == (1.4, 6.3)
+    own = ("DecodingPress", "CompressionRatioDecodingPress", "PrefillDecodingPress", "CAMPress")
+    compressing = [later.pop(name) for name in own]
+    assert (round(min(compressing), 2), round(max(compressing), 1)) == (1.15, 1.6)
+    assert (round(min(later.values()), 1), round(max(later.values()), 1)) == (1.3, 1.5)
+    assert not any(row.output_token.high < 1 for row in rows)
+    full = [row.output_token.ms_full for row in rows]
+    assert (round(min(full)), round(max(full))) == (24, 44)
 
 
 def test_the_repository_s_readme_counts_as_the_json_does(told):
