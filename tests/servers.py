@@ -196,14 +196,16 @@ class _Threads(http.server.ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def serving(scoring=None, handler=Handler):
+def serving(scoring=None, handler=Handler, tls=None):
     """Serve on a free port while the context is open; yields the endpoint's address."""
     server = _Threads(("127.0.0.1", 0), handler)
+    if tls:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     server.s = scoring or Scoring()
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}/v1"
     finally:
         server.shutdown()
         server.server_close()

@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -266,6 +267,13 @@ class Server:
         said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         if late:
             return f"{self._name} gave no answer to {what} within {self.limit:g} s"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return (
+                f"{self._name} has a certificate that is not trusted ({_short(error.verify_message)}): name the file "
+                "of whoever signed it by the variable SSL_CERT_FILE"
+            )
+        if isinstance(error, ssl.SSLError):
+            return f"{self._name} does not speak TLS ({_short(said)}): is it http:// in place of https://?"
         if not connected:
             return f"nothing answers at {self._name}: {_short(said)}; is the server started, and is this its port?"
         if isinstance(error, http.client.RemoteDisconnected | http.client.IncompleteRead | ConnectionError):

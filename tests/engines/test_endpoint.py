@@ -5,7 +5,10 @@ from __future__ import annotations
 import http.server
 import math
 import re
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 
@@ -310,6 +313,53 @@ def test_a_server_that_sends_a_byte_now_and_then_is_given_up():
     with serving(handler=Dripping) as url:
         assert "gave no answer to GET /v1/models within 0.3 s" in refusal(url, limit=0.3)
     assert time.monotonic() - begin < 3
+
+
+@pytest.fixture
+def secure(tmp_path, monkeypatch):
+    """Make a certificate for the loopback; returns its file, and what serves with it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl, which makes a certificate")
+    key, own = tmp_path / "key.pem", tmp_path / "own.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(own)]
+    subprocess.run(words, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own, key)
+    return own, context
+
+
+def test_https_is_scored_as_http_is_where_the_certificate_is_trusted(secure, monkeypatch):
+    own, context = secure
+    monkeypatch.setenv("SSL_CERT_FILE", str(own))
+    with serving(tls=context) as url:
+        assert url.startswith("https://127.0.0.1:")
+        server = endpoint(url)
+        told = torch.cat([*EndpointScorer(server, server.able()).logits(IDS[0], 4)])
+    assert torch.allclose(told, torch.tensor([table(IDS[0, :place].tolist()) for place in range(4, 12)]))
+
+
+def test_a_certificate_that_nobody_trusts_and_a_server_without_tls_are_told(secure):
+    with serving(tls=secure[1]) as url:
+        said = refusal(url)
+    assert "has a certificate that is not trusted (self" in said
+    assert said.endswith("by the variable SSL_CERT_FILE")
+    with serving() as url:
+        assert "does not speak TLS" in refusal(url.replace("http://", "https://"))
+
+
+class Hanging(Handler):
+    def do_GET(self):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")
+        time.sleep(3)
+
+
+def test_a_server_that_hangs_behind_tls_is_given_up(secure, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(secure[0]))
+    begin = time.monotonic()
+    with serving(handler=Hanging, tls=secure[1]) as url:
+        assert "gave no answer to GET /v1/models within 0.5 s" in refusal(url, limit=0.5)
+    assert time.monotonic() - begin < 10
 
 
 def test_no_proxy_is_asked_and_a_key_is_sent(monkeypatch):
