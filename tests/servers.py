@@ -130,7 +130,8 @@ class LlamaHandler(Handler):
         kept = heapq.nlargest(min(known, s.most), range(len(row)), row.__getitem__)
         top = [{"id": i, "token": "a", "logprob": row[i]} for i in kept]
         content = [{"id": token, "token": "a", "logprob": row[token], "top_logprobs": top}]
-        answer = {"choices": [{"text": "a", "logprobs": {"content": content}}]}
+        told = None if token in s.incomplete else {"content": content}  # as of a token that ends within a character
+        answer = {"choices": [{"text": "a", "logprobs": told}]}
         self.reply(s.changed(answer | {"timings": {"prompt_n": s.read_anew(request)}}))
 
 
@@ -145,7 +146,7 @@ class Scoring:
         self.models, self.context, self.metrics, self.tokens = ["small"], 64, "", None
         self.vocabulary, self.most, self.forced, self.prompts = 12, FULL, True, True
         self.seen, self.count, self.at_once = [], 0, 1
-        self.slots, self.clears, self.caches = 2, False, {}
+        self.slots, self.clears, self.caches, self.incomplete = 2, False, {}, ()
         self.predict = table
         vars(self).update(different)
 

@@ -35,7 +35,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "sweep": "plan inputs cells folder drive measure local cluster table estimate",
     "page": "form axes figures words matrix text render",
     "cli": "schemas outputs figures numbers options prompts tables timings setting compared engined endpointed "
-    "explained verdicts verify asked check ppl explain bench golden_log golden_shown golden swept sweep results joined "
+    "explained verdicts verify asked check ppl explain bench golden_log golden_shown golden swept sweep joined results "
     "paged page init",
     "cli.schemas": "parts quality timing verdicts swept paged",
 }

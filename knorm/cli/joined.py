@@ -23,34 +23,23 @@ Row = TypeVar("Row", MethodVerdicts, Point, TimedRow, CurveShown, Explained)
 Table = TypeVar("Table", Matrix, Frontier, Timing)
 
 
-def joined(pages: Sequence[Page], title: str, without: Collection[str] = ()) -> Page:
+def joined(pages: Sequence[Page], title: str) -> Page:
     """Join pages: verdicts by suite, points by windows and prompt, times by prompt and environment.
 
     Args:
         pages: in the order in which they were given.
         title: of the page.
-        without: names of sources that are left out, with all that is from them.
 
     Returns:
         A page whose sources are those of all pages, one after the other.
-
-    Raises:
-        ValueError: a name in `without` that no source has.
     """
-    sources = [source for page in pages for source in page.sources]
-    if unknown := [name for name in without if name not in {source.name for source in sources}]:
-        names = ", ".join(dict.fromkeys(source.name for source in sources))
-        raise ValueError(f"--without {unknown[0]}: no results have this name: {names}")
-    left = [at for at, source in enumerate(sources) if source.name not in without]
-    places = {at: place for place, at in enumerate(left)}
     moved, first = [], 0
     for page in pages:
-        mine = {at - first: place for at, place in places.items() if first <= at < first + len(page.sources)}
-        moved.append(_moved(page, mine))
+        moved.append(_moved(page, {at: first + at for at in range(len(page.sources))}))
         first += len(page.sources)
     return Page(
         title=title,
-        sources=[sources[at] for at in left],
+        sources=[source for page in pages for source in page.sources],
         matrices=_matrices([matrix for page in moved for matrix in page.matrices]),
         frontiers=_frontiers([frontier for page in moved for frontier in page.frontiers]),
         timings=[
@@ -60,6 +49,21 @@ def joined(pages: Sequence[Page], title: str, without: Collection[str] = ()) -> 
         curves=[curve for page in moved for curve in page.curves],
         explained=[part for page in moved for part in page.explained],
     )
+
+
+def left_of(page: Page, without: Collection[str]) -> Page:
+    """Leave results out of a page.
+
+    Args:
+        page: it is not changed.
+        without: names of sources.
+
+    Returns:
+        The page of the other sources, and of what is from them.
+    """
+    left = [at for at, source in enumerate(page.sources) if source.name not in without]
+    moved = _moved(page, {at: place for place, at in enumerate(left)})
+    return joined([moved.model_copy(update={"sources": [page.sources[at] for at in left]})], page.title)
 
 
 def noise_of(points: Iterable[Point]) -> float:

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     from knorm.page.form import Page
 
-TITLE = "KV-cache compression: is it correct, and what does it cost?"
-
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, metavar="[RESULTS]...", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--title", default=TITLE, show_default=True, help="Of the page.")
-@click.option("--without", multiple=True, metavar="NAME", help="Leave out the results of this name; can be repeated.")
+@click.option("--title", help="Of the page; by default that of the first page among RESULTS.")
+@click.option(
+    "--without", multiple=True, metavar="NAME", help="Take the results of this name out of a page. May be repeated."
+)
 @force_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-def page(results: tuple[Path, ...], out: Path, title: str, without: tuple[str, ...], quiet: bool) -> None:
+def page(results: tuple[Path, ...], out: Path, title: str | None, without: tuple[str, ...], quiet: bool) -> None:
     """Show RESULTS as one static page, OUT/index.html.
 
     Its data is written to OUT/results.json. RESULTS: files that --json of check, ppl, explain or sweep wrote, folders
@@ -39,8 +39,8 @@ def page(results: tuple[Path, ...], out: Path, title: str, without: tuple[str, .
     from knorm.cli.paged import page_of
     from knorm.cli.results import read_results
 
-    read = read_results(results)
-    parts = page_of(read, title, without)
+    read = read_results(results, without)
+    parts = page_of(read, title)
     html = render(parts)
     write_page(out, html, parts.model_dump(mode="json"))
     _report(make_console(quiet), out / "index.html", parts, len(html.encode()))

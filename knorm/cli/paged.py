@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,23 +31,24 @@ from knorm.strict import first_error
 from knorm.sweep.cells import CONTROL
 
 T = TypeVar("T")
+TITLE = "KV-cache compression: is it correct, and what does it cost?"
 
 
-def page_of(results: Sequence[Read], title: str, without: Collection[str] = ()) -> Page:
+def page_of(results: Sequence[Read], title: str | None = None) -> Page:
     """Join results into a page.
 
     Args:
         results: in the order in which they were given; those of a page are all that it was made of.
-        title: of the page.
-        without: names of results that are left out.
+        title: of the page; None for that of the first page among the results, or TITLE.
 
     Returns:
         Its parts.
 
     Raises:
-        ValueError: results in which there is nothing to show; a name in `without` that none has.
+        ValueError: results in which there is nothing to show.
     """
-    page = joined([_page(read) for read in results], title, without)
+    pages = [_page(read) for read in results]
+    page = joined(pages, title or next((page.title for page in pages if page.title), TITLE))
     if not (page.matrices or page.frontiers or page.timings or page.curves or page.explained):
         names = ", ".join(read.name for read in results)
         raise ValueError(f"{names}: there is nothing to show in it, no law was tried and no method measured")
@@ -57,7 +58,8 @@ def page_of(results: Sequence[Read], title: str, without: Collection[str] = ()) 
 def _page(read: Read) -> Page:
     """Make a page of one result; one that was read is what it is."""
     if read.form == "knorm-page":
-        return Page(**{name: getattr(read.result, name) for name in Page.model_fields})
+        page: Page = read.result
+        return page
     return Page(
         title="",
         sources=[*read.sources],

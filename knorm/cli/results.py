@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from knorm.cli.joined import left_of
 from knorm.cli.schemas import FORMS, VERSION
 from knorm.files import read_text
 from knorm.page.form import Page, Source
@@ -36,25 +37,35 @@ class Read:
     sources: Sequence[Source]
 
 
-def read_results(paths: Sequence[Path]) -> list[Read]:
+def read_results(paths: Sequence[Path], without: Sequence[str] = ()) -> list[Read]:
     """Read results, in the order in which they were given.
 
     Args:
         paths: of files that --json wrote, of folders of sweeps, or of pages.
+        without: names of results that are taken out of the pages.
 
     Returns:
         What each holds.
 
     Raises:
-        ValueError: what cannot be read, is no result of knorm's, or not of this version; the same twice.
+        ValueError: what cannot be read, is no result of knorm's, or not of this version; the same twice; a name in
+            `without` that none in a page has.
     """
     results: list[Read] = []
+    there: dict[str, None] = {}
     for path in paths:
         read = _page(path) or (_folder(path) if path.is_dir() else _file(path))
+        if isinstance(read.result, Page):
+            there |= dict.fromkeys(source.name for source in read.sources)
+            page = left_of(read.result, without)
+            read = Read(read.name, read.form, page, page.sources)
         for other in (source for before in results for source in before.sources):
             if other.digest in {source.digest for source in read.sources}:
                 raise ValueError(f"{path} holds the same as {other.name}: give each result once")
         results.append(read)
+    if unknown := next((name for name in without if name not in there), None):
+        names = ", ".join(there) or "no page is given"
+        raise ValueError(f"--without {unknown}: no results of a page have this name: {names}")
     return results
 
 

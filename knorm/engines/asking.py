@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -94,14 +95,15 @@ class EndpointScorer:
             tokens[:prompt].tolist(), len(true), -1 if known is None else known, true if self.able.forced else None
         )
         spool, frame = _Spool(), list[Predicted]()
-        for place, each in enumerate(told):
-            if each.token != true[place]:
-                why = "where it was left one choice" if self.able.forced else "where it chose another one before"
-                raise EngineLost(f"{self.endpoint.spec} generated token {each.token} {why}, {true[place]}")
-            frame.append(each)
-            if len(frame) == FRAME or place + 1 == len(true):
-                spool.add(self.endpoint.rows(frame, self.able, known))
-                frame = []
+        with contextlib.closing(told):
+            for place, each in enumerate(told):
+                if each.token != true[place]:
+                    why = "where it was left one choice" if self.able.forced else "where it chose another one before"
+                    raise EngineLost(f"{self.endpoint.spec} generated token {each.token} {why}, {true[place]}")
+                frame.append(each)
+                if len(frame) == FRAME or place + 1 == len(true):
+                    spool.add(self.endpoint.rows(frame, self.able, known))
+                    frame = []
         return spool.chunks()
 
     def told(self, length: int, prompt: int) -> int | None:

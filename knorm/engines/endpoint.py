@@ -6,7 +6,7 @@ import contextlib
 import math
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -179,16 +179,20 @@ class Endpoint:
         for wanted in ([a, b, b], [b, a, a]):
             try:
                 given = [*self.generated(sample, 3, 1, wanted)]
-            except EngineRefused:
-                return _NO_FORCING
+            except EngineRefused as error:
+                return self._no_forcing(error)
             if [each.token for each in given] != wanted:
-                return _NO_FORCING
+                return self._no_forcing(None)
             logprobs += [each.logprob for each in given]
         if not any(logprobs):
             return (
                 "it tells log-probabilities after tokens are forced (vLLM does not with --logprobs-mode raw_logprobs)"
             )
         return ""
+
+    def _no_forcing(self, error: EngineRefused | None) -> str:
+        """Say why it cannot be forced, in words that follow its name."""
+        return _NO_FORCING
 
     def _scores_prompts(self, sample: list[int]) -> bool:
         try:
@@ -199,7 +203,7 @@ class Endpoint:
 
     def generated(
         self, prompt: Sequence[int], count: int, known: int, forced: Sequence[int] | None = None
-    ) -> Iterator[Predicted]:
+    ) -> Generator[Predicted, None, None]:
         """Let the server generate tokens, and give what it predicted for each, as they come.
 
         Args:

@@ -25,6 +25,7 @@ MOST_ANSWER, MOST_SMALL = 2**28, 2**22  # bytes of an answer with logits, and of
 _MOST_LINE = MOST_ANSWER  # a server that is behind sends many tokens in a line
 _MOST_REASON, _MOST_WORDS = 2**16, 300  # bytes of a refusal that are read, and characters of it that are shown
 _PIECE = 2**20
+_NOBODY_TRUSTS = (18, 19, 20, 21)  # OpenSSL's codes: who signed a certificate is not known
 Fields = dict[str, Any]
 
 
@@ -267,13 +268,8 @@ class Server:
         said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         if late:
             return f"{self._name} gave no answer to {what} within {self.limit:g} s"
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return (
-                f"{self._name} has a certificate that is not trusted ({_short(error.verify_message)}): name the file "
-                "of whoever signed it by the variable SSL_CERT_FILE"
-            )
         if isinstance(error, ssl.SSLError):
-            return f"{self._name} does not speak TLS ({_short(said)}): is it http:// in place of https://?"
+            return f"{self._name} {_why_no_tls(error, _short(said))}"
         if not connected:
             return f"nothing answers at {self._name}: {_short(said)}; is the server started, and is this its port?"
         if isinstance(error, http.client.RemoteDisconnected | http.client.IncompleteRead | ConnectionError):
@@ -322,6 +318,16 @@ class Server:
         """End what is still being answered."""
         for watch in [*self._open]:
             watch.cut()
+
+
+def _why_no_tls(error: ssl.SSLError, said: str) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = ": name the file of whoever signed it by the variable SSL_CERT_FILE"
+        unknown = error.verify_code in _NOBODY_TRUSTS
+        return f"has a certificate that is not trusted ({_short(error.verify_message)}){hint if unknown else ''}"
+    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return f"does not speak TLS ({said}): is it http:// in place of https://?"
+    return f"is not reached by TLS ({said})"
 
 
 def _short(text: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import queue
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from functools import cached_property
 from typing import Any
 
 from knorm.engines.endpoint import Endpoint, count_of
@@ -15,7 +16,7 @@ from knorm.engines.told import Able, Predicted
 
 OWNER = "llamacpp"  # what it calls itself
 _MOST_KNOWN = 2048  # likeliest tokens that are asked for: 49,152 take half a second a token
-_CERTAIN = 1e9  # added to a token's logit, of which the log-probabilities that are told know nothing
+_CERTAIN = 1e9  # added to a token's logit; the log-probabilities of an answer are those before that
 
 
 def endpoint_at(address: Address, limit: float) -> Endpoint:
@@ -82,7 +83,7 @@ class LlamaServer(Endpoint):
             return False
         finally:
             for run in runs:
-                run.close()  # type: ignore[attr-defined]
+                run.close()
         return True
 
     def _props(self) -> Fields:
@@ -92,7 +93,7 @@ class LlamaServer(Endpoint):
 
     def generated(
         self, prompt: Sequence[int], count: int, known: int, forced: Sequence[int] | None = None
-    ) -> Iterator[Predicted]:
+    ) -> Generator[Predicted, None, None]:
         """Let the server generate tokens, one a request, each in the cache that the ones before it were written to.
 
         Args:
@@ -109,28 +110,53 @@ class LlamaServer(Endpoint):
             EngineError: what Server.ask raises, and what are no log-probabilities.
         """
         tokens, slot = [*prompt], self._slots.get()
+        known = known if known > 0 else self._size
         try:
             for place in range(count):
-                request = self._request(tokens, 1, known if known > 0 else self._size) | {
-                    "id_slot": slot,
-                    "cache_prompt": place > 0,
-                }
-                if forced is not None:
-                    request |= {"logit_bias": [[forced[place], _CERTAIN]], "ignore_eos": False}
-                answer = self.server.ask(f"{self.address.path}/completions", request, MOST_ANSWER)
-                read = self._read(answer)
-                if len(read) != 1:
-                    raise EngineLost(f"{self.spec} generated {len(read)} tokens of 1")
-                anew = _anew(answer)
-                if place and anew != 1:
-                    raise EngineRefused(
-                        f"{self.spec} read {anew or 'an unknown number of'} tokens where one was new: the others were "
-                        "cleared from its cache. Leave it to knorm alone, or start it with --no-kv-unified"
-                    )
-                tokens.append(read[0].token)
-                yield read[0]
+                wanted = None if forced is None else forced[place]
+                told = self._one(tokens, slot, known, wanted, new=place == 0)
+                told = told or self._beside_another(tokens, slot, known, wanted)
+                tokens.append(told.token)
+                yield told
         finally:
             self._slots.put(slot)
+
+    def _one(self, tokens: list[int], slot: int, known: int, wanted: int | None, *, new: bool) -> Predicted | None:
+        """Let it generate a token; None where nothing is told of it, as of one that ends within a character."""
+        request = self._request(tokens, 1, known) | {"id_slot": slot, "cache_prompt": not new}
+        if wanted is not None:
+            request |= {"logit_bias": [[wanted, _CERTAIN]], "ignore_eos": False}
+        answer = self.server.ask(f"{self.address.path}/completions", request, MOST_ANSWER)
+        read = self._read(answer)
+        if len(read) > 1:
+            raise EngineLost(f"{self.spec} generated {len(read)} tokens of 1")
+        if not new and (anew := _anew(answer)) != 1:
+            raise EngineRefused(
+                f"{self.spec} read {anew or 'an unknown number of'} tokens where one was new: the others were "
+                "cleared from its cache. Leave it to knorm alone, or start it with --no-kv-unified"
+            )
+        return read[0] if read else None
+
+    def _beside_another(self, tokens: list[int], slot: int, known: int, wanted: int | None) -> Predicted:
+        """Tell what was predicted where the token ends within a character: another one is generated in its place."""
+        told = self._one(tokens, slot, self._size, self._whole, new=False)
+        if told is None:
+            raise EngineRefused(f"{self.spec} tells no log-probabilities of tokens by their numbers")
+        most = sorted(zip(told.logprobs, told.known, strict=True), reverse=True)
+        token = most[0][1] if wanted is None else wanted
+        logprob = next((logprob for logprob, number in most if number == token), None)
+        if logprob is None:
+            raise EngineLost(f"{self.spec} tells nothing of token {token}")
+        likeliest = array("q", (number for _, number in most[:known]))
+        return self._checked(token, logprob, likeliest, array("d", (value for value, _ in most[:known])))
+
+    @cached_property
+    def _whole(self) -> int:
+        """Return a token that is a whole character."""
+        return self.tokenize("a", begin=False)[0]
+
+    def _no_forcing(self, error: EngineRefused | None) -> str:
+        return str(error) if error else "it generates other tokens than those that logit_bias makes certain"
 
     def prompt(self, tokens: Sequence[int], known: int) -> list[Predicted]:
         """Raise EngineRefused: it scores no prompts."""
@@ -138,8 +164,8 @@ class LlamaServer(Endpoint):
 
     def _read(self, answer: Any, *, may_be_empty: bool = False) -> list[Predicted]:
         try:
-            told = answer["choices"][0]["logprobs"]["content"]
-            return [self._likeliest(each) for each in told]
+            told = answer["choices"][0]["logprobs"]
+            return [] if told is None else [self._likeliest(each) for each in told["content"]]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, EngineError):
                 raise

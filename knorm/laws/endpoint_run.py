@@ -25,7 +25,7 @@ from knorm.models import hush, load_model, load_text
 
 NO_MODEL = "the laws compare a server with the same weights in transformers: give them as --model"
 _NO_CUT = "a server has no call that takes tokens out of its cache"
-_ALONE = "the server decodes one window at a time (llama.cpp's several, with --parallel 2 --no-kv-unified)"
+_ALONE = "the server decodes one window at a time (llama-server two, started with --parallel 2 --no-kv-unified)"
 _NO_PROMPTS = "the server scores no prompts (echo with logprobs)"
 Law = Callable[[engine.Trial], int]
 

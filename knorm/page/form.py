@@ -340,8 +340,13 @@ class Page(Part):
             raise ValueError(f"source should name one of {len(self.sources)} sources")
         for matrix in self.matrices:
             laws = {law.check for law in matrix.laws}
-            if any(result.check not in laws for method in matrix.methods for result in method.results):
-                raise ValueError("results should be of checks that the laws of their matrix name")
+            for checks in ([result.check for result in method.results] for method in matrix.methods):
+                if not laws.issuperset(checks) or len({*checks}) < len(checks):
+                    raise ValueError("results should be of checks that the laws of their matrix name, one of each")
+        if len({source.digest for source in self.sources}) < len(self.sources):
+            raise ValueError("sources should each have a digest of its own")
+        if any(source.missing and source.cells is None for source in self.sources):
+            raise ValueError("cells should be a number where some are missing")
         return self
 
 

@@ -348,6 +348,21 @@ def test_a_certificate_that_nobody_trusts_and_a_server_without_tls_are_told(secu
         assert "does not speak TLS" in refusal(url.replace("http://", "https://"))
 
 
+def test_a_certificate_of_another_host_and_tls_that_fails_are_told_without_a_wrong_hint(secure, monkeypatch):
+    own, context = secure
+    monkeypatch.setenv("SSL_CERT_FILE", str(own))
+    with serving(tls=context) as url:
+        said = refusal(url.replace("127.0.0.1", "localhost"))
+    assert "has a certificate that is not trusted (" in said
+    assert "SSL_CERT_FILE" not in said
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("NULL-SHA256@SECLEVEL=0")  # which nobody offers
+    with serving(tls=context) as url:
+        said = refusal(url)
+    assert "is not reached by TLS (" in said
+    assert "http://" not in said
+
+
 class Hanging(Handler):
     def do_GET(self):
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")

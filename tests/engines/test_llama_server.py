@@ -62,6 +62,39 @@ def test_what_is_scored_is_what_the_server_predicts():
     assert [request["cache_prompt"] for request in read[-8:]] == [False, *[True] * 7]  # the prompt is read anew
 
 
+@pytest.mark.parametrize("most", [3, 100])
+def test_a_token_that_ends_within_a_character_is_scored_too(monkeypatch, most):
+    """Nothing is told of it: another one is generated in its place, and the whole vocabulary asked for."""
+    monkeypatch.setattr(llama_server, "_MOST_KNOWN", most)
+    scoring = Scoring(incomplete=(1, 5, 9), tokens=lambda _: [4])
+    with serving(scoring, LlamaHandler) as url:
+        endpoint = served(url)
+        able = endpoint.able()
+        assert able.forced
+        endpoint.check_vocabulary(None, IDS)
+        told = [*endpoint.generated(IDS[0, :4].tolist(), 8, 3, IDS[0, 4:].tolist())]
+    expected = predicted(scoring, IDS[0], 4)
+    for each, row, token in zip(told, expected, IDS[0, 4:].tolist(), strict=True):
+        assert each.token == token
+        assert each.logprob == pytest.approx(float(row[token]))
+        assert {*each.known} == {*row.topk(3).indices.tolist(), token}
+        assert [*each.logprobs] == pytest.approx(row[torch.tensor(each.known)].tolist())
+
+
+def test_a_slot_is_free_again_after_what_goes_wrong():
+    scoring = Scoring(slots=1)
+    with serving(scoring, LlamaHandler) as url:
+        endpoint = served(url)
+        able = endpoint.able()
+        right = scoring.changed
+        scoring.changed = lambda answer: one(answer).update(id=0) or answer
+        with pytest.raises(EngineError) as kept:
+            [*EndpointScorer(endpoint, able).logits(IDS[0], 4)]
+        scoring.changed = right
+        assert torch.allclose(scored(endpoint), predicted(scoring, IDS[0], 4))
+    assert "generated token 0" in str(kept.value)
+
+
 def test_of_a_large_vocabulary_the_likeliest_are_asked_for(monkeypatch):
     monkeypatch.setattr(llama_server, "_MOST_KNOWN", 5)
     with serving(Scoring(), LlamaHandler) as url:
@@ -98,14 +131,20 @@ def one(answer):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda answer: answer.pop("timings"), "it takes no tokens to be generated"),
-        (lambda answer: answer["timings"].update(prompt_n=2), "it takes no tokens to be generated"),
-        (lambda answer: one(answer).update(id=3), "it takes no tokens to be generated"),
+        (lambda answer: answer.pop("timings"), "read an unknown number of tokens where one was new"),
+        (
+            lambda answer: answer["timings"].update(prompt_n=2),
+            "read 2 tokens where one was new: the others",
+        ),
+        (lambda answer: one(answer).update(id=3), "it generates other tokens than those that logit_bias makes certain"),
         (lambda answer: one(answer).pop("id"), "tells no log-probabilities of tokens by their numbers"),
         (lambda answer: one(answer)["top_logprobs"][0].pop("id"), "no log-probabilities of tokens by their numbers"),
         (lambda answer: answer["choices"][0].update(logprobs=None), "no log-probabilities of tokens by their numbers"),
         (lambda answer: one(answer).update(logprob=0.5), "tells 0.5 as log-probability"),
-        (lambda answer: answer["choices"][0]["logprobs"].update(content=[]), "generated 0 tokens of 1"),
+        (
+            lambda answer: one(answer) and answer["choices"][0]["logprobs"]["content"].append(one(answer)),
+            "2 tokens of 1",
+        ),
     ],
 )
 def test_a_server_that_answers_otherwise_is_one_line(change, said):
@@ -113,7 +152,7 @@ def test_a_server_that_answers_otherwise_is_one_line(change, said):
         change(answer)
         return answer
 
-    assert said in refusal(Scoring(changed=changed), lambda endpoint: endpoint.able())
+    assert said in refusal(Scoring(changed=changed, tokens=lambda _: [4]), lambda endpoint: endpoint.able())
 
 
 def test_a_cache_that_others_clear_midway_is_told_with_what_to_do():
@@ -183,12 +222,14 @@ def test_a_real_server_predicts_what_the_engine_in_a_process_does(server, llamac
     endpoint, target = served(server, 60), engine_target('llama.cpp:smollm2(type_k="q4_0", type_v="q4_0")')
     able = endpoint.able()
     assert (able.forced, able.prompts, able.known, endpoint.spare) == (True, False, 2048, 1)
-    tokens = torch.arange(300, 300 + 7 * 48, 7)[None]
-    scorers = [EngineScorer(target, find_smollm2(), Place(), 48), EndpointScorer(endpoint, able)]
+    text = "The word is \u6f22\u5b57, the cat \u732b, and \U0001f600 he said; it was not empty."
+    tokens = torch.tensor([endpoint.tokenize(text, begin=False)])
+    assert tokens.shape[1] > 20
+    scorers = [EngineScorer(target, find_smollm2(), Place(), tokens.shape[1]), EndpointScorer(endpoint, able)]
     with closing(scorers):
-        (told,) = compared(scorers, tokens, 24, [(0, 1)])
-    assert float(told.kl.mean()) < 1e-6
-    assert bool(told.same_top.all())
+        (told,) = compared(scorers, tokens, 2, [(0, 1)])
+    assert float(told.kl.mean()) < 1e-4  # a number that rounding puts into the next step of q4_0; the cache costs 0.05
+    assert float(told.same_top.mean(dtype=torch.float64)) > 0.9
 
 
 def test_ppl_on_a_real_server(server, run_knorm):

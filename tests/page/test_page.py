@@ -370,6 +370,22 @@ def test_without_results_the_page_is_that_of_the_others(page, name):
     assert page(Path("whole").absolute(), out="less", arguments=["--without", name]) == page(*rest, out="rest")
 
 
+def test_newer_results_of_the_same_name_take_the_place_of_older_ones(page, loaded):
+    page("check.json", "ppl.json", out="grown", arguments=["--title", "Ours"])
+    newer = loaded("ppl.json")
+    newer["rows"][1]["kl"] *= 2
+    Path("new").mkdir()
+    Path("new/ppl.json").write_text(json.dumps(newer))
+    html, told = page(
+        Path("grown").absolute(), Path("new/ppl.json").absolute(), out="grown", arguments=["--without", "ppl.json"]
+    )
+    assert [source["name"] for source in told["sources"]] == ["check.json", "ppl.json"]
+    assert [len(frontier["points"]) for frontier in told["frontiers"]] == [len(newer["rows"])]
+    assert told["frontiers"][0]["points"][1]["kl"] == newer["rows"][1]["kl"]
+    assert (told["title"], "<title>Ours</title>" in html) == ("Ours", True)
+    page(Path("grown").absolute(), "ppl.json", out="again", arguments=["--without", "ppl.json"])  # the same, for itself
+
+
 def test_noise_is_that_of_the_results_that_are_left(page, loaded, tmp_path):
     noisy = loaded("ppl.json")
     next(row for row in noisy["rows"] if row["method"] == "full cache, again")["kl"] = 0.5
@@ -382,9 +398,18 @@ def test_noise_is_that_of_the_results_that_are_left(page, loaded, tmp_path):
 def test_results_to_be_left_out_that_are_not_there_are_named(run_knorm, page, results):
     page("check.json", out="one")
     code, said, problem = run_knorm("page", "one", "out", "--without", "checked.json")
-    assert (code, said, problem) == (2, "", "knorm: --without checked.json: no results have this name: check.json\n")
+    words = "knorm: --without checked.json: no results of a page have this name: "
+    assert (code, said, problem) == (2, "", f"{words}check.json\n")
+    assert (
+        run_knorm("page", str(results / "check.json"), "out", "--without", "checked.json")[2]
+        == f"{words}no page is given\n"
+    )
     code, _, problem = run_knorm("page", "one", "out", "--without", "check.json")
     assert (code, "nothing to show" in problem) == (2, True)
+
+
+def results_twice(told):
+    return told["matrices"][0]["methods"][0]["results"] * 2
 
 
 @pytest.mark.parametrize(
@@ -396,6 +421,9 @@ def test_results_to_be_left_out_that_are_not_there_are_named(run_knorm, page, re
         (lambda told: told["curves"][0].update(source=7), "source should name one of 7 sources"),
         (lambda told: told["explained"][0].update(source=7), "source should name one of 7 sources"),
         (lambda told: told["matrices"][0]["laws"].pop(), "results should be of checks that the laws"),
+        (lambda told: told["matrices"][0]["methods"][0].update(results=results_twice(told)), "name, one of each"),
+        (lambda told: told["sources"][1].update(digest=told["sources"][0]["digest"]), "a digest of its own"),
+        (lambda told: told["sources"][0].update(missing=3), "cells should be a number where some are missing"),
         (lambda told: told["sources"][0].pop("digest"), "field sources.0.digest: field required"),
         (lambda told: told.pop("timings"), "field timings: field required"),
     ],

@@ -140,6 +140,7 @@ def test_a_changed_number_is_noticed(told):
 def test_what_readme_says_in_words(told):
     functions = {at for at, source in enumerate(told.sources) if source.name == "functions-laws.json"}
     theirs = [result.check for method, result in peers.refuted(told) if method.source in functions]
+    assert bool(theirs) == bool(functions)
     assert theirs.count("accepts") + theirs.count("own_bytes") >= len(theirs) / 2
     red = [
         (peers.class_of(method.name), result)
