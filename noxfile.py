@@ -65,7 +65,9 @@ def exam(session: nox.Session) -> None:
     session.install("-c", "constraints-kvpress.txt", ".[test,kvpress]")
     session.run("python", "tools/exam.py", "Presses of kvpress", "kvpress:*", "--write", env=NO_CUDA)
     session.install("--upgrade", "-c", PINS, ".[test]", "optimum-quanto")
-    session.run("python", "tools/exam.py", "Caches of transformers", "transformers:*", "--write", env=NO_CUDA)
+    sliding = [f"docs/peers/plans/windows.py:{name}SlidingCache" for name in ("Dynamic", "Static")]
+    caches = ["Caches of transformers", "transformers:*", *sliding]
+    session.run("python", "tools/exam.py", *caches, "--write", env=NO_CUDA)
     if "KNORM_CHECKOUTS" in os.environ:  # a folder of checkouts: docs/peers/plans/functions.py
         session.run("python", "tools/exam.py", "Public functions", "functions:*", "--write", env=NO_CUDA)
 
