@@ -153,7 +153,10 @@ class LlamaServer(Endpoint):
     @cached_property
     def _whole(self) -> int:
         """Return a token that is a whole character."""
-        return self.tokenize("a", begin=False)[0]
+        tokens = self.tokenize("a", begin=False)
+        if not tokens:
+            raise EngineLost(f"{self.spec} cuts 'a' into no tokens")
+        return tokens[0]
 
     def _no_forcing(self, error: EngineRefused | None) -> str:
         return str(error) if error else "it generates other tokens than those that logit_bias makes certain"

@@ -81,6 +81,11 @@ def test_a_token_that_ends_within_a_character_is_scored_too(monkeypatch, most):
         assert [*each.logprobs] == pytest.approx(row[torch.tensor(each.known)].tolist())
 
 
+def test_a_server_that_cuts_a_letter_into_nothing_is_one_line():
+    scoring = Scoring(incomplete=(5,), tokens=lambda _: [])
+    assert "cuts 'a' into no tokens" in refusal(scoring, lambda endpoint: [*endpoint.generated([5, 6], 1, 1, [5])])
+
+
 def test_a_slot_is_free_again_after_what_goes_wrong():
     scoring = Scoring(slots=1)
     with serving(scoring, LlamaHandler) as url:
