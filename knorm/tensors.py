@@ -43,6 +43,25 @@ def refuse_unreadable(**tensors: object) -> None:
             raise ValueError(f"{name} is a {kind}, but should be a dense tensor with numbers in it")
 
 
+def alike(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors have the same shape and numbers, and NaN in the same places.
+
+    Args:
+        first: numbers of any dtype, of any shape.
+        second: those they are compared with, of any shape.
+
+    Returns:
+        torch.equal, where NaN equals NaN.
+
+    Example:
+        >>> alike(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+        True
+    """
+    if torch.equal(first, second):
+        return True
+    return first.shape == second.shape and bool(((first == second) | (first.isnan() & second.isnan())).all())
+
+
 def refuse_mapped(name: str, tensor: Tensor) -> None:
     """Refuse a tensor that `torch.vmap` maps over, where numbers decide what is done.
 

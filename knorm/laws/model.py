@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 
 from knorm.laws.blame import is_refusal
-from knorm.laws.registry import Malformed, Refusal, Refuted, Unfed
+from knorm.laws.registry import Malformed, Refusal, Refuted, Unfed, Vacuous
 from knorm.laws.strategies import VOCABULARY
 from knorm.laws.subjects import in_words
 from knorm.model_attention import cache_keyword
@@ -102,6 +102,27 @@ def keeps_all(cache: TransformersCache, length: int) -> bool:
         isinstance(keys := getattr(layer, "keys", None), Tensor) and keys.ndim == 4 and keys.shape[2] < length
         for layer in cache.layers
     )
+
+
+def apart(first: Tensor, second: Tensor, most: float) -> Tensor:
+    """Compute how far numbers are from each other.
+
+    Args:
+        first: numbers, of any shape.
+        second: numbers of the same shape.
+        most: how far they may be.
+
+    Returns:
+        The absolute differences, of that shape; infinite where one alone is NaN, 0 where both are.
+
+    Raises:
+        Vacuous: some are NaN in both, and all others within `most`: nothing is told of what comes after.
+    """
+    both = first.isnan() & second.isnan()
+    difference = (first - second).abs().masked_fill(both, 0.0).nan_to_num(torch.inf)
+    if both.any() and difference.max() <= most:
+        raise Vacuous("what is compared is no number on both sides")
+    return difference
 
 
 def gap(first: Tensor, second: Tensor) -> float:

@@ -121,7 +121,7 @@ class Search:
             raise
         except Vacuous as error:
             self.silent += isinstance(error, Silent)
-            self.reasons["it has nothing to say of them"] += 1
+            self.reasons[str(error) or "it has nothing to say of them"] += 1
             return False
         except Refusal as refusal:
             self.reasons[f"refused: {refusal}"] += 1

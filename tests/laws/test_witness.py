@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from mutants.parts import WindowCache
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from knorm.laws import CHECKS, Subject, Traits, check_compressor, run_check
 from knorm.laws.adapters import adapt
@@ -14,6 +17,7 @@ from knorm.laws.known import KVPRESS, TRANSFORMERS
 from knorm.laws.probe import FAMILIES, FOREIGN, Draws, probe, read_tags, tagged
 from knorm.laws.reading import Reading
 from knorm.laws.replay import replayed
+from knorm.laws.traits import METHOD
 from knorm.laws.witness import EMPTY, Unanswered, witness, witnessed
 
 READING = Reading(prompt=9, calls=(1, 2, 7), rows=2, seed=3)
@@ -122,6 +126,44 @@ def test_a_crash_is_refuted_by_one_law():
     assert run_check(CHECKS["positions"], subject.again()).verdict == "refuted", "asked alone"
     with pytest.raises(Unanswered, match="IndexError"):
         witnessed(subject, READING)
+
+
+class Overflowing(DynamicLayer):
+    """Keeps the scale of its first call, beyond which there are no numbers: fp8 where a cast is not cut off."""
+
+    def update(self, key_states, value_states, *_, **__):
+        if not self.is_initialized:
+            self.scale = key_states.abs().amax()
+        beyond = key_states.abs() > self.scale
+        return super().update(key_states.masked_fill(beyond, torch.nan), value_states)
+
+
+class OverflowingCache(Cache):
+    def __init__(self, keep_ratio):
+        super().__init__(layer_class_to_replicate=Overflowing)
+
+
+def test_keys_that_are_no_numbers_are_refuted_by_the_law_about_keys_alone():
+    """A copy, or another run, that is NaN where the first one is does not differ from it."""
+    subject = Subject("overflowing", replace(METHOD, lossy=0.1, evicts=False), make_cache=OverflowingCache)
+    names = ("sees_tokens", "positions", "rows_move", "copy", "reset")
+    found = {name: run_check(CHECKS[name], subject) for name in names}
+    assert "but its key is not finite, as in " in found.pop("sees_tokens").counterexample
+    assert not [result for result in found.values() if result.verdict == "refuted"]
+    assert found["copy"].answered < found["copy"].examples
+
+
+def test_logits_that_are_no_numbers_in_one_run_alone_are_refuted_in_words():
+    class Once(OverflowingCache):
+        def __deepcopy__(self, memo):
+            other = DynamicCache()
+            for index, layer in enumerate(self.layers):
+                other.update(layer.keys.nan_to_num(0.0), layer.values, index)
+            return other
+
+    subject = Subject("once", replace(METHOD, lossy=0.1, evicts=False), make_cache=Once)
+    said = "the copy, after the original went on,: logits are no numbers in one of the two, but should be equal"
+    assert said in run_check(CHECKS["copy"], subject).counterexample
 
 
 def test_a_fault_of_knorms_own_is_no_verdict(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from knorm.laws import shown
 from knorm.laws.blame import is_refusal
-from knorm.laws.model import feed, gap, keeps_all, small_model, steps
+from knorm.laws.model import apart, feed, gap, keeps_all, small_model, steps
 from knorm.laws.registry import Refusal, Refuted, Silent, check
 from knorm.laws.strategies import Text, distinct
 from knorm.laws.subjects import Subject, in_words
@@ -33,8 +34,9 @@ def _run(subject: Subject, text: Text, ids: Tensor | None = None, **options: Any
 
 
 def _equal(got: Tensor, should: Tensor, what: str, most: float = 1e-8) -> None:
-    if (difference := gap(got, should)) > most:
-        raise Refuted(f"{what}: logits differ by {difference:.3g}, but should be equal")
+    if (difference := float(apart(got, should, most).max())) > most:
+        said = f"differ by {difference:.3g}" if isfinite(difference) else "are no numbers in one of the two"
+        raise Refuted(f"{what}: logits {said}, but should be equal")
 
 
 @check("cache", needs={"positions": "kept"})

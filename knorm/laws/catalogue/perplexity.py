@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
 from knorm.laws import oracle
-from knorm.laws.model import feed, keeps_all, small_model, steps
+from knorm.laws.model import apart, feed, keeps_all, small_model, steps
 from knorm.laws.oracle import Rules, nll_of
 from knorm.laws.registry import Malformed, Refuted, Silent, check
 from knorm.laws.strategies import Text, distinct
@@ -42,7 +42,7 @@ def _nll(subject: Subject, text: Text, keep_ratio: float) -> Tensor:
 def _compare(got: Tensor, should: Tensor, prompt: int, what: str) -> None:
     if got.shape != should.shape:
         raise Refuted(f"{what}: {list(got.shape)} NLLs, but should be {list(should.shape)}")
-    difference = (got - should).abs()[:, prompt - 1 :].nan_to_num(torch.inf)
+    difference = apart(got[:, prompt - 1 :], should[:, prompt - 1 :], EQUAL)
     if difference.max() > EQUAL:
         row, at = (difference == difference.max()).nonzero()[0].tolist()
         at += prompt - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -83,10 +84,11 @@ def check_sees_tokens(subject: Subject, reading: Reading) -> None:
                 row, head, slot = _place(wrong)
                 token = int(look.tokens[row, head, slot])
                 subject.shows = shown.off(name, look.call, look.layer, row, head, slot, token)
+                off = float(error[row, head, slot])
+                said = f"off by {off:.3g} of its largest number" if isfinite(off) else "not finite"
                 raise Refuted(
-                    f"sees tokens: slot {slot} {_where(look, row, head)} holds token {token}, but its {name} "
-                    f"is off by {float(error[row, head, slot]):.3g} of its largest number, "
-                    f"as in {int(wrong.sum())} of {int(visible.sum())} slots that queries see"
+                    f"sees tokens: slot {slot} {_where(look, row, head)} holds token {token}, but its {name} is "
+                    f"{said}, as in {int(wrong.sum())} of {int(visible.sum())} slots that queries see"
                 )
 
 
