@@ -22,7 +22,7 @@ ORDER = {  # of each package: a module, or a package below, imports only those b
     "evaluation": "windows sums damage recovery distinct ways runner curve interventions tokens explain "
     "explain_methods doubts facts published",
     "evaluation.published": "schema measure judge",
-    "engines": "frames serving llamacpp vllm forced process http conditions boxed partial scorer told endpoint "
+    "engines": "frames serving forks llamacpp vllm forced process http conditions boxed partial scorer told endpoint "
     "llama_server asking kept cut ways endpoint_ways",
     "golden": "format shift rules gates project files environment store approval metrics latency pythia cases noise "
     "engine_cases declared verify values workspace history",

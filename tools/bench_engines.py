@@ -31,6 +31,7 @@ from knorm.engines.scorer import Asked, EngineScorer, closing
 from knorm.engines.ways import EngineWays, full_of
 from knorm.evaluation.damage import PerToken, compare, summed
 from knorm.evaluation.sums import Damage
+from knorm.evaluation.ways import Evaluation
 from knorm.evaluation.windows import cut_windows
 from knorm.models import hush, load_model, load_text
 from knorm.paths import ASSETS
@@ -247,7 +248,7 @@ def types(name: str) -> None:
     with model_file(name, model) as file:
         ways = EngineWays(model, windows, FIRST, file=file)
         first = engine_target(f"llama.cpp:{name}")
-        line("f16, read in other batches", ways.control(first).damage, 0)
+        line(again("f16", ways.control(first)), ways.control(first).damage, 0)
         beside = ways.beside(first)
         line(f"transformers in {beside.method.partition(', ')[2]}", beside.damage, beside.bytes_per_token)
         for kind in TYPES:
@@ -275,7 +276,7 @@ def vllm(name: str) -> None:
     with model_file(name, model, "folder") as file:
         ways = EngineWays(model, windows, window // 2, file=file)
         first = engine_target(f"vllm:{name}")
-        line("auto, read in other batches", ways.control(first).damage, 0)
+        line(again("auto", ways.control(first)), ways.control(first).damage, 0)
         beside = ways.beside(first)
         line(f"transformers in {beside.method.partition(', ')[2]}", beside.damage, beside.bytes_per_token)
         for kind in (*VLLM_WORK, *(VLLM_WRONG if boxed else ())):
@@ -291,6 +292,11 @@ def vllm(name: str) -> None:
     print(f"\n- Prompt scoring of {WINDOW} tokens with fp8: {memory / 2**20:.0f} MiB for logits, in all processes")
     if memory > MOST_LOGITS:
         sys.exit(f"more than {MOST_LOGITS / 2**20:.0f} MiB for logits")
+
+
+def again(kind: str, control: Evaluation) -> str:
+    """Name the full cache's control by what it does."""
+    return f"{kind}, {'its weights moved' if 'moved' in control.check else 'read in other batches'}"
 
 
 def line(name: str, damage: Damage, size: float, again: float | None = None) -> None:

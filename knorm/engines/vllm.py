@@ -8,10 +8,12 @@ all where it is asked for a prompt's log-probabilities.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import platform
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ _SPACE = 8  # the cache has so many times the blocks that requests need, so that
 _ROWS = 16  # of logits that are made at a time: 3 MiB with 49,152 tokens
 _MOST_REASON = 400  # characters
 _SCORED = "0"  # the request whose logits are kept
+_LATER = (
+    "vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn", "vllm.model_executor.models.llama",
+    "vllm.v1.core.kv_cache_manager", "vllm.v1.core.sched.scheduler",
+)  # fmt: skip
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")  # of a context, in a config.json
 
 Kept = dict[int, Any]  # logits by the place of the token that they predict, after the prompt
@@ -68,16 +74,29 @@ def forced_decode(kept: Kept) -> type:
     return Forced
 
 
+def prepare() -> None:
+    """Import vLLM, and what it imports itself where it loads a Llama on a CPU; without threads, as a fork needs."""
+    gc.disable()  # what is imported stays: looking for garbage in it takes 2 of 7 s
+    try:
+        from vllm import LLM
+
+        assert LLM
+        for name in _LATER:
+            with contextlib.suppress(Exception):  # of another version: it is imported where it is needed
+                import_module(name)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 class Vllm:
     """Hold a model in vLLM; answer what serving.serve hears."""
 
     def __init__(self) -> None:
-        gc.disable()  # what is imported stays: looking for garbage in it takes 2 of 7 s
+        prepare()
         import vllm
         from vllm import LLM, SamplingParams
 
-        gc.enable()
-        gc.freeze()
         self.library, self.start, self.parameters = vllm, LLM, SamplingParams
         self.kept: Kept = {}
         self.engine: Any = None

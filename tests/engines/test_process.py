@@ -114,7 +114,7 @@ def test_frames_come_back_and_junk_does_not():
         pack({"long": "x" * MOST_FIELDS})
 
 
-SERVED = ("frames", "serving", "llamacpp", "vllm", "forced")
+SERVED = ("frames", "serving", "forks", "llamacpp", "vllm", "forced")
 OF_ENGINES = {"llamacpp": {"numpy", "llama_cpp"}, "vllm": {"vllm", "torch", "transformers"}}
 
 
