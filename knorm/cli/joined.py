@@ -89,7 +89,8 @@ def _moved(page: Page, places: dict[int, int]) -> Page:
         found = ((table, mine(getattr(table, name))) for table in tables)
         return [table.model_copy(update={name: rows}) for table, rows in found if rows]
 
-    tables = {"matrices": filled(page.matrices, "methods"), "frontiers": filled(page.frontiers, "points")}
+    frontiers = [frontier.model_copy(update={"beside": mine(frontier.beside)}) for frontier in page.frontiers]
+    tables = {"matrices": filled(page.matrices, "methods"), "frontiers": filled(frontiers, "points")}
     rows = {"curves": mine(page.curves), "explained": mine(page.explained)}
     return page.model_copy(update={**tables, "timings": filled(page.timings, "rows"), **rows})
 
@@ -114,7 +115,9 @@ def _matrices(matrices: Sequence[Matrix]) -> list[Matrix]:
 
 def _frontiers(frontiers: Sequence[Frontier]) -> list[Frontier]:
     made = []
-    for same in _alike(frontiers, "noise_kl", "points"):
-        points = [point for frontier in same for point in frontier.points]
-        made.append(same[0].model_copy(update={"noise_kl": noise_of(points), "points": points}))
+    for same in _alike(frontiers, "noise_kl", "points", "beside"):
+        points, beside = (
+            [point for frontier in same for point in getattr(frontier, name)] for name in ("points", "beside")
+        )
+        made.append(same[0].model_copy(update={"noise_kl": noise_of(points), "points": points, "beside": beside}))
     return made

@@ -122,7 +122,7 @@ def _judged(row: Any) -> Judged:
 def _frontiers(read: Read) -> list[Frontier]:
     """Put methods into one figure that ran on the same windows with the same prompt."""
     points: dict[tuple[Any, ...], list[Point]] = {}
-    result = read.result
+    result, beside = read.result, list[Point]()
     if read.form == "knorm-ppl-methods":
         key = (
             result.model, result.dtype, result.text, result.column, result.window,
@@ -130,6 +130,8 @@ def _frontiers(read: Read) -> list[Frontier]:
         )  # fmt: skip
         for row in result.rows:
             points.setdefault(key, []).append(_fitting(read, _point, row, result.device, True, ""))
+        for row in result.engine.beside if result.engine else ():
+            beside.append(_fitting(read, _point, row, result.device, True, ""))
     elif read.form == "knorm-sweep":
         plan = result.plan
         for row in result.rows:
@@ -140,7 +142,12 @@ def _frontiers(read: Read) -> list[Frontier]:
             points.setdefault(key, []).append(_fitting(read, _point, row, row.device, row.complete, row.letters))
     names = ("model", "dtype", "text", "column", "window", "windows", "prompt_length", "seed")
     return [
-        _fitting(read, partial(Frontier, **dict(zip(names, key, strict=True)), noise_kl=noise_of(found), points=found))
+        _fitting(
+            read,
+            partial(
+                Frontier, **dict(zip(names, key, strict=True)), noise_kl=noise_of(found), points=found, beside=beside
+            ),
+        )
         for key, found in points.items()
     ]
 

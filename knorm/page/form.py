@@ -96,6 +96,7 @@ class Point(Part):
         source: index of the results that it is from.
         control: this is the full cache, run again.
         mean_seen: tokens that a query sees, on average over layers and heads.
+        kl_at_least: KL is a lower bound, since a server told the likeliest tokens alone.
 
     All else is as in knorm-sweep.
     """
@@ -128,6 +129,7 @@ class Point(Part):
     bytes_per_token: Size
     bytes_per_token_full: Size
     mean_seen: float
+    kl_at_least: bool = False
 
     @property
     def label(self) -> str:
@@ -136,7 +138,13 @@ class Point(Part):
 
 
 class Frontier(Part):
-    """Hold methods that ran on the same windows of a text; noise_kl: KL up to which nothing is told apart."""
+    """Hold methods that ran on the same windows of a text.
+
+    Attributes:
+        noise_kl: KL up to which nothing is told apart.
+        beside: of an engine: each condition beside itself, which shows its noise, and its full cache beside
+            transformers with the same weights.
+    """
 
     model: str
     dtype: str
@@ -148,6 +156,7 @@ class Frontier(Part):
     seed: int
     noise_kl: float
     points: list[Point]
+    beside: list[Point] = Field(default_factory=list)
 
 
 class Pace(Part):

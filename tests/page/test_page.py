@@ -697,6 +697,31 @@ def test_noise_is_twice_what_the_noisiest_control_shows(page, loaded, tmp_path):
     assert frontier["noise_kl"] == 0.006
 
 
+def test_what_stands_beside_an_engine_s_rows_is_in_the_table_and_a_lower_bound_says_so(page, loaded, tmp_path):
+    told = loaded("ppl.json")
+    _, one, other = told["rows"]
+    one["kl_at_least"] = True
+    beside = [
+        other | {"method": "an engine, again", "kl": 1.25e-3},
+        other | {"method": "transformers, float32", "kl": 2e-9},
+    ]
+    names = ("name", "package", "version", "system", "full")
+    told["engine"] = dict.fromkeys(names, "x") | {"python": None, "beside": beside}
+    (tmp_path / "engine.json").write_text(json.dumps(told))
+    html, made = page("ppl.json", tmp_path / "engine.json")
+    (frontier,) = made["frontiers"]
+    assert [point["method"] for point in frontier["beside"]] == ["an engine, again", "transformers, float32"]
+    assert {point["source"] for point in frontier["beside"]} == {1}
+    rows = [[cell.strip() for cell in cells if cell.strip()] for _, cells, _ in Read(html).rows]
+    assert [row[0] for row in rows if "beside" in row] == ["an engine, again", "transformers, float32"]
+    (bound,) = [row for row in rows if "≥" in row]
+    assert bound[1].startswith(one["method"])
+    assert html.count("≥") == 1, "in front of the one bound"
+    assert html.count("<circle") == page("ppl.json", tmp_path / "engine.json", out="b")[0].count("<circle")
+    left = page(Path("out").absolute(), out="left", arguments=["--without", "engine.json"])
+    assert left == page("ppl.json", out="alone")
+
+
 def test_the_front_has_what_no_other_beats(loaded, page):
     _, told = page("ppl.json")
     base = told["frontiers"][0]["points"][1]
