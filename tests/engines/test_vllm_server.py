@@ -25,6 +25,7 @@ from knorm.engines.scorer import Asked, EngineScorer, ModelScorer, closing, comp
 from knorm.engines.told import Able
 from knorm.evaluation.damage import summed
 from knorm.evaluation.windows import cut_windows
+from knorm.laws import engine_run
 from knorm.models import load_embedded, load_text
 
 STARTS, FORCING = 300, ("--max-logprobs", "-1", "--logprobs-mode", "raw_logprobs")
@@ -132,7 +133,7 @@ def test_what_is_restricted_is_a_lower_bound(served, llama):
 
 def test_a_prompt_that_is_scored_and_a_companion_are_the_same_within_noise(served, llama):
     _, endpoint, _ = served
-    ids, able = llama[2][:1], endpoint.able()
+    ids, able = llama[2][:1, :80], endpoint.able()
     scorers = [
         EndpointScorer(endpoint, able, asked) for asked in (Asked(), Asked("two calls"), Asked(companions=(ids[0],)))
     ]
@@ -181,10 +182,11 @@ def test_what_cannot_be_asked_is_one_line_and_the_server_lives(served):
     assert len([*endpoint.generated([5, 6], 2, 1, [7, 8])]) == 2
 
 
-def test_commands_ask_it(served, run_knorm):
+def test_commands_ask_it(served, run_knorm, monkeypatch):
+    monkeypatch.setitem(engine_run.LONG, "quick", (1, 96))  # the server takes long to write a vocabulary's numbers
     kind, endpoint, _ = served
     url = endpoint.address.url
-    short = ("--windows", "2", "--window", "96")
+    short = ("--windows", "2", "--window", "64")
     code, out, err = run_knorm("ppl", url, "--model", "embedded-llama", *short, "--json", "out.json")
     assert (code, err) == (0, ""), err
     assert f"{url}#boxed (vllm 0.32.0, cache type {kind}) on narrative" in out
@@ -192,7 +194,8 @@ def test_commands_ask_it(served, run_knorm):
     row = strict_json("out.json")["rows"][1]
     assert row["kl"] <= 1e-6 if kind == "auto" else 1e-3 < row["kl"] < 0.05
     assert (row["bytes_per_token_full"], row["how"], row["kl_at_least"]) == (7168, "loop", False)
-    names = "survives,same_tokens,default_equals_transformers,accepted_cache_works,eviction_equals_transformers"
+    names = "survives,same_tokens,default_equals_transformers,eviction_equals_transformers"
+    names += ",accepted_cache_works" if kind == "fp8" else ""  # the default one would be compared with itself
     code, out, err = run_knorm("check", url, "--model", "embedded-llama", "--select", names, "--json", "laws.json")
     assert (code, err) == (0, ""), out
     verdicts = {x["check"]: x["verdict"] for x in strict_json("laws.json")["targets"][0]["results"]}
