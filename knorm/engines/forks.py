@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,13 +25,13 @@ _PASSING = ("PYTEST_", "KNORM_")  # variables that no engine reads: where these 
 
 
 def serve_forks(prepare: Callable[[], None], main: Callable[[], None]) -> None:
-    """Fork for each request on the socket that is stdin, until it is closed.
+    """Fork for each request on the socket that is stdin, until it is closed and the last fork has ended.
 
     A request is the folder to run in, with four descriptors: stdin, stdout and stderr of the fork, and a pipe for its
     exit code. The answer is its process number; 0 where none is forked, since there are threads.
 
     Args:
-        prepare: imports the engine. What it raises is for a fork to say, which imports it again.
+        prepare: imports the engine. Where it raises, this process ends: one that is started without says why.
         main: what a fork runs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -38,15 +39,15 @@ def serve_forks(prepare: Callable[[], None], main: Callable[[], None]) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    with contextlib.suppress(Exception):
-        prepare()
+    prepare()
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     running: dict[int, int] = {}
-    while True:
-        ready, _, _ = select.select([line.fileno(), woken], [], [])
+    heard = {line.fileno(), woken}
+    while running or line.fileno() in heard:
+        ready, _, _ = select.select([*heard], [], [])
         if woken in ready:
             os.read(woken, _MOST)
             _tell_ends(running)
@@ -54,7 +55,8 @@ def serve_forks(prepare: Callable[[], None], main: Callable[[], None]) -> None:
             continue
         folder, given, *_ = socket.recv_fds(line, _MOST, 4)
         if not folder:
-            os._exit(0)
+            heard.remove(line.fileno())
+            continue
         alone = len(os.listdir("/proc/self/task")) == 1
         pid = os.fork() if alone else 0
         if alone and not pid:
@@ -67,6 +69,7 @@ def serve_forks(prepare: Callable[[], None], main: Callable[[], None]) -> None:
             os.close(descriptor)
         if pid:
             running[pid] = given[3]
+    os._exit(0)
 
 
 def _tell_ends(running: dict[int, int]) -> None:
@@ -87,6 +90,7 @@ def _become(main: Callable[[], None], folder: bytes, given: Sequence[int], forei
         os.setpgid(0, 0)
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for target, descriptor in enumerate(given[:3]):
             os.dup2(descriptor, target)
         for descriptor in {*given, *foreign}:
@@ -94,6 +98,8 @@ def _become(main: Callable[[], None], folder: bytes, given: Sequence[int], forei
         os.chdir(folder)
         main()
         code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -139,12 +145,23 @@ class Forked:
         if self.returncode is None:
             heard = select.poll()
             heard.register(self._ended, select.POLLIN)
-            if not heard.poll(1000 * timeout):
+            if not heard.poll(1000 * timeout) or (not (said := self._ended.read(4)) and self._runs(timeout)):
                 raise subprocess.TimeoutExpired("a fork", timeout)
-            said = self._ended.read(4)  # nothing where the nursery was killed, and all its forks with it
             self.returncode = struct.unpack("i", said)[0] if said else -signal.SIGKILL
             self._ended.close()
         return self.returncode
+
+    def _runs(self, timeout: float) -> bool:
+        """Tell whether it outlives its nursery, which was killed, by so many seconds."""
+        try:
+            watched = os.pidfd_open(self.pid)
+        except OSError:
+            return False
+        heard = select.poll()
+        heard.register(watched, select.POLLIN)
+        runs = not heard.poll(1000 * timeout)
+        os.close(watched)
+        return runs
 
 
 class Nursery:
@@ -175,25 +192,42 @@ class Nursery:
         """
         pipes = [os.pipe() for _ in range(3)]
         (their_in, our_in), (our_out, their_out), (our_end, their_end) = pipes
+        ours, pid = (our_in, our_out, our_end), 0
         self.line.settimeout(limit)
         try:
             socket.send_fds(self.line, [os.fsencode(os.getcwd())], [their_in, their_out, log, their_end])
             said = self.line.recv(4)
-            pid = struct.unpack("i", said)[0] if said else 0
+            pid = self._seen(struct.unpack("i", said)[0]) if said else 0
         except OSError:
-            pid = 0
-        for descriptor in (their_in, their_out, their_end, *(() if pid else (our_in, our_out, our_end))):
-            os.close(descriptor)
-        return Forked(pid, our_in, our_out, our_end) if pid else None
+            pass
+        finally:  # also where somebody interrupts it
+            for descriptor in (their_in, their_out, their_end, *(() if pid else ours)):
+                os.close(descriptor)
+        return Forked(pid, *ours) if pid else None
+
+    def _seen(self, pid: int) -> int:
+        """Return `pid`, or 0 where that is no process of the nursery's session: it has numbers of its own."""
+        try:
+            return pid if os.getsid(pid) == self.process.pid else 0
+        except ProcessLookupError:
+            return pid  # it has ended, and its exit code is told
 
     def close(self) -> None:
-        """End it; what it forked ends with its own streams."""
+        """Let it end when its forks have."""
         self.line.close()
-        self.process.kill()
+
+    def kill(self) -> None:
+        """End it at once; its forks go on."""
+        self.line.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # what it was started through too
         self.process.wait()
 
 
 _nurseries: dict[object, Nursery] = {}  # one at most: each has as much memory as the engine's modules take
+_closed: list[Nursery] = []  # which end when their forks have
+_without: set[object] = set()  # keys of what could not be forked
+_one_at_a_time = threading.Lock()
 
 
 def forked(command: Sequence[str], environment: Mapping[str, str], log: int, limit: float) -> Forked | None:
@@ -206,26 +240,37 @@ def forked(command: Sequence[str], environment: Mapping[str, str], log: int, lim
         limit: seconds until it is given up.
 
     Returns:
-        The process; None where it is to be started without: what is wrong is seen there.
+        The process; None where it is to be started without, now and from now on: what is wrong is seen there.
     """
     alike = sorted(item for item in environment.items() if not item[0].startswith(_PASSING))
     key = (os.getpid(), *command, *alike)  # a fork of this process has no nursery
-    if key not in _nurseries:
-        end_nurseries()
-        with contextlib.suppress(OSError, ValueError):
-            _nurseries[key] = Nursery(command, environment)
-    if key not in _nurseries:
-        return None
-    process = _nurseries[key].fork(log, limit)
-    if process is None:
-        end_nurseries()
-    return process
+    with _one_at_a_time:
+        if key in _without:
+            return None
+        _closed[:] = [nursery for nursery in _closed if nursery.process.poll() is None]
+        process = None
+        try:
+            if key not in _nurseries:
+                end_nurseries()
+                _nurseries[key] = Nursery(command, environment)
+            process = _nurseries[key].fork(log, limit)
+        except (OSError, ValueError):  # there is no such interpreter
+            pass
+        except BaseException:  # what was asked for may come yet
+            _nurseries.pop(key).kill() if key in _nurseries else None
+            raise
+        if process is None:
+            _without.add(key)
+            if key in _nurseries:
+                _nurseries.pop(key).kill()
+        return process
 
 
 @atexit.register
 def end_nurseries() -> None:
-    """End what would start more engines; what it started goes on."""
+    """Let go of what would start more engines; what it started goes on."""
     while _nurseries:
         key, nursery = _nurseries.popitem()
         if isinstance(key, tuple) and key[0] == os.getpid():
             nursery.close()
+            _closed.append(nursery)

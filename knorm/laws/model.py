@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 
 from knorm.laws.blame import is_refusal
-from knorm.laws.registry import Malformed, Refusal, Refuted, Unfed, Vacuous
+from knorm.laws.registry import Malformed, Refusal, Refuted, Unfed
 from knorm.laws.strategies import VOCABULARY
 from knorm.laws.subjects import in_words
 from knorm.model_attention import cache_keyword
@@ -104,25 +104,18 @@ def keeps_all(cache: TransformersCache, length: int) -> bool:
     )
 
 
-def apart(first: Tensor, second: Tensor, most: float) -> Tensor:
+def apart(first: Tensor, second: Tensor) -> Tensor:
     """Compute how far numbers are from each other.
 
     Args:
         first: numbers, of any shape.
         second: numbers of the same shape.
-        most: how far they may be.
 
     Returns:
         The absolute differences, of that shape; infinite where one alone is NaN, 0 where both are.
-
-    Raises:
-        Vacuous: some are NaN in both, and all others within `most`: nothing is told of what comes after.
     """
-    both = first.isnan() & second.isnan()
-    difference = (first - second).abs().masked_fill(both, 0.0).nan_to_num(torch.inf)
-    if both.any() and difference.max() <= most:
-        raise Vacuous("what is compared is no number on both sides")
-    return difference
+    same = (first == second) | (first.isnan() & second.isnan())
+    return (first - second).abs().masked_fill(same, 0.0).nan_to_num(torch.inf, torch.inf)
 
 
 def gap(first: Tensor, second: Tensor) -> float:

@@ -107,6 +107,9 @@ cache.crop(-{tokens})
 
 READ = "run, *_ = read()\n"
 RUNS = "read()"
+LOGITS = """\
+_, logits, _ = read()
+print(int(logits.isnan().sum()), "of", logits.numel(), "logits are NaN")"""
 _TURN = """\
 
 def turned(states, places):

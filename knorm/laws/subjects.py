@@ -150,6 +150,8 @@ class Subject:
         except (Exception, SystemExit) as error:
             raise Raised(f"{in_words(error)} [{given}]") from error
         kept = _kept(result, keys, values, given)
+        if (kept.keys.isnan().any() or kept.values.isnan().any()) and _finite(self.calls[-1]):
+            raise Malformed(f"shape: returned NaN, but what was given is finite [{given}]")
         self.evicted |= kept.keys.shape[2] < keys.shape[2] or (kept.mask is not None and not bool(kept.mask.all()))
         return kept
 
@@ -210,6 +212,10 @@ def _describe(result: object) -> str:
     if isinstance(result, (tuple, list)):
         return f"{type(result).__name__} of {', '.join(map(_describe, result)) or 'nothing'}"
     return f"{type(result).__name__} {str(result)[:60]!r}" if result is not None else "None"
+
+
+def _finite(call: Call) -> bool:
+    return bool(call.keys.isfinite().all() and call.values.isfinite().all())
 
 
 def _kept(result: Any, keys: Tensor, values: Tensor, given: str) -> Kept:

@@ -221,14 +221,14 @@ class _Recorder:
         if not plain:
             tokens[(value == 0).all(-1)] = EMPTY
             off = (value.float().abs() - 1).abs().amax(-1)
-            value_error = torch.where(tokens >= 0, off, 0.0).nan_to_num(torch.inf)
+            value_error = torch.where(tokens >= 0, off, 0.0).nan_to_num(torch.inf, torch.inf)
         key_error = error = torch.zeros(tokens.shape)
         keys: tuple[Tensor, ...] = ()
         if self.draws.given is not None:
             at = (layer, *places, tokens.clamp(min=0) % self.draws.length)
             own, key = self.draws.given[at], torch.cat([given.key for given in every], 2).float()
             if not torch.equal(key, own):  # else all are the keys that were given, as mostly
-                error = ((key - own).abs().amax(-1) / own.abs().amax(-1)).nan_to_num(torch.inf)
+                error = ((key - own).abs().amax(-1) / own.abs().amax(-1)).nan_to_num(torch.inf, torch.inf)
                 key_error = torch.where(tokens >= 0, error, 0.0)
                 keys = own.split(sizes, 2) if (error > 1e-3).any() else ()
         parts = zip(every, *(x.split(sizes, 2) for x in (tokens, key_error, value_error, error)), strict=True)

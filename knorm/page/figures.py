@@ -105,7 +105,7 @@ def kl_figure(frontier: Frontier) -> Figure:
         else (place(point.kl), place(point.kl))
         for point in points
     ]
-    within = [loss <= noise for loss in losses]
+    within = [point.kl <= noise and not point.kl_at_least for point in points]
     return _figure("kl", "KL", frontier, [place(loss) for loss in losses], ranges, ticks, (top, BOTTOM), within, losses)
 
 
@@ -152,6 +152,8 @@ def _figure(
     full = fulls.pop() if len(fulls) == 1 else None
     x_ticks = [(Tick(axis.place(value), f"{value:,.0f}"), f"{value / full:.0%}" if full else "") for value in values]
     floor = [max(loss, frontier.noise_kl) if view == "kl" else loss for loss in losses]
+    if view == "kl":  # a lower bound is no better than anything
+        floor = [float("inf") if point.kl_at_least else loss for point, loss in zip(points, floor, strict=True)]
     front = front_of(points, lambda point: floor[next(i for i, p in enumerate(points) if p is point)])
     outline = _outline([(xs[i], places[i]) for i in front])
     xs = _side_by_side(xs, places, front)

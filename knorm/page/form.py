@@ -343,7 +343,7 @@ class Page(Part):
     @model_validator(mode="after")
     def _fits(self) -> Page:
         tables: list[Sequence[Any]] = [self.curves, self.explained, *(matrix.methods for matrix in self.matrices)]
-        tables += [frontier.points for frontier in self.frontiers]
+        tables += [rows for frontier in self.frontiers for rows in (frontier.points, frontier.beside)]
         tables += [timing.rows for timing in self.timings]
         if any(row.source >= len(self.sources) for rows in tables for row in rows):
             raise ValueError(f"source should name one of {len(self.sources)} sources")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def log():
 def _ends_nurseries():
     yield
     forks.end_nurseries()
+    forks._without.clear()
 
 
 def start(tmp_path, log, limit=30.0, **variables):
@@ -84,7 +86,13 @@ def test_what_is_imported_once_is_forked_with_streams_a_group_and_a_folder_of_it
 
 
 def test_how_a_fork_ends_is_told(tmp_path, log):
-    for line, code in (("os._exit(7)", 7), ("os.kill(os.getpid(), 11)", -signal.SIGSEGV), ("1 / 0", 1)):
+    for line, code in (
+        ("os._exit(7)", 7),
+        ("sys.exit(3)", 3),
+        ("sys.exit()", 0),
+        ("os.kill(os.getpid(), 11)", -signal.SIGSEGV),
+        ("1 / 0", 1),
+    ):
         fork = start(tmp_path, log)
         fork.stdin.write(f"{line}\n".encode())
         fork.stdin.close()
@@ -95,9 +103,71 @@ def test_how_a_fork_ends_is_told(tmp_path, log):
     slow = start(tmp_path, log)
     with pytest.raises(subprocess.TimeoutExpired):
         slow.wait(0.1)
+    (nursery,) = forks._nurseries.values()
     forks.end_nurseries()
-    assert slow.wait(10) == -signal.SIGKILL, "as far as can be told"
-    end(slow)
+    assert slow.poll() is None
+    slow.stdin.write(b"os._exit(7)\n")
+    slow.stdin.close()
+    assert slow.wait(10) == 7, "told by a nursery that takes no more requests"
+    slow.stdout.close()
+    assert nursery.process.wait(10) == 0, "it ends with its last fork"
+
+
+def test_a_fork_whose_nursery_was_killed_goes_on(tmp_path, log):
+    fork = start(tmp_path, log)
+    (nursery,) = forks._nurseries.values()
+    nursery.kill()
+    assert fork.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        fork.wait(0.1)
+    assert told(fork, "1") == "1"
+    assert end(fork) == -signal.SIGKILL
+
+
+def test_threads_are_given_forks_of_their_own(tmp_path, log):
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: start(tmp_path, log), range(8)))
+    assert [told(fork, "os.getpid()") for fork in found] == [str(fork.pid) for fork in found]
+    assert len({fork.pid for fork in found}) == 8
+    assert (tmp_path / "prepared").read_text() == "x"
+    assert {end(fork) for fork in found} == {-signal.SIGKILL}
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path, log, monkeypatch):
+    end(start(tmp_path, log))
+    (nursery,) = forks._nurseries.values()
+    before = len(os.listdir("/proc/self/fd"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Nursery, "_seen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, log)
+    assert len(os.listdir("/proc/self/fd")) == before - 1, "its line is closed, and nothing else is open"
+    assert nursery.process.poll() is not None
+    monkeypatch.undo()
+    other = start(tmp_path, log)
+    assert told(other, "os.getpid()") == str(other.pid), "not the one that was asked for before"
+    end(other)
+
+
+def test_a_process_of_another_namespace_is_not_taken_for_ours(tmp_path, log, monkeypatch):
+    monkeypatch.setattr(os, "getsid", lambda pid: 1)
+    assert forked(command(tmp_path), {**os.environ}, log.fileno(), 30.0) is None
+
+
+def test_what_a_wrapper_started_ends_with_it(tmp_path, log):
+    wrapper = tmp_path / "wrapper"
+    hangs = f"import os, time; print(os.getpid(), file=open('{tmp_path}/id', 'w'), flush=True); time.sleep(60)"
+    wrapper.write_text(f'#!/bin/sh\n{sys.executable} -c "{hangs}"\n')
+    wrapper.chmod(0o755)
+    assert forked([str(wrapper)], {**os.environ}, log.fileno(), 1.0) is None
+    left = Path("/proc", (tmp_path / "id").read_text().strip())
+    until = time.monotonic() + 10
+    while running(left) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not running(left)
 
 
 def test_other_variables_want_another_nursery_and_those_of_tests_do_not(tmp_path, log):
@@ -130,6 +200,9 @@ def test_where_none_can_be_forked_there_is_none_and_nothing_is_left(tmp_path, lo
     assert time.monotonic() - begin < 20
     assert {*os.listdir("/proc/self/fd")} == before
     assert not forks._nurseries
+    begin = time.monotonic()
+    assert forked(command(tmp_path, code), {**os.environ}, log.fileno(), 2.0) is None
+    assert time.monotonic() - begin < 0.5, "it is not tried again"
 
 
 def test_an_interpreter_that_cannot_be_started_is_for_another_to_say(tmp_path, log):

@@ -143,14 +143,31 @@ class OverflowingCache(Cache):
         super().__init__(layer_class_to_replicate=Overflowing)
 
 
-def test_keys_that_are_no_numbers_are_refuted_by_the_law_about_keys_alone():
+def test_keys_that_are_no_numbers_are_refuted_by_the_laws_about_keys_and_logits_alone():
     """A copy, or another run, that is NaN where the first one is does not differ from it."""
     subject = Subject("overflowing", replace(METHOD, lossy=0.1, evicts=False), make_cache=OverflowingCache)
-    names = ("sees_tokens", "positions", "rows_move", "copy", "reset")
+    names = ("runs", "sees_tokens", "positions", "rows_move", "copy", "reset")
     found = {name: run_check(CHECKS[name], subject) for name in names}
-    assert "but its key is not finite, as in " in found.pop("sees_tokens").counterexample
-    assert not [result for result in found.values() if result.verdict == "refuted"]
+    assert "the logits after call 1 after the prompt are NaN, but " in found["runs"].counterexample
+    assert "but its key is not finite, as in " in found["sees_tokens"].counterexample
+    assert [name for name, result in found.items() if result.verdict == "refuted"] == ["runs", "sees_tokens"]
     assert found["copy"].answered < found["copy"].examples
+
+
+def test_what_a_cache_cannot_do_is_seen_though_nothing_can_be_compared():
+    class Lacking(OverflowingCache):
+        def batch_select_indices(self, indices):
+            raise NotImplementedError
+
+    class Always(Lacking):
+        def update(self, key_states, value_states, layer_idx, *rest, **more):
+            return super().update(key_states * torch.nan, value_states, layer_idx, *rest, **more)
+
+    subject = Subject("always", replace(METHOD, lossy=0.1, evicts=False), make_cache=Always)
+    found = {name: run_check(CHECKS[name], subject.again()) for name in ("copy", "reset", "rows_move")}
+    assert [result.verdict for result in found.values()] == ["untested", "untested", "refuted"]
+    assert "both runs predict NaN" in found["copy"].reason
+    assert "batch_select_indices raised NotImplementedError" in found["rows_move"].counterexample
 
 
 def test_logits_that_are_no_numbers_in_one_run_alone_are_refuted_in_words():
@@ -162,7 +179,7 @@ def test_logits_that_are_no_numbers_in_one_run_alone_are_refuted_in_words():
             return other
 
     subject = Subject("once", replace(METHOD, lossy=0.1, evicts=False), make_cache=Once)
-    said = "the copy, after the original went on,: logits are no numbers in one of the two, but should be equal"
+    said = "the copy, after the original went on,: logits are NaN or infinite in one of the two, but should be equal"
     assert said in run_check(CHECKS["copy"], subject).counterexample
 
 

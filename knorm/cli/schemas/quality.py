@@ -111,8 +111,8 @@ class EngineFields(Part):
     full: str = said("what the full cache is, in words")
     python: str | None = said("the interpreter, where it is another one than knorm's")
     beside: list[MethodRow] = said(
-        "each method beside itself, read in other batches: the noise in its condition; last, transformers with the "
-        "same weights beside the engine's full cache"
+        "each method beside itself, read in other batches or with moved weights: the noise in its condition; last, "
+        "transformers with the same weights beside the engine's full cache"
     )
 
 

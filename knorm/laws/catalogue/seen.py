@@ -60,11 +60,15 @@ def check_runs(subject: Subject, reading: Reading) -> None:
     """Every text is read, in calls of any size and any number of rows, or refused in a sentence that says why."""
     subject.shows = shown.RUNS
     try:
-        witnessed(subject, reading)
+        run = witnessed(subject, reading)
     except Unanswered as error:
         other = other_version() if subject.method else ""  # its interface may be another's
         said = "should answer, or refuse with a ValueError that says why" + (f"; {other}" if other else "")
         raise Refuted(f"runs: raised {error}, but {said}") from error
+    if lost := [call for call, logits in enumerate(run.logits) if logits.isnan().any()]:
+        subject.shows = shown.LOGITS
+        where = f"call {lost[0]} after the prompt" if lost[0] else "the prompt"
+        raise Refuted(f"runs: the logits after {where} are NaN, but keys and values that are given are finite")
 
 
 @check("witness", needs={"merges_values": False}, evicts=True)
