@@ -257,13 +257,17 @@ def forked(command: Sequence[str], environment: Mapping[str, str], log: int, lim
         except (OSError, ValueError):  # there is no such interpreter
             pass
         except BaseException:  # what was asked for may come yet
-            _nurseries.pop(key).kill() if key in _nurseries else None
+            _kill(key)
             raise
         if process is None:
             _without.add(key)
-            if key in _nurseries:
-                _nurseries.pop(key).kill()
+            _kill(key)
         return process
+
+
+def _kill(key: object) -> None:
+    if key in _nurseries:
+        _nurseries.pop(key).kill()
 
 
 @atexit.register

@@ -29,7 +29,7 @@ def check_accepts(compressor: Subject, cache: Cache) -> None:
 
 @check()
 def check_shape(compressor: Subject, cache: Cache) -> None:
-    """Keys and values come back as tensors of the same batch, heads and width, one value for each key."""
+    """Keys and values come back with their batch, heads and width, one value for each key, no NaN of finite ones."""
     try:
         compressor(cache.keys, cache.values, cache.keep_ratio)
     except Raised:

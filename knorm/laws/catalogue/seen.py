@@ -57,7 +57,7 @@ def _sees(look: Look, row: int, head: int, query: int, group: int = 0, run: str 
 
 @check("witness")
 def check_runs(subject: Subject, reading: Reading) -> None:
-    """Every text is read, in calls of any size and any number of rows, or refused in a sentence that says why."""
+    """A text is read without NaN, in calls of any size and any number of rows, or refused in words that say why."""
     subject.shows = shown.RUNS
     try:
         run = witnessed(subject, reading)
