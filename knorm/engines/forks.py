@@ -174,11 +174,13 @@ class Nursery:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with theirs, contextlib.ExitStack() as undone:
+            undone.callback(self.line.close)
             self.process = subprocess.Popen(
                 command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env=dict(environment), start_new_session=True,
             )  # fmt: skip
+            undone.pop_all()
 
     def fork(self, log: int, limit: float) -> Forked | None:
         """Start a fork.
