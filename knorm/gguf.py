@@ -12,7 +12,10 @@ import io
 import os
 import struct
 import tempfile
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +28,7 @@ from knorm.weights import check_config
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # those of the models that knorm evaluates; Mistral's files say llama
 _NAME = "model.gguf"
+_LOADING = threading.Lock()
 _VERSIONS = (2, 3)
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -190,7 +194,11 @@ def load_gguf(file: Path, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"GGUF needs the package {' and '.join(missing)}: pip install 'knorm[gguf]'")
     _check_tensors(header)
     # In a folder of its own: transformers would read settings, adapters and code that lie beside the file.
-    with tempfile.TemporaryDirectory(prefix="knorm-") as folder, contextlib.redirect_stderr(io.StringIO()):
+    with (
+        tempfile.TemporaryDirectory(prefix="knorm-") as folder,
+        contextlib.redirect_stderr(io.StringIO()),
+        _read_once(),
+    ):
         os.symlink(file.resolve(), Path(folder) / _NAME)
         shown: dict[str, Any] = {"gguf_file": _NAME, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(folder, **shown)
@@ -208,6 +216,23 @@ def load_gguf(file: Path, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = source
     _correct(tokenizer, header.settings)
     return loaded, tokenizer
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what is read: transformers reads a file three times, and makes all tensors' names for every module."""
+    import gguf
+
+    with _LOADING:  # two threads that put their own in place would leave one of them there
+        names = "GGUFReader", "get_tensor_name_map"
+        own = {name: getattr(gguf, name) for name in names}
+        try:
+            for name in names:
+                setattr(gguf, name, cache(own[name]))
+            yield
+        finally:
+            for name in names:
+                setattr(gguf, name, own[name])
 
 
 def _correct(tokenizer: Any, settings: dict[str, Any]) -> None:

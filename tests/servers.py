@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         s = self.server.s
         s.seen.append((self.path, dict(self.headers)))
         if self.path == "/v1/models":
-            entries = [{"id": name, "owned_by": "made up", "max_model_len": s.context} for name in s.models]
+            entries = [{"id": name, "owned_by": s.owner, "max_model_len": s.context} for name in s.models]
             self.reply({"object": "list", "data": entries})
         elif self.path == "/metrics" and s.metrics:
             self.reply(s.metrics.encode(), kind="text/plain")
@@ -66,7 +66,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def complete(self, request):
         s, prompt, known = self.server.s, request["prompt"], request["logprobs"]
+        if max(request.get("stop_token_ids", [0])) >= s.vocabulary:
+            raise Refusal(f"token_id(s) {request['stop_token_ids']} in stop_token_ids contain out-of-vocab token ids")
         if max(prompt) >= s.vocabulary:
+            s.ended = s.unchecked
             raise Refusal(f"Token id {max(prompt)} is out of vocabulary")
         if known > s.most or (known == -1 and s.most < FULL):
             raise Refusal(f"Requested sample logprobs of {known}, which is greater than max allowed: {s.most}")
@@ -147,7 +150,8 @@ class Scoring:
         self.vocabulary, self.most, self.forced, self.prompts = 12, FULL, True, True
         self.seen, self.count, self.at_once = [], 0, 1
         self.slots, self.clears, self.caches, self.incomplete = 2, False, {}, ()
-        self.predict = table
+        self.predict, self.owner = table, "made up"
+        self.unchecked = self.ended = False  # it has no tokenizer: a prompt's token beyond its vocabulary ends it
         vars(self).update(different)
 
     def name(self, token):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import struct
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -253,6 +254,22 @@ def test_what_lies_beside_the_file_is_not_read(saved):
     for name in ("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "config.json"):
         (file.parent / name).write_text("{")
     load_model(str(file))
+
+
+def test_a_file_is_read_once_and_the_package_is_left_as_it_was(saved, monkeypatch):
+    """transformers reads all settings three times, and makes all names of tensors for every module."""
+    import gguf
+
+    read, own = [], (gguf.GGUFReader, gguf.get_tensor_name_map)
+    start = gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *given: read.append(given) or start(self, *given))
+    files = [saved(name="a.gguf")[0], saved(name="b.gguf")[0]]
+    with ThreadPoolExecutor(2) as threads:
+        models = [model for model, _ in threads.map(load_model, map(str, files))]
+    assert len(read) == 2
+    assert torch.equal(*(model.get_input_embeddings().weight for model in models))
+    refusal(saved(layers=9)[0])
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
 
 
 def test_a_file_cut_short_in_its_weights_is_refused(saved):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from array import array
 from collections.abc import Generator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knorm.engines.http import MOST_ANSWER, Address, Fields, Server
 from knorm.engines.partial import Top
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
-from knorm.engines.told import ID, Able, Likeliest, Predicted, as_told
+from knorm.engines.told import ID, Able, Likeliest, Predicted, as_told, columns
 
 _NEVER = -9999.0  # the log-probability of what cannot come, as vLLM sends it
 _NO_FORCING = "it takes no tokens to be generated (vLLM does with --logits-processors knorm.engines.forced:Forced)"
@@ -153,7 +154,7 @@ class Endpoint:
     def _find_out(self, sample: list[int]) -> Able:
         known, answer = self._most_told(sample)
         tokens = sorted(answer.known)
-        whole = tokens == [*range(len(tokens))] and abs(sum(map(math.exp, answer.logprobs)) - 1) < 0.01
+        whole = tokens == [*range(len(tokens))] and abs(float(np.exp(answer.logprobs).sum()) - 1) < 0.01
         vocabulary = len(tokens) if whole else None
         if known == -1:
             known = len(tokens)
@@ -256,10 +257,13 @@ class Endpoint:
         return scored
 
     def _request(self, prompt: Sequence[int], count: int, known: int) -> Fields:
-        return {
+        request = {
             "model": self.model, "prompt": [*prompt], "max_tokens": count, "temperature": 0, "logprobs": known,
             "return_tokens_as_token_ids": True, "ignore_eos": True,
         }  # fmt: skip
+        if self.owner == "vllm" and count == 1:  # without a tokenizer it checks these alone, and a wrong prompt ends it
+            request["stop_token_ids"] = [max(prompt)]
+        return request
 
     def _read(self, answer: Any, *, may_be_empty: bool = False) -> list[Predicted]:
         """Read what an answer, or an event of one, tells of tokens."""
@@ -285,19 +289,22 @@ class Endpoint:
             )
         number = int(token[len(ID) :])
         if logprob is None:
-            return Predicted(number, None, [], [])
-        known, logprobs = (top.known, top.logprobs) if isinstance(top, Likeliest) else (array("q"), array("d"))
+            return Predicted(number, None, *columns([], []))
+        known, logprobs = (top.known, top.logprobs) if isinstance(top, Likeliest) else columns([], [])
         return self._checked(number, logprob, known, logprobs)
 
-    def _checked(self, number: int, logprob: float, known: array[int], logprobs: array[float]) -> Predicted:
+    def _checked(
+        self, number: int, logprob: float, known: NDArray[np.int64], logprobs: NDArray[np.float64]
+    ) -> Predicted:
         """Put the token itself among the known ones; refuse what are no log-probabilities."""
         if number not in known:
-            known.append(number)
-            logprobs.append(float(logprob))
-        odd = next((place for place, value in enumerate(logprobs) if not value < 1e-3 or known[place] < 0), None)
-        if odd is not None:
-            raise EngineLost(f"{self.spec} tells {logprobs[odd]} as log-probability of token {known[odd]}")
-        return Predicted(number, float(logprob), known, array("d", (max(value, _NEVER) for value in logprobs)))
+            its, own = columns([number], [logprob])
+            known, logprobs = np.concatenate([known, its]), np.concatenate([logprobs, own])
+        odd = ~(logprobs < 1e-3) | (known < 0)
+        if odd.any():
+            place = int(odd.argmax())
+            raise EngineLost(f"{self.spec} tells {logprobs[place]} as log-probability of token {known[place]}")
+        return Predicted(number, float(logprob), known, np.maximum(logprobs, _NEVER))
 
     def tokenize(self, text: str, *, begin: bool) -> list[int]:
         """Cut `text` into tokens as the server does; `begin`: with what it puts in front of a text.
@@ -335,17 +342,17 @@ class Endpoint:
             assert able.vocabulary
             table = torch.full((len(told), able.vocabulary), math.nan)
             for row, each in zip(table, told, strict=True):
-                if len(each.known) != able.vocabulary or max(each.known) >= able.vocabulary:
+                if len(each.known) != able.vocabulary or each.known.max() >= able.vocabulary:
                     raise EngineLost(f"{self.spec} tells of {len(each.known):,} tokens, not of all {able.vocabulary:,}")
-                row[torch.tensor(each.known)] = torch.tensor(each.logprobs)
+                row[torch.from_numpy(each.known)] = torch.from_numpy(each.logprobs).float()
             return table
         least = next((each for each in told if len(each.known) < known), None)
         if least:
             raise EngineLost(f"{self.spec} tells of {len(least.known)} likeliest tokens, but {known} were asked for")
-        logprobs = [torch.tensor(each.logprobs, dtype=torch.float64) for each in told]
+        logprobs = [torch.from_numpy(each.logprobs) for each in told]
         if any(float(row.exp().sum()) > 1.01 for row in logprobs):
             raise EngineLost(f"{self.spec} tells probabilities that add up to more than 1")
-        return Top([torch.tensor(each.known) for each in told], logprobs)
+        return Top([torch.from_numpy(each.known) for each in told], logprobs)
 
     def close(self) -> None:
         """End what is still being answered."""

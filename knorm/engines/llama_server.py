@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from array import array
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from knorm.engines.endpoint import Endpoint, count_of
 from knorm.engines.http import MOST_ANSWER, Address, Fields
 from knorm.engines.process import EngineError, EngineLost, EngineRefused
-from knorm.engines.told import Able, Predicted
+from knorm.engines.told import Able, Predicted, columns
 
 OWNER = "llamacpp"  # what it calls itself
 _MOST_KNOWN = 2048  # likeliest tokens that are asked for: 49,152 take half a second a token
@@ -142,13 +143,13 @@ class LlamaServer(Endpoint):
         told = self._one(tokens, slot, self._size, self._whole, new=False)
         if told is None:
             raise EngineRefused(f"{self.spec} tells no log-probabilities of tokens by their numbers")
-        most = sorted(zip(told.logprobs, told.known, strict=True), reverse=True)
-        token = most[0][1] if wanted is None else wanted
-        logprob = next((logprob for logprob, number in most if number == token), None)
-        if logprob is None:
+        order = np.argsort(-told.logprobs, kind="stable")
+        token = int(told.known[order[0]]) if wanted is None else wanted
+        places = np.flatnonzero(told.known == token)
+        if not len(places):
             raise EngineLost(f"{self.spec} tells nothing of token {token}")
-        likeliest = array("q", (number for _, number in most[:known]))
-        return self._checked(token, logprob, likeliest, array("d", (value for value, _ in most[:known])))
+        likeliest = order[:known]
+        return self._checked(token, float(told.logprobs[places[0]]), told.known[likeliest], told.logprobs[likeliest])
 
     @cached_property
     def _whole(self) -> int:
@@ -175,8 +176,8 @@ class LlamaServer(Endpoint):
             raise EngineRefused(f"{self.spec} tells no log-probabilities of tokens by their numbers") from None
 
     def _likeliest(self, told: Any) -> Predicted:
-        known = array("q", (each["id"] for each in told["top_logprobs"]))
-        logprobs = array("d", (each["logprob"] for each in told["top_logprobs"]))
+        top = told["top_logprobs"]
+        known, logprobs = columns((each["id"] for each in top), (each["logprob"] for each in top))
         return self._checked(told["id"], told["logprob"], known, logprobs)
 
     def _cuts(self, text: str, *, begin: bool) -> Fields:

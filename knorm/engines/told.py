@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 _MOST_NUMBERS = 2**22  # log-probabilities in an answer: 1,024 tokens of a vocabulary of 4,096
 ID = "token_id:"  # what vLLM calls a token instead of its text
@@ -16,14 +19,35 @@ class Predicted(NamedTuple):
 
     token      the token itself
     logprob    its log-probability; None for the first token of a prompt
-    known      tokens that are told of
-    logprobs   log-probabilities of these
+    known      tokens that are told of, int64 [known]
+    logprobs   log-probabilities of these, float64 [known]
     """
 
     token: int
     logprob: float | None
-    known: Sequence[int]
-    logprobs: Sequence[float]
+    known: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+
+def columns(known: Iterable[int], logprobs: Iterable[float]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Put what is told of tokens in columns.
+
+    Args:
+        known: the tokens.
+        logprobs: their log-probabilities.
+
+    Returns:
+        int64 [known] and float64 [known].
+
+    Raises:
+        TypeError: what is no number.
+        OverflowError: a token beyond int64.
+
+    Example:
+        >>> columns([7, 3], [-0.5, -1.0])
+        (array([7, 3]), array([-0.5, -1. ]))
+    """
+    return np.array(array("q", known), np.int64), np.array(array("d", logprobs))
 
 
 class Likeliest:
@@ -38,8 +62,9 @@ class Likeliest:
     """
 
     def __init__(self, pairs: list[tuple[str, float]]) -> None:
-        self.known = array("q", (int(key[len(ID) :]) for key, _ in pairs))
-        self.logprobs = array("d", (value for _, value in pairs))
+        self.known, self.logprobs = columns(
+            map(int, [key[len(ID) :] for key, _ in pairs]), [value for _, value in pairs]
+        )
 
 
 def as_told(pairs: list[tuple[str, Any]]) -> Any:

@@ -509,6 +509,13 @@ def test_tokens_and_windows_that_do_not_fit_are_refused_before_anything_is_score
         assert not [path for path, _ in scoring.seen[asked:] if path == "/v1/completions"]
 
 
+def test_a_vllm_that_checks_no_prompts_is_not_ended_by_a_token_that_it_does_not_have():
+    scoring = Scoring(owner="vllm", unchecked=True, most=4)
+    with serving(scoring) as url, pytest.raises(EngineRefused, match="the text has token 90, the tokens are another"):
+        endpoint(url).check_vocabulary(None, IDS * 10)
+    assert not scoring.ended
+
+
 def test_ways_refuse_what_cannot_be_compared(embedded):
     with serving(Scoring(forced=False)) as url, serving(Scoring(vocabulary=5)) as small:
         server = endpoint(url)
