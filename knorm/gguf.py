@@ -195,9 +195,9 @@ def load_gguf(file: Path, source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     _check_tensors(header)
     # In a folder of its own: transformers would read settings, adapters and code that lie beside the file.
     with (
+        _read_once(),
         tempfile.TemporaryDirectory(prefix="knorm-") as folder,
         contextlib.redirect_stderr(io.StringIO()),
-        _read_once(),
     ):
         os.symlink(file.resolve(), Path(folder) / _NAME)
         shown: dict[str, Any] = {"gguf_file": _NAME, "trust_remote_code": False}
@@ -223,7 +223,7 @@ def _read_once() -> Iterator[None]:
     """Keep what is read: transformers reads a file three times, and makes all tensors' names for every module."""
     import gguf
 
-    with _LOADING:  # two threads that put their own in place would leave one of them there
+    with _LOADING:  # two threads that put their own in place, of these or of stderr, would leave one of them there
         names = "GGUFReader", "get_tensor_name_map"
         own = {name: getattr(gguf, name) for name in names}
         try:

@@ -260,7 +260,7 @@ def test_a_file_is_read_once_and_the_package_is_left_as_it_was(saved, monkeypatc
     """transformers reads all settings three times, and makes all names of tensors for every module."""
     import gguf
 
-    read, own = [], (gguf.GGUFReader, gguf.get_tensor_name_map)
+    stderr, read, own = sys.stderr, [], (gguf.GGUFReader, gguf.get_tensor_name_map)
     start = gguf.GGUFReader.__init__
     monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda self, *given: read.append(given) or start(self, *given))
     files = [saved(name="a.gguf")[0], saved(name="b.gguf")[0]]
@@ -270,6 +270,7 @@ def test_a_file_is_read_once_and_the_package_is_left_as_it_was(saved, monkeypatc
     assert torch.equal(*(model.get_input_embeddings().weight for model in models))
     refusal(saved(layers=9)[0])
     assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
+    assert sys.stderr is stderr
 
 
 def test_a_file_cut_short_in_its_weights_is_refused(saved):
