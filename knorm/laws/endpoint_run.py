@@ -61,9 +61,11 @@ class Served(Beside):
         self.tokens = list(tokenizer(self.text, add_special_tokens=False).input_ids)
         self.long = cut_windows(tokenizer, story, min(length, most), count).input_ids
         self.short = cut_windows(tokenizer, story, engine.SHORT, 2).input_ids
+        size = self.model.config.get_text_config(decoder=True).vocab_size
+        sent = torch.cat([self.long.flatten(), self.short.flatten()])
         for server in servers:
             server.check_context(engine.SHORT + 1)
-            server.check_vocabulary(self.model.config.get_text_config(decoder=True).vocab_size, self.long)
+            server.check_vocabulary(size, sent)
         self.own = torch.empty(0, 0, dtype=torch.int64)
         if not self.able.forced:
             self.own = self.short = own_windows(endpoint, self.short, engine.PROMPT)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from servers import Scoring, serving
 
+from knorm.engines.endpoint import Endpoint
+from knorm.engines.http import read_address
 from knorm.laws import endpoint_run, engine
 from knorm.laws.endpoint_run import EndpointChecks
 from knorm.laws.process.protocol import Request
@@ -206,6 +208,17 @@ def test_check_prints_what_was_asked_and_how_to_ask_again(run_knorm, embedded, m
     assert f"{url}#small (made up, cache type auto): forced decode" in out
     assert f"    knorm check {url} --model embedded --select accepted_cache_works" in out
     assert "1 law does not apply" in out
+
+
+def test_every_token_is_known_to_be_in_the_vocabulary_before_it_is_sent(embedded, monkeypatch):
+    """A server that checks no prompts is ended by one that is not."""
+    asked = []
+    monkeypatch.setattr(
+        Endpoint, "check_vocabulary", lambda self, ours, tokens: asked.extend(tokens.flatten().tolist())
+    )
+    with serving(Modelled(*embedded)) as url:
+        served = endpoint_run.Served(Endpoint(read_address(url), 20), None, "embedded", "quick")
+    assert {*served.short.flatten().tolist(), *served.long.flatten().tolist()} <= {*asked}
 
 
 def test_a_short_context_is_refused(embedded):
